@@ -1,0 +1,49 @@
+// Which instruction set the CPU kernels use: the best this machine has, chosen at run time.
+// FEWSTEP_CPU_ISA=portable|avx2|avx512 lowers it (never raises it), which is how tests reach the
+// fallbacks. Kernels compile their variants with function-level target attributes.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace fewstep::cpu {
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+inline Isa best_isa() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vnni")) {
+        return Isa::kAvx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+    return Isa::kPortable;
+}
+
+inline Isa isa() {
+    static const Isa best = best_isa();
+    const char* wish = std::getenv("FEWSTEP_CPU_ISA");
+    if (wish == nullptr) return best;
+    Isa wanted = best;
+    if (std::strcmp(wish, "portable") == 0) wanted = Isa::kPortable;
+    if (std::strcmp(wish, "avx2") == 0) wanted = Isa::kAvx2;
+    return wanted < best ? wanted : best;
+}
+
+inline const char* name(Isa isa) {
+    switch (isa) {
+        case Isa::kAvx512: return "avx512_vnni";
+        case Isa::kAvx2: return "avx2";
+        default: return "portable";
+    }
+}
+
+}  // namespace fewstep::cpu
+
+#if defined(__x86_64__)
+#define FEWSTEP_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define FEWSTEP_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#endif

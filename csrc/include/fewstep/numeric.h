@@ -1,0 +1,83 @@
+// bfloat16 and float16 storage types with exact widening and round-to-nearest-even narrowing, for
+// CPU kernels in plain C++. Accumulation is never done in these types.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace fewstep {
+
+struct bfloat16 {
+    std::uint16_t bits;
+};
+struct float16 {
+    std::uint16_t bits;
+};
+
+inline float bits_to_float(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline std::uint32_t float_to_bits(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+template <typename To>
+struct Convert {
+    static To from(double value) { return static_cast<To>(value); }
+};
+
+template <>
+struct Convert<bfloat16> {
+    static bfloat16 from(float value) {
+        std::uint32_t bits = float_to_bits(value);
+        if (value != value) return {static_cast<std::uint16_t>((bits >> 16) | 0x40)};
+        bits += 0x7fff + ((bits >> 16) & 1);
+        return {static_cast<std::uint16_t>(bits >> 16)};
+    }
+};
+
+template <>
+struct Convert<float16> {
+    static float16 from(float value) {
+        const std::uint32_t bits = float_to_bits(value);
+        const std::uint16_t sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000);
+        const std::uint32_t magnitude = bits & 0x7fffffff;
+        if (magnitude > 0x7f800000) return {static_cast<std::uint16_t>(sign | 0x7e00)};  // NaN
+        if (magnitude >= 0x477ff000) return {static_cast<std::uint16_t>(sign | 0x7c00)};  // inf
+        if (magnitude < 0x38800000) {
+            // Subnormal: adding 0.5 puts the 10 kept bits at the bottom of the mantissa and lets
+            // the addition do the rounding.
+            const float shifted = bits_to_float(magnitude) + 0.5f;
+            const std::uint32_t kept = float_to_bits(shifted) - float_to_bits(0.5f);
+            return {static_cast<std::uint16_t>(sign | kept)};
+        }
+        const std::uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+        return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000) >> 13))};
+    }
+};
+
+inline double to_acc(double value) { return value; }
+inline float to_acc(float value) { return value; }
+inline float to_acc(bfloat16 value) {
+    return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16);
+}
+inline float to_acc(float16 value) {
+    // Branch-free so that it vectorises: the exponent is rebased by one multiplication (exact, also
+    // for subnormals); infinity and NaN are selected afterwards.
+    const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000) << 16;
+    const std::uint32_t payload = static_cast<std::uint32_t>(value.bits & 0x7fff) << 13;
+    const float finite = bits_to_float(payload) * 0x1p112f;
+    const bool special = (value.bits & 0x7c00) == 0x7c00;
+    return bits_to_float(sign | (special ? 0x7f800000 | payload : float_to_bits(finite)));
+}
+
+// The accumulation type of a storage type: float64 stays float64, everything else is float32.
+template <typename T>
+using acc_t = decltype(to_acc(T{}));
+
+}  // namespace fewstep

@@ -1,0 +1,1 @@
+"""Triton kernels, imported as `fewstep.kernels` and only when an op needs one."""

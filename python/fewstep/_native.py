@@ -1,0 +1,84 @@
+"""The bridge to `fewstep._C`: tensors to views, the device guard, the current stream.
+
+The only module that calls `data_ptr`. `_C` knows no torch (docs/adr/0001-torch-free-bindings.md),
+so a call passes pointers, sizes and strides; torch is imported first because the CPU kernels
+resolve their OpenMP symbols to the runtime that torch loads.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_C: Any = None
+_missing: str | None = None
+try:
+    _C = importlib.import_module("fewstep._C")
+except ImportError as error:  # a source tree that was never built: doctor says so, ops refuse
+    _missing = f"the native library is not built ({error})"
+
+DTYPES: dict[torch.dtype, Any] = {}
+if _C is not None:
+    for _dtype in (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+    ):
+        DTYPES[_dtype] = getattr(_C.DType, str(_dtype).removeprefix("torch."))
+
+
+def build_info() -> dict[str, Any]:
+    """Return what `_C` was built with, or {"missing": reason}."""
+    return dict(_C.build_info()) if _C is not None else {"missing": _missing}
+
+
+def cpu_isa() -> str | None:
+    """Return the instruction set the CPU kernels use now: avx512_vnni, avx2 or portable."""
+    return _C.cpu_isa() if _C is not None else None
+
+
+def unavailable(op: str, device: torch.device) -> str | None:
+    """Return why the native `op` cannot run on `device`, or None if it can."""
+    if _C is None:
+        return _missing
+    kernels = getattr(_C, device.type, None)
+    if kernels is None:
+        return f"there are no native kernels for device type '{device.type}'"
+    if hasattr(kernels, op):
+        return None
+    if device.type == "cuda" and not _C.build_info()["cuda"]:
+        return f"built without CUDA kernels ({_C.build_info()['cuda_reason']})"
+    return f"there is no native {device.type} kernel for this op"
+
+
+def _view(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return _C.TensorView(
+        value.data_ptr(), DTYPES[value.dtype], tuple(value.shape), tuple(value.stride())
+    )
+
+
+def call(op: str, *args: Any) -> None:
+    """Run the native kernel `op` on the device of its first tensor.
+
+    Tensors in `args` become views; other values pass through. On CUDA the tensors' device is made
+    current and the current stream is appended as the last argument.
+    """
+    device = next(value.device for value in args if isinstance(value, Tensor))
+    function = getattr(getattr(_C, device.type), op)
+    views = [_view(value) for value in args]
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            function(*views, torch.cuda.current_stream().cuda_stream)
+    else:
+        function(*views)

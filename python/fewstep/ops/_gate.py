@@ -1,0 +1,119 @@
+"""When `auto` may use a GPU kernel on this machine.
+
+At once, on an architecture whose passing record is committed (`validated.json`, drawn from
+benchmarks/results/). Anywhere else the kernel first passes its own gate here: the op's `gate_cases`
+against the reference, in a child process so that a fault can't poison the caller, once per device,
+driver and version. The verdict is cached; a kernel that fails is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TIMEOUT_SECONDS = 300
+
+
+def cache_file() -> Path:
+    """Return where verdicts are kept: FEWSTEP_CACHE_DIR or ~/.cache/fewstep, gates.json."""
+    root = os.environ.get("FEWSTEP_CACHE_DIR")
+    return (Path(root) if root else Path.home() / ".cache" / "fewstep") / "gates.json"
+
+
+@functools.cache
+def _validated() -> dict[str, list[str]]:
+    return json.loads((Path(__file__).parent / "validated.json").read_text())
+
+
+@functools.cache
+def _machine(index: int) -> str:
+    from .. import __version__
+
+    try:
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.split("\n")[0]
+    except (OSError, subprocess.TimeoutExpired):
+        driver = "unknown"
+    name = torch.cuda.get_device_name(index)
+    return f"{name} | driver {driver} | torch {torch.__version__} | fewstep {__version__}"
+
+
+def _load() -> dict[str, Any]:
+    try:
+        return json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _store(machine: str, key: str, verdict: str) -> None:
+    verdicts = _load()
+    verdicts.setdefault(machine, {})[key] = verdict
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(verdicts, indent=2))
+        partial.replace(path)
+    except OSError:
+        pass  # a read-only home costs a repeated gate, nothing else
+
+
+def run_gate(op: str, impl: str, device: torch.device) -> str:
+    """Run the gate in a child process and return "passed" or the reason it failed."""
+    command = [sys.executable, "-m", "fewstep.ops._gate", op, impl, str(device)]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"did not finish within {TIMEOUT_SECONDS} s"
+    if child.returncode == 0:
+        return "passed"
+    lines = child.stderr.strip().splitlines()
+    return lines[-1] if lines else f"the child process ended with status {child.returncode}"
+
+
+@functools.cache
+def _verdict(op: str, impl: str, index: int) -> str:
+    machine, key = _machine(index), f"{op}:{impl}"
+    cached = _load().get(machine, {}).get(key)
+    if cached is None:
+        cached = run_gate(op, impl, torch.device("cuda", index))
+        _store(machine, key, cached)
+    return cached
+
+
+def refusal(op: str, impl: str, device: torch.device) -> str | None:
+    """Return why `auto` may not use this kernel on this CUDA device, or None."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    major, minor = torch.cuda.get_device_capability(index)
+    if f"{op}:{impl}" in _validated().get(f"sm_{major}{minor}", []):
+        return None
+    verdict = _verdict(op, impl, index)
+    return None if verdict == "passed" else f"its gate on this machine failed: {verdict}"
+
+
+def check(op: str, impl: str, device: torch.device) -> None:
+    """Compare `impl` with the reference over the op's gate cases; raise AssertionError if off.
+
+    A case is (args, kwargs, rtol, atol); bounds are those of the op's tests.
+    """
+    module = importlib.import_module(f"fewstep.ops.{op}")
+    for args, kwargs, rtol, atol in module.gate_cases(device):
+        got = getattr(module, op)(*args, **kwargs, impl=impl)
+        want = getattr(module, op)(*args, **kwargs, impl="reference")
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+if __name__ == "__main__":
+    check(sys.argv[1], sys.argv[2], torch.device(sys.argv[3]))

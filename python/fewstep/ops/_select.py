@@ -1,0 +1,138 @@
+"""Choice of implementation: `auto` walks an op's list in order of preference and keeps the reasons.
+
+An op declares `IMPLEMENTATIONS`, most preferred first. Each says in words why it cannot serve given
+arguments, or returns None. Nothing falls back silently: an explicit `impl` runs or raises.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from . import _gate
+
+NAMES = ("auto", "reference", "native", "triton")
+
+
+class UnsupportedError(RuntimeError):
+    """The requested implementation cannot serve these arguments; the message holds the reasons."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op: `run(*args, **kwargs)`, and `refuse` saying why it can't."""
+
+    name: str
+    run: Callable[..., Any]
+    refuse: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `auto` picks (`choice`, None if nothing can run) and each refusal in words."""
+
+    op: str
+    choice: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        others = "; ".join(f"{name}: {why}" for name, why in self.reasons.items())
+        return f"{self.op}: {self.choice or 'nothing can run'}" + (f" ({others})" if others else "")
+
+
+def first_tensor(args: Sequence[Any]) -> Tensor:
+    """Return the first tensor among the arguments: its device decides."""
+    return next(value for value in args if isinstance(value, Tensor))
+
+
+def refuse_native(op: str, args: Sequence[Any], dtypes: Sequence[torch.dtype]) -> str | None:
+    """Return why the native kernel can't run: not built, wrong device, or the dtype."""
+    x = first_tensor(args)
+    return _native.unavailable(op, x.device) or _refuse_dtype(x, dtypes)
+
+
+def refuse_triton(args: Sequence[Any], dtypes: Sequence[torch.dtype]) -> str | None:
+    """Return why a Triton kernel can't run: not installed, wrong device, or the dtype."""
+    x = first_tensor(args)
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if x.device.type != "cuda" and not interpreted:
+        return f"Triton needs a GPU (or TRITON_INTERPRET=1), got device '{x.device}'"
+    if interpreted and x.dtype == torch.float64:
+        return _refuse_dtype(x, dtypes)
+    return _refuse_dtype(x, dtypes)
+
+
+def _refuse_dtype(x: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
+    if x.dtype in dtypes:
+        return None
+    expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"expected one of {expected}, got {str(x.dtype).removeprefix('torch.')}"
+
+
+def _refuse_auto(op: str, candidate: Implementation, x: Tensor) -> str | None:
+    """Return why `auto` may not use an implementation that could run."""
+    if candidate.name == "triton" and x.device.type != "cuda":
+        return "the Triton interpreter is for tests; ask for impl='triton' to use it"
+    if candidate.name != "reference" and x.device.type == "cuda":
+        return _gate.refusal(op, candidate.name, x.device)
+    return None
+
+
+def explain_choice(
+    op: str, implementations: Sequence[Implementation], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Explanation:
+    """Return the choice of `auto` for these arguments with everyone else's reason."""
+    choice: str | None = None
+    reasons: dict[str, str] = {}
+    x = first_tensor(args)
+    for candidate in implementations:
+        reason = candidate.refuse(*args, **kwargs)
+        if reason is None:
+            reason = _refuse_auto(op, candidate, x)
+        if reason is not None:
+            reasons[candidate.name] = reason
+        elif choice is None:
+            choice = candidate.name
+        else:
+            reasons[candidate.name] = f"could run; {choice} is preferred"
+    return Explanation(op, choice, reasons)
+
+
+def select(
+    op: str, impl: str, implementations: Sequence[Implementation], *args: Any, **kwargs: Any
+) -> str:
+    """Return the name of the implementation to run.
+
+    Raises:
+        ValueError: `impl` is not a known name.
+        UnsupportedError: the implementation asked for, or every one under `auto`, refuses.
+    """
+    if impl not in NAMES:
+        raise ValueError(f"impl: expected one of {', '.join(NAMES)}, got {impl!r}")
+    if impl == "auto":
+        explanation = explain_choice(op, implementations, args, kwargs)
+        if explanation.choice is None:
+            raise UnsupportedError(f"{op}: no implementation can run: {explanation}")
+        return explanation.choice
+    for candidate in implementations:
+        if candidate.name == impl:
+            reason = candidate.refuse(*args, **kwargs)
+            if reason is not None:
+                raise UnsupportedError(f"{op}: impl='{impl}' can't run: {reason}")
+            return impl
+    offered = ", ".join(candidate.name for candidate in implementations)
+    raise UnsupportedError(f"{op}: impl='{impl}' does not exist; this op has {offered}")
+
+
+def by_name(implementations: Sequence[Implementation], name: str) -> Implementation:
+    """Return the implementation called `name`."""
+    return next(candidate for candidate in implementations if candidate.name == name)
