@@ -53,7 +53,7 @@ setup(
     packages=[*packages, "fewstep.kernels", *kernel_packages],
     package_dir={"": "python", "fewstep.kernels": KERNELS},
     package_data={
-        "fewstep": ["py.typed", "_C.pyi"],
+        "fewstep": ["py.typed"],
         "fewstep.ops": ["validated.json"],
         "fewstep.assets": ["**/*.safetensors", "**/*.json", "**/*.md"],
     },

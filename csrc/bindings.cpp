@@ -5,9 +5,9 @@
 
 #include <vector>
 
+#include "build_config.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/tensor.h"
-#include "build_config.h"
 #include "op_headers.inc"
 
 namespace py = pybind11;

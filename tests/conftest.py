@@ -1,4 +1,4 @@
-"""Shared set-up: Triton's interpreter where there is no GPU, seeds, no network, one cache folder."""
+"""Shared set-up: Triton's interpreter where there is no GPU, seeds, no network, own cache."""
 
 import os
 

@@ -123,9 +123,8 @@ void cache_metric(const TensorView& x, const TensorView& y, const TensorView* pr
                   const TensorView* residual, const TensorView& partials,
                   const TensorView& metric) {
     double* sums = partials.ptr<double>();
-    dispatch_float(x.dtype, "x", [&](auto tag) {
-        reduce_chunks<decltype(tag)>(x, y, previous, residual, sums);
-    });
+    dispatch_float(x.dtype, "x",
+                   [&](auto tag) { reduce_chunks<decltype(tag)>(x, y, previous, residual, sums); });
     const std::int64_t rows = metric.size(0);
     const std::int64_t chunks = rows == 0 ? 0 : partials.numel() / 2 / rows;
     if (metric.dtype == DType::kFloat64) {

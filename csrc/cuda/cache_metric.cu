@@ -2,8 +2,8 @@
 // about 6 FLOP per element, so the copy rate is the limit.
 //
 // Stage 1: one block of 256 threads per chunk of 16,384 elements. A thread moves 16 bytes at a time
-// where all rows are 16-byte aligned, else one element. Stage 2: one warp per sample adds the chunks
-// in a fixed order. No atomics, so two runs agree bitwise.
+// where all rows are 16-byte aligned, else one element. Stage 2: one warp per sample adds the
+// chunks in a fixed order. No atomics, so two runs agree bitwise.
 #include "fewstep/cuda/launch.cuh"
 #include "fewstep/ops/cache_metric.h"
 

@@ -6,9 +6,10 @@ or [1]. The second kernel adds the chunks in a fixed order, so two runs agree bi
 
 from __future__ import annotations
 
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ._common import narrow
 

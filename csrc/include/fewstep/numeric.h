@@ -47,7 +47,7 @@ struct Convert<float16> {
         const std::uint32_t bits = float_to_bits(value);
         const std::uint16_t sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000);
         const std::uint32_t magnitude = bits & 0x7fffffff;
-        if (magnitude > 0x7f800000) return {static_cast<std::uint16_t>(sign | 0x7e00)};  // NaN
+        if (magnitude > 0x7f800000) return {static_cast<std::uint16_t>(sign | 0x7e00)};   // NaN
         if (magnitude >= 0x477ff000) return {static_cast<std::uint16_t>(sign | 0x7c00)};  // inf
         if (magnitude < 0x38800000) {
             // Subnormal: adding 0.5 puts the 10 kept bits at the bottom of the mantissa and lets
@@ -61,8 +61,12 @@ struct Convert<float16> {
     }
 };
 
-inline double to_acc(double value) { return value; }
-inline float to_acc(float value) { return value; }
+inline double to_acc(double value) {
+    return value;
+}
+inline float to_acc(float value) {
+    return value;
+}
 inline float to_acc(bfloat16 value) {
     return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16);
 }

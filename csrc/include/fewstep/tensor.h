@@ -56,9 +56,9 @@ std::string concat(const Parts&... parts) {
 }  // namespace fewstep
 
 // Host-side check with a message built from values: name, expected, got. Becomes a ValueError.
-#define FEWSTEP_CHECK(condition, ...)                                                 \
-    do {                                                                              \
-        if (!(condition)) {                                                           \
+#define FEWSTEP_CHECK(condition, ...)                                                         \
+    do {                                                                                      \
+        if (!(condition)) {                                                                   \
             throw std::invalid_argument(::fewstep::detail::concat("fewstep: ", __VA_ARGS__)); \
-        }                                                                             \
+        }                                                                                     \
     } while (false)

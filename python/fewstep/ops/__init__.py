@@ -1,8 +1,8 @@
 """The operators: `fewstep.ops.<op>`, one file per op, found by folder.
 
-Every op takes `impl="auto" | "reference" | "native" | "triton"`. `auto` picks by device, capability,
-dtype and static sizes; an explicit choice runs or raises with the reasons. `explain(op, ...)` says
-what each implementation would do with given arguments.
+Every op takes `impl="auto" | "reference" | "native" | "triton"`. `auto` picks by device,
+capability, dtype and static sizes; an explicit choice runs or raises with the reasons.
+`explain(op, ...)` says what each implementation would do with given arguments.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Registration with torch.library: schema, fake and kernel from Python, and the derivative guard.
 
 Measured on torch 2.13: a registered op without derivative rules returns all-zero tangents under
-`torch.func.jvp`, and an output without a graph in reverse mode. Both look plausible in a loss curve.
-So every op gets a kernel at the Autograd key that raises when an input carries a tangent or requires
-grad, and otherwise redispatches below autograd (docs/adr/0002-forward-mode.md).
+`torch.func.jvp`, and an output without a graph in reverse mode. Both look plausible in a loss
+curve. So every op gets a kernel at the Autograd key that raises when an input carries a tangent or
+requires grad, and otherwise redispatches below autograd (docs/adr/0002-forward-mode.md).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def register(
 ) -> Callable[..., Any]:
     """Define `fewstep::<op>` and return its overload.
 
-    `schema` is "(Tensor x, ..., str impl) -> ..."; its last argument names the implementation, which
-    the public function has selected. `fake` takes the same arguments.
+    `schema` is "(Tensor x, ..., str impl) -> ..."; its last argument names the implementation,
+    which the public function has selected. `fake` takes the same arguments.
     """
 
     def kernel(*args: Any) -> Any:

@@ -63,11 +63,8 @@ def refuse_triton(args: Sequence[Any], dtypes: Sequence[torch.dtype]) -> str | N
     x = first_tensor(args)
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if x.device.type != "cuda" and not interpreted:
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton needs a GPU (or TRITON_INTERPRET=1), got device '{x.device}'"
-    if interpreted and x.dtype == torch.float64:
-        return _refuse_dtype(x, dtypes)
     return _refuse_dtype(x, dtypes)
 
 

@@ -8,8 +8,8 @@ x, y, previous  [B, ...], one shape and dtype (float32, bfloat16, float16; float
 metric          scalar, or [B] with `per_sample`; float32 (float64 for float64), on x's device
 r               as x
 
-This is the decision of first-block caching (ParaAttention; diffusers' FirstBlockCache computes it in
-three passes and a host sync): x is the output of the first block, y its input, `previous` the
+This is the decision of first-block caching (ParaAttention; diffusers' FirstBlockCache computes it
+in three passes and a host sync): x is the output of the first block, y its input, `previous` the
 residual of the last step that ran in full. Sums are taken in float32 within chunks of 16,384
 elements and in float64 across them, in a fixed order.
 """

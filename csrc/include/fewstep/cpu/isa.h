@@ -44,6 +44,7 @@ inline const char* name(Isa isa) {
 }  // namespace fewstep::cpu
 
 #if defined(__x86_64__)
-#define FEWSTEP_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define FEWSTEP_TARGET_AVX512 \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #define FEWSTEP_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #endif

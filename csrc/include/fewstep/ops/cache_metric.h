@@ -5,8 +5,8 @@
 //   metric = sum |r| / sum |y|                      without
 //
 // x, y, previous, residual: [B, R, C], unit stride in C, one floating dtype.
-// partials: [B, ceil(R * C / kCacheMetricChunk), 2] float64, contiguous: numerator and denominator of
-// each chunk. metric: [B] (one per sample) or [1] (all samples together), contiguous, float32
+// partials: [B, ceil(R * C / kCacheMetricChunk), 2] float64, contiguous: numerator and denominator
+// of each chunk. metric: [B] (one per sample) or [1] (all samples together), contiguous, float32
 // (float64 for float64 inputs). 0 / 0 is 0. Chunks are summed in a fixed order, so the result does
 // not depend on the number of threads or on scheduling.
 #pragma once

@@ -1,0 +1,49 @@
+# make demo: environment, build, run. make test: environment, build, whole test suite.
+# Override the interpreter or torch: make demo PYTHON=python3.12 TORCH="torch==2.13.0"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint format docs bench doctor clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/fewstep demo --output demo
+
+test: $(VENV)/.test
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pre-commit run --all-files --show-diff-on-failure
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+docs: $(VENV)/.dev
+	$(PY) docs/build.py
+
+bench: $(VENV)/.test
+	$(VENV)/bin/fewstep bench ops
+
+doctor: $(VENV)/.demo
+	$(VENV)/bin/fewstep doctor
+
+clean:
+	rm -rf build dist demo $(VENV) python/*.egg-info python/fewstep/_C*.so
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fewstep needs Python >= 3.11, got " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH) into $(VENV)"
+	$(PIP) "$(TORCH)" numpy
+	touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	@echo "building fewstep and installing the requirements of '$*'"
+	$(PIP) --editable ".[$*]"
+	touch $@

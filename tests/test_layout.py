@@ -1,0 +1,105 @@
+"""One op, one stem: every op has every part under its own name, and no part is an orphan."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fewstep import ops, reference
+
+ROOT = Path(__file__).parents[1]
+REQUIRED = [
+    "python/fewstep/ops/{op}.py",
+    "python/fewstep/reference/{op}.py",
+    "csrc/include/fewstep/ops/{op}.h",
+    "csrc/cpu/{op}.cpp",
+    "kernels/triton/{op}.py",
+    "tests/ops/test_{op}.py",
+    "benchmarks/ops/{op}.py",
+    "docs/ops/{op}.md",
+]
+HARD_CAP = 800
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("part", REQUIRED)
+def test_every_part_exists(op, part):
+    assert (ROOT / part.format(op=op)).is_file()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "prefix"),
+    [
+        ("csrc/cpu/*.cpp", ""),
+        ("csrc/cuda/*.cu", ""),
+        ("csrc/include/fewstep/ops/*.h", ""),
+        ("kernels/triton/*.py", ""),
+        ("python/fewstep/reference/*.py", ""),
+        ("tests/ops/test_*.py", "test_"),
+        ("benchmarks/ops/*.py", ""),
+        ("docs/ops/*.md", ""),
+    ],
+)
+def test_no_orphans(pattern, prefix):
+    # `_name` is shared by several ops; `probe_name` measures the machine for a benchmark.
+    for path in ROOT.glob(pattern):
+        stem = re.sub(r"_sm\d+$", "", path.stem.removeprefix(prefix))
+        assert stem in ops.OPS or stem.startswith(("_", "probe_")), f"{path} belongs to no op"
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_module_has_the_pattern(op):
+    module = ops.module(op)
+    assert getattr(module, op) is getattr(ops, op)
+    assert getattr(reference, op) is not getattr(ops, op)
+    names = [implementation.name for implementation in module.IMPLEMENTATIONS]
+    assert names[-1] == "reference"
+    assert set(names) <= {"native", "triton", "reference"}
+    assert callable(module.gate_cases)
+    assert module.__doc__
+    assert getattr(ops, op).__doc__
+
+
+def test_validated_kernels_have_a_passing_record():
+    """A kernel is in `auto` without a gate only where its record is committed."""
+    validated = json.loads((ROOT / "python/fewstep/ops/validated.json").read_text())
+    recorded: set[tuple[str, str]] = set()
+    for path in (ROOT / "benchmarks" / "results").glob("*/*.jsonl"):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            if record.get("gate") == "passed":
+                recorded.add((record["capability"], f"{record['op']}:{record['impl']}"))
+    for capability, kernels in validated.items():
+        for kernel in kernels:
+            assert (capability, kernel) in recorded
+
+
+def sources():
+    for pattern in ("python/**/*.py", "kernels/**/*.py", "tests/**/*.py", "benchmarks/**/*.py"):
+        yield from ROOT.glob(pattern)
+    for suffix in ("cpp", "h", "cu", "cuh"):
+        yield from ROOT.glob(f"csrc/**/*.{suffix}")
+
+
+def test_no_file_is_over_the_hard_cap():
+    lengths = {path: len(path.read_text().splitlines()) for path in sources()}
+    assert not {str(path): n for path, n in lengths.items() if n > HARD_CAP}
+
+
+def test_data_ptr_is_called_in_one_place():
+    users = [p for p in ROOT.glob("python/**/*.py") if ".data_ptr()" in p.read_text()]
+    assert users == [ROOT / "python/fewstep/_native.py"]
+
+
+def test_no_torch_header_under_csrc():
+    for path in sources():
+        if "csrc" in path.parts:
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+
+
+def test_pybind_only_in_bindings():
+    users = [
+        p.name for p in sources() if "csrc" in p.parts and "#include <pybind11" in p.read_text()
+    ]
+    assert users == ["bindings.cpp"]
