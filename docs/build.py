@@ -1,6 +1,6 @@
 """Builds the API pages from the docstrings into docs/api (pdoc: no theme or configuration to own).
 
-The pages of the ops are built from their modules; `fewstep.ops.<op>` as an attribute is the function.
+An op's page is built from its module; the attribute `fewstep.ops.<op>` is the function.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""The CUDA library: every kernel is bound, holds both architectures, and does not spill."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fewstep import _native
+
+ROOT = Path(__file__).parents[1]
+INFO = _native.build_info()
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+pytestmark = pytest.mark.skipif(
+    not INFO.get("cuda"),
+    reason=f"built without CUDA kernels: {INFO.get('cuda_reason', INFO.get('missing'))}",
+)
+
+
+def cuobjdump(*arguments):
+    """Run the cuobjdump that Triton's package carries on the native library."""
+    spec = importlib.util.find_spec("triton")
+    tools = [] if spec is None else list(Path(spec.origin).parent.rglob("bin/cuobjdump"))
+    if not tools:
+        pytest.skip("no cuobjdump: Triton is not installed or carries none")
+    command = [str(tools[0]), *arguments, _native._C.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_kernel_is_bound(source):
+    assert hasattr(_native._C.cuda, source.stem)
+
+
+def test_both_architectures_are_there():
+    listing = cuobjdump("--list-elf")
+    for architecture in INFO["cuda_architectures"].split():
+        assert f"sm_{architecture}" in listing
+
+
+def test_no_kernel_spills():
+    usage = re.findall(r"Function (\S+):\n.*?STACK:(\d+).*?LOCAL:(\d+)", cuobjdump("-res-usage"))
+    assert usage
+    assert not [(name, stack, local) for name, stack, local in usage if int(stack) or int(local)]
