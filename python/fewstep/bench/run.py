@@ -1,0 +1,229 @@
+"""One benchmark from gate to records: make inputs, check, time, count, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import _gate
+from ..ops._select import UnsupportedError
+from .measure import Budget, cache_bytes, clock, interleave, warm_up
+from .model import Benchmark, Case, Provider, Thunk
+
+MAX_SETS = 64
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how thoroughly to measure."""
+
+    device: torch.device
+    quick: bool = False
+    budget: Budget = field(default_factory=Budget)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One provider on one case. `skipped` holds the reason when there is no number.
+
+    `ratios` maps each baseline to its time over this one's (above 1: this is faster).
+    `of_limit` is the share of the physical limit reached: the least time the measured rates allow,
+    over this time; `limit` names the rate that binds.
+    """
+
+    op: str
+    case: str
+    shape: dict[str, int]
+    dtype: str
+    provider: str
+    role: str
+    impl: str | None
+    skipped: str | None = None
+    samples: int = 0
+    median_s: float = math.nan
+    q1_s: float = math.nan
+    q3_s: float = math.nan
+    flops: float = 0.0
+    bytes: float = 0.0
+    flops_per_s: float = math.nan
+    bytes_per_s: float = math.nan
+    ratios: dict[str, float] = field(default_factory=dict)
+    of_limit: float | None = None
+    limit: str | None = None
+    input_sets: int = 0
+    rotated_bytes: int = 0
+    cache_bytes: int = 0
+
+    @property
+    def iqr_s(self) -> float:
+        """The spread: third minus first quartile."""
+        return self.q3_s - self.q1_s
+
+    def record(self, environment: dict[str, Any]) -> dict[str, Any]:
+        """Return the JSON record: these fields and the machine's; no NaN."""
+        fields = dataclasses.asdict(self) | {"iqr_s": self.iqr_s}
+        fields = {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in fields.items()
+        }
+        return {"schema": SCHEMA} | fields | environment
+
+
+def nbytes(values: Any) -> int:
+    """Return the bytes of the tensors in a nest of tuples, lists and dicts."""
+    if isinstance(values, Tensor):
+        return values.numel() * values.element_size()
+    if isinstance(values, dict):
+        return sum(map(nbytes, values.values()))
+    return sum(map(nbytes, values)) if isinstance(values, (tuple, list)) else 0
+
+
+def _input_sets(benchmark: Benchmark, case: Case, device: torch.device) -> list[tuple[Any, ...]]:
+    """Return enough different input sets that their total is twice the cache (at most 64)."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        first = benchmark.inputs(case, device)
+        wanted = math.ceil(2 * cache_bytes(device) / max(nbytes(first), 1))
+        count = min(max(wanted, 2), MAX_SETS)
+        return [first, *(benchmark.inputs(case, device) for _ in range(count - 1))]
+
+
+def gate(
+    op: str, provider: Provider, device: torch.device, gates: dict[str, str | None]
+) -> str | None:
+    """Return why an implementation may not be timed: its correctness gate failed. Runs it once."""
+    if provider.role != "op" or provider.impl is None:
+        return None
+    if provider.impl not in gates:
+        try:
+            _gate.check(op, provider.impl, device)
+            gates[provider.impl] = None
+        except UnsupportedError as error:
+            gates[provider.impl] = str(error)
+        except Exception as error:  # whatever went wrong, the answer is the same: no number
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            gates[provider.impl] = f"refused: its correctness gate failed: {first}"
+    return gates[provider.impl]
+
+
+def _thunks(
+    provider: Provider,
+    case: Case,
+    sets: list[tuple[Any, ...]],
+    settings: Settings,
+    check: Callable[[], str | None],
+) -> list[Thunk] | str:
+    """Return the provider's call per input set, warmed up, or why it can't or may not be timed."""
+    thunks: list[Thunk] = []
+    for inputs in sets if provider.role != "limit" else sets[:1]:
+        made = provider.make(case, *inputs)
+        if isinstance(made, str):
+            return made
+        reason = None if thunks else check()
+        if reason is not None:
+            return reason
+        thunks.append(made)
+    try:
+        warm_up(thunks[0], settings.device, settings.budget.warmup_seconds)
+    except UnsupportedError as error:
+        return str(error)
+    return thunks
+
+
+def compare(results: list[Result], limits: dict[str, tuple[str, float]]) -> list[Result]:
+    """Fill in the ratios to every baseline and the share of the limit.
+
+    `limits` maps a limit's name to its resource ("bytes" or "flops") and measured rate per second.
+    """
+    baselines = {r.provider: r.median_s for r in results if r.role == "baseline" and not r.skipped}
+    compared = []
+    for result in results:
+        if result.skipped or result.role == "limit":
+            compared.append(result)
+            continue
+        ratios = {name: seconds / result.median_s for name, seconds in baselines.items()}
+        ratios.pop(result.provider, None)
+        floors = {
+            name: getattr(result, resource) / rate for name, (resource, rate) in limits.items()
+        }
+        limit = max(floors, key=lambda name: floors[name], default=None)
+        of_limit = floors[limit] / result.median_s if limit is not None else None
+        compared.append(dataclasses.replace(result, ratios=ratios, limit=limit, of_limit=of_limit))
+    return compared
+
+
+def run_case(
+    benchmark: Benchmark,
+    case: Case,
+    settings: Settings,
+    gates: dict[str, str | None],
+    on_step: Callable[[float], None] = lambda fraction: None,
+) -> list[Result]:
+    """Return one result per provider, the skipped ones with their reason."""
+    device = settings.device
+    sets = _input_sets(benchmark, case, device)
+    results, timed, limits = [], [], {}
+    for provider in benchmark.providers:
+        blank = Result(
+            benchmark.op,
+            case.name,
+            dict(case.shape),
+            str(case.dtype).removeprefix("torch."),
+            provider.name,
+            provider.role,
+            provider.impl,
+        )
+        check = functools.partial(gate, benchmark.op, provider, device, gates)
+        thunks = _thunks(provider, case, sets, settings, check)
+        if isinstance(thunks, str):
+            results.append(dataclasses.replace(blank, skipped=thunks))
+        else:
+            timed.append((provider, blank, thunks))
+    samples = interleave([t for _, _, t in timed], clock(device), settings.budget, on_step)
+    for (provider, blank, _), seconds in zip(timed, samples, strict=True):
+        q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+        flops, moved = benchmark.flops(case), benchmark.bytes_moved(case)
+        if provider.role == "limit":
+            assert provider.resource is not None
+            assert provider.amount is not None
+            amount = provider.amount(case, device)
+            limits[provider.name] = (provider.resource, amount / median)
+            flops, moved = (amount, 0.0) if provider.resource == "flops" else (0.0, amount)
+        results.append(
+            dataclasses.replace(
+                blank,
+                samples=len(seconds),
+                median_s=median,
+                q1_s=q1,
+                q3_s=q3,
+                flops=flops,
+                bytes=moved,
+                flops_per_s=flops / median,
+                bytes_per_s=moved / median,
+                input_sets=len(sets),
+                rotated_bytes=sum(map(nbytes, sets)),
+                cache_bytes=cache_bytes(device),
+            )
+        )
+    order = {provider.name: i for i, provider in enumerate(benchmark.providers)}
+    return compare(sorted(results, key=lambda r: order[r.provider]), limits)
+
+
+def run_benchmark(
+    benchmark: Benchmark,
+    settings: Settings,
+    on_step: Callable[[Case, float], None] = lambda case, fraction: None,
+) -> Iterator[list[Result]]:
+    """Yield the results of each case; `on_step(case, fraction)` reports progress within it."""
+    gates: dict[str, str | None] = {}
+    for case in benchmark.select(settings.device, settings.quick):
+        yield run_case(benchmark, case, settings, gates, lambda f, c=case: on_step(c, f))

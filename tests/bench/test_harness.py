@@ -1,0 +1,190 @@
+"""The benchmark harness on a fake op with known times: gate, rotation, arithmetic, records."""
+
+import functools
+import itertools
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from fewstep import bench, ops
+from fewstep.bench import discover, environment, measure
+from fewstep.bench.run import Result, compare, run_case
+from fewstep.ops import _gate
+
+CPU = torch.device("cpu")
+BUDGET = measure.Budget(seconds=0.0, min_rounds=5, max_rounds=5, warmup_seconds=0.0)
+SETTINGS = bench.Settings(CPU, budget=BUDGET)
+FIELDS = {
+    *("schema", "op", "case", "shape", "dtype", "provider", "role", "impl", "skipped"),
+    *("samples", "median_s", "iqr_s", "flops", "bytes", "flops_per_s", "bytes_per_s"),
+    *("ratios", "of_limit", "device", "driver", "cpu", "isa", "threads", "torch", "triton"),
+    *("fewstep", "commit", "dirty", "date"),
+}
+CASE = bench.Case("small", {"N": 1000}, torch.float32)
+
+
+def nap(seconds, *inputs):
+    time.sleep(seconds)
+
+
+def fake(providers, op="fake", cases=(CASE,), inputs=lambda case, device: (torch.ones(case["N"]),)):
+    return bench.Benchmark(op, cases, inputs, providers, lambda c: 2e6, lambda c: 1e6)
+
+
+def by_provider(results):
+    return {result.provider: result for result in results}
+
+
+@pytest.fixture
+def small_cache(monkeypatch):
+    monkeypatch.setattr("fewstep.bench.run.cache_bytes", lambda device: 16_000)
+    monkeypatch.setattr("fewstep.bench.limits.cache_bytes", lambda device: 16_000)
+
+
+@pytest.fixture
+def passing_gate(monkeypatch):
+    checked = []
+    monkeypatch.setattr(_gate, "check", lambda op, impl, device: checked.append((op, impl)))
+    return checked
+
+
+def op_provider(call, impl="native"):
+    return bench.Provider("ours", lambda case, *x: functools.partial(call, *x), "op", impl)
+
+
+def test_known_times_give_known_ratios(small_cache, passing_gate):
+    providers = [
+        op_provider(functools.partial(nap, 0.002)),
+        bench.baseline("slow", functools.partial(nap, 0.008)),
+    ]
+    found = by_provider(run_case(fake(providers), CASE, SETTINGS, {}))
+    assert passing_gate == [("fake", "native")]
+    assert found["ours"].median_s >= 0.002
+    assert found["slow"].median_s >= 0.008
+    ours, slow = found["ours"], found["slow"]
+    assert ours.ratios == {"slow": slow.median_s / ours.median_s}
+    assert ours.flops_per_s == pytest.approx(2e6 / ours.median_s)
+    assert ours.bytes_per_s == pytest.approx(1e6 / ours.median_s)
+    assert ours.samples == 5
+    assert ours.q1_s <= ours.median_s <= ours.q3_s
+
+
+def test_share_of_the_limit_takes_the_binding_rate():
+    blank = dict(op="o", case="c", shape={}, dtype="float32", impl=None)
+    result = Result(**blank, provider="p", role="op", median_s=2.0, flops=100.0, bytes=10.0)
+    limits = {"copy": ("bytes", 10.0), "matmul": ("flops", 200.0)}  # 1 s and 0.5 s at least
+    (compared,) = compare([result], limits)
+    assert compared.limit == "copy"
+    assert compared.of_limit == pytest.approx(0.5)
+    assert compare([result], {})[0].of_limit is None
+
+
+def test_a_failing_gate_refuses_the_number(small_cache, monkeypatch):
+    def check(op, impl, device):
+        raise AssertionError("Tensor-likes are not close!\n\nMismatched elements: 3")
+
+    def never(*inputs):
+        raise AssertionError("was called")
+
+    monkeypatch.setattr(_gate, "check", check)
+    providers = [op_provider(never), bench.baseline("torch", lambda x: x + 1)]
+    found = by_provider(run_case(fake(providers), CASE, SETTINGS, {}))
+    expected = "refused: its correctness gate failed: Tensor-likes are not close!"
+    assert found["ours"].skipped == expected
+    assert math.isnan(found["ours"].median_s)
+    assert found["torch"].skipped is None
+    assert found["torch"].ratios == {}
+
+
+def test_the_gate_runs_once_per_implementation(small_cache, passing_gate):
+    cases = [CASE, bench.Case("other", {"N": 2000}, torch.float32)]
+    benchmark = fake([op_provider(lambda x: x)], cases=cases)
+    assert len(list(bench.run_benchmark(benchmark, SETTINGS))) == 2
+    assert passing_gate == [("fake", "native")]
+
+
+def test_unavailable_providers_say_why(small_cache):
+    providers = [
+        bench.baseline("peer", lambda x: x, unless=bench.needs("no_such_package")),
+        bench.baseline("gpu peer", lambda x: x, unless=bench.needs("torch", "cuda")),
+        bench.baseline("torch", lambda x: x + 1),
+    ]
+    found = by_provider(run_case(fake(providers), CASE, SETTINGS, {}))
+    assert "no_such_package is not installed" in found["peer"].skipped
+    assert found["gpu peer"].skipped == "torch runs on cuda only"
+    assert found["torch"].skipped is None
+
+
+def test_inputs_rotate_past_the_cache(small_cache):
+    made = itertools.count()
+    seen = []
+
+    def inputs(case, device):
+        return (torch.full((case["N"],), float(next(made))),)
+
+    providers = [bench.baseline(n, lambda x: seen.append(x[0].item())) for n in ("a", "b")]
+    results = run_case(fake(providers, inputs=inputs), CASE, SETTINGS, {})
+    # 32,000 bytes are two caches: eight sets of 4,000.
+    assert results[0].input_sets == 8
+    assert results[0].rotated_bytes == 32_000
+    timed = seen[-10:]
+    assert all(left != right for left, right in itertools.pairwise(timed))
+    assert timed == [float(i % 8) for i in range(10)]
+
+
+def test_limits_measure_their_own_work(small_cache):
+    providers = [bench.baseline("torch", lambda x: x + 1), bench.copy_limit()]
+    found = by_provider(run_case(fake(providers), CASE, SETTINGS, {}))
+    assert found["copy"].bytes == 64_000
+    assert found["torch"].limit == "copy"
+    floor = 1e6 / found["copy"].bytes_per_s
+    assert found["torch"].of_limit == pytest.approx(floor / found["torch"].median_s)
+    assert found["copy"].ratios == {}
+
+
+def test_records_are_json_with_the_machine(small_cache):
+    skipped = bench.baseline("peer", lambda x: x, unless=bench.needs("no_such_package"))
+    results = run_case(fake([bench.baseline("torch", lambda x: x), skipped]), CASE, SETTINGS, {})
+    machine = environment.environment(CPU)
+    for result in results:
+        record = json.loads(json.dumps(result.record(machine), allow_nan=False))
+        assert record.keys() >= FIELDS
+    assert results[1].record(machine)["median_s"] is None
+
+
+def test_commit_can_be_given(monkeypatch):
+    monkeypatch.setenv("FEWSTEP_COMMIT", "abc+dirty")
+    assert environment.commit(None) == ("abc", True)
+
+
+def test_discovery_and_its_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="run this from a checkout"):
+        discover.find_directory()
+    folder = tmp_path / "benchmarks" / "ops"
+    folder.mkdir(parents=True)
+    (folder / "x.py").write_text("BENCHMARK = 3")
+    assert discover.find_directory() == tmp_path / "benchmarks"
+    with pytest.raises(ValueError, match="expected BENCHMARK = Benchmark"):
+        discover.load(discover.find_directory(), "x")
+    with pytest.raises(ValueError, match="expected one of x, got 'y'"):
+        discover.load(discover.find_directory(), "y")
+
+
+ROOT = next(p for p in discover.Path(__file__).parents if (p / "benchmarks" / "ops").is_dir())
+
+
+@pytest.mark.parametrize("op", discover.available(ROOT / "benchmarks"))
+def test_every_benchmark_file_declares_cases_and_a_baseline(op):
+    benchmark = discover.load(ROOT / "benchmarks", op)
+    assert op in ops.OPS
+    assert any(p.role == "baseline" for p in benchmark.providers)
+    assert any(p.role == "limit" for p in benchmark.providers)
+    names = [p.name for p in benchmark.providers]
+    assert len(set(names)) == len(names)
+    for case in benchmark.cases:
+        assert benchmark.bytes_moved(case) > 0
+        assert benchmark.flops(case) > 0
