@@ -1,0 +1,29 @@
+// gemm_w8a8: int8 x int8 product with exact integer accumulation, scaled per row and per column.
+//
+//   acc_mn = sum_k a_mk w_nk                                     exact in int32, K < kGemmW8A8MaxK
+//   out_mn = fma(float(acc_mn) * a_scale_m, w_scale_n, bias_n)   float32, rounded once to out's
+//   dtype out_mn = (float(acc_mn) * a_scale_m) * w_scale_n             without bias
+//
+// a [M, K] int8, unit stride in K; a_scale [M], w_scale [N], bias [N] float32, contiguous;
+// row_sums [M] int32, scratch; out [M, N] float32, bfloat16 or float16, contiguous.
+//
+// packed: the weight, uint8 [ceil(N / 16) * 16, ceil(K / 4) * 4] bytes holding w + 128 in panels of
+// 64 columns (the last panel narrower, a multiple of 16). A panel of width W is [K / 4][W][4]: the
+// four k of a group lie side by side, as vpdpbusd wants them. Padding may hold anything. The offset
+// is undone in the epilogue: sum a (w + 128) - 128 sum a, arithmetic modulo 2^32.
+#pragma once
+
+#include "fewstep/tensor.h"
+
+namespace fewstep {
+
+// 128 * 128 * K stays below 2^31.
+constexpr std::int64_t kGemmW8A8MaxK = std::int64_t{1} << 17;
+
+namespace cpu {
+void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView& packed,
+               const TensorView& w_scale, const TensorView* bias, const TensorView& row_sums,
+               const TensorView& out);
+}
+
+}  // namespace fewstep

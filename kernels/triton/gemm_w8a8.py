@@ -1,0 +1,102 @@
+"""gemm_w8a8 in Triton: one program per BLOCK_M x BLOCK_N tile of out, int8 dots into int32.
+
+a [M, K] int8 with unit stride in K, w [N, K] int8 with any strides, a_scale [M] and w_scale [N]
+fp32, bias [N] floating or none, out [M, N] contiguous. Programs walk GROUP tiles of M before the
+next tile of N, so that neighbours share both operands in the second-level cache.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from ._common import narrow
+
+GROUP = 8
+
+
+@triton.jit
+def _gemm_w8a8_kernel(
+    a_ptr,
+    a_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_am,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    within = program % (GROUP * tiles_n)
+    offs_m = (group * GROUP + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    # Rows and columns past the end are clamped: they are computed and not stored.
+    rows = tl.minimum(offs_m, M - 1).to(tl.int64)
+    columns = tl.minimum(offs_n, N - 1).to(tl.int64)
+    a_ptrs = a_ptr + rows[:, None] * stride_am + offs_k[None, :]
+    w_ptrs = w_ptr + columns[None, :] * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(start + offs_k < K)[None, :], other=0)
+            w = tl.load(w_ptrs, mask=(start + offs_k < K)[:, None], other=0)
+        acc = tl.dot(a, w, acc, out_dtype=tl.int32)
+        a_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * stride_wk
+    a_scale = tl.load(a_scale_ptr + rows)
+    w_scale = tl.load(w_scale_ptr + columns)
+    out = acc.to(tl.float32) * a_scale[:, None] * w_scale[None, :]
+    if HAS_BIAS:
+        out += tl.load(bias_ptr + columns).to(tl.float32)[None, :]
+    ptrs = out_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    tl.store(ptrs, narrow(out, out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_gemm_w8a8(
+    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """Fill `out`; shapes as in the module docstring, none of M and N zero."""
+    (M, K), N = a.shape, w.shape[0]
+    block_m = 16 if M <= 16 else 64 if M <= 64 else 128
+    block_n, block_k = (64, 128) if M <= 64 else (128, 128)
+    _gemm_w8a8_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+        a,
+        a_scale,
+        w,
+        w_scale,
+        w_scale if bias is None else bias,
+        out,
+        M,
+        N,
+        K,
+        a.stride(0),
+        *w.stride(),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP=GROUP,
+        EVEN_K=K % block_k == 0,
+        HAS_BIAS=bias is not None,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=3,
+    )

@@ -1,0 +1,56 @@
+"""quantize_int8 in Triton: one program per row, which reads it twice (the second time from cache).
+
+x [R, K] with unit stride in K, q [R, K] int8 and scale [R] fp32 contiguous. The row is walked in
+blocks; each block's running maximum stays in registers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+TINY = tl.constexpr(127 * 2.0**-126)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even
+
+
+@triton.jit
+def _quantize_int8_kernel(x_ptr, q_ptr, scale_ptr, stride_xr, columns, BLOCK: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64)
+    x_ptr += r * stride_xr
+    q_ptr += r * columns
+    offs = tl.arange(0, BLOCK)
+    top = tl.zeros([BLOCK], tl.float32)
+    bad = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, columns, BLOCK):
+        x = tl.load(x_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
+        magnitude = tl.abs(x)
+        # NaN compares false, so it lands in `bad` with the infinities; maxima may drop it.
+        finite = magnitude < float("inf")
+        bad |= tl.where(finite, 0, 1)
+        top = tl.maximum(top, tl.where(finite, magnitude, 0.0))
+    amax = tl.max(top, 0)
+    ok = tl.max(bad, 0) == 0
+    used = ok & (amax >= TINY)
+    # div_rn: the plain division is approximate on GPUs, and all implementations agree to the bit.
+    divisor = tl.where(used, amax, 127.0)
+    inverse = tl.where(used, tl.div_rn(tl.full([], 127.0, tl.float32), divisor), 0.0)
+    scale = tl.where(used, tl.div_rn(amax, tl.full([], 127.0, tl.float32)), 1.0)
+    tl.store(scale_ptr + r, tl.where(ok, scale, float("nan")))
+    for start in range(0, columns, BLOCK):
+        mask = start + offs < columns
+        x = tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+        rounded = (x * inverse + ROUND) - ROUND
+        tl.store(q_ptr + start + offs, rounded.to(tl.int8), mask=mask)
+
+
+def launch_quantize_int8(x: Tensor, q: Tensor, scale: Tensor) -> None:
+    """Fill `q` and `scale`; shapes as in the module docstring, at least one row."""
+    rows, columns = x.shape
+    block = min(4096, triton.next_power_of_2(max(columns, 16)))
+    # No fusion: x * inverse must be rounded before ROUND is added, as everywhere else.
+    _quantize_int8_kernel[(rows,)](
+        x, q, scale, x.stride(0), columns, BLOCK=block, enable_fp_fusion=False
+    )

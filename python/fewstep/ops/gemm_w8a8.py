@@ -1,0 +1,245 @@
+"""int8 x int8 product with exact integer accumulation, scaled per row and per column.
+
+    acc_mn = sum_k a_mk w_nk                                  exact in int32, K < 131,072
+    out_mn = float(acc_mn) * a_scale_m * w_scale_n + bias_n   rounded once to out_dtype
+
+a        [..., M, K]  int8             a_scale  [..., M]  float32
+w        [N, K]       int8             w_scale  [N]       float32
+bias     [N]          float32, bfloat16 or float16
+out      [..., M, N]  float32, bfloat16 or float16
+
+The scaling runs in float32 in the order written; the last product and the bias are one fused
+multiply-add in native code, two operations in Triton's interpreter. Each of the at most four
+roundings is relative 2^-24, so before the rounding to out_dtype
+
+    |out - exact| <= 3 * 2^-24 |acc a_scale w_scale| + 2^-24 |exact|.
+
+`pack_w8(w)` rearranges a weight once for the CPU kernel (csrc/include/fewstep/ops/gemm_w8a8.h has
+the layout); without `packed` that kernel packs w in every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..reference.gemm_w8a8 import gemm_w8a8 as _reference
+from ._register import register
+from ._select import Implementation, refuse_native, refuse_triton, select
+
+__all__ = ["gemm_w8a8", "pack_w8"]
+
+MAX_K = 1 << 17
+PANEL = 64
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def packed_shape(w: Tensor) -> tuple[int, int]:
+    """Return the shape of `pack_w8(w)`: N padded to 16, K padded to 4."""
+    return -(-w.shape[0] // 16) * 16, -(-w.shape[1] // 4) * 4
+
+
+def pack_w8(w: Tensor) -> Tensor:
+    """Return the weight [N, K] int8 as the CPU kernel reads it, uint8; opaque otherwise.
+
+    w + 128 in panels of 64 columns of the product, the four k of a group side by side:
+    [ceil(N / 64)][K / 4][64][4], the last panel only as wide as N needs in steps of 16.
+    """
+    rows, columns = packed_shape(w)
+    padded = w.new_zeros((rows, columns))
+    padded[: w.shape[0], : w.shape[1]] = w
+    if padded.numel() == 0:
+        return padded.view(torch.uint8)
+    words = padded.view(torch.int32).bitwise_xor_(-0x7F7F7F80)  # 0x80808080: adds 128 to each byte
+    full = rows // PANEL * PANEL
+    panels = words[:full].view(-1, PANEL, columns // 4).transpose(1, 2).reshape(-1)
+    packed = torch.cat([panels, words[full:].t().reshape(-1)])
+    return packed.view(torch.uint8).view(rows, columns)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _run_reference(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return _reference(a, a_scale, w, w_scale, bias=bias, out_dtype=out_dtype)
+
+
+def _flat(a: Tensor, a_scale: Tensor, w: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return a as [M, K], a_scale as [M], and out with a view of it as [M, N]."""
+    out = a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
+    rows = a_scale.numel()
+    flat = (a_scale.reshape(rows).contiguous(), out, out.view(rows, w.shape[0]))
+    return _unit_stride(a.reshape(rows, a.shape[-1])), *flat
+
+
+def _run_native(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    a2, a_scale, out, out2 = _flat(a, a_scale, w, out_dtype)
+    packed = pack_w8(w) if packed is None else packed.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    row_sums = a_scale.new_empty(a_scale.shape, dtype=torch.int32)
+    _native.call("gemm_w8a8", a2, a_scale, packed, w_scale.contiguous(), bias, row_sums, out2)
+    return out
+
+
+def _run_triton(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from ..kernels.gemm_w8a8 import launch_gemm_w8a8
+
+    a2, a_scale, out, out2 = _flat(a, a_scale, w, out_dtype)
+    if out.numel():
+        launch_gemm_w8a8(
+            a2, a_scale, w, w_scale.contiguous(), None if bias is None else bias.contiguous(), out2
+        )
+    return out
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "native",
+        _run_native,
+        lambda a, *args, **kwargs: refuse_native("gemm_w8a8", [a], (torch.int8,)),
+    ),
+    Implementation(
+        "triton", _run_triton, lambda a, *args, **kwargs: refuse_triton([a], (torch.int8,))
+    ),
+    Implementation("reference", _run_reference, lambda *args, **kwargs: None),
+)
+
+
+def _fake(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    out_dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
+
+
+_op = register(
+    "gemm_w8a8",
+    "(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? packed,"
+    " ScalarType out_dtype, str impl) -> Tensor",
+    IMPLEMENTATIONS,
+    _fake,
+)
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
+
+
+def _validate(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    for name, tensor, least in (("a", a, 1), ("w", w, 2)):
+        if tensor.dim() < least or tensor.dtype != torch.int8:
+            axes = "[..., M, K]" if name == "a" else "[N, K]"
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name}: expected torch.int8 {axes}, got {got}")
+    _expect("w", w, (w.shape[0], a.shape[-1]), (torch.int8,))
+    _expect("a_scale", a_scale, tuple(a.shape[:-1]), (torch.float32,))
+    _expect("w_scale", w_scale, (w.shape[0],), (torch.float32,))
+    if bias is not None:
+        _expect("bias", bias, (w.shape[0],), _FLOATS)
+    if packed is not None:
+        _expect("packed", packed, packed_shape(w), (torch.uint8,))
+    if a.shape[-1] >= MAX_K:
+        raise ValueError(f"a: expected K below {MAX_K} for exact int32 sums, got {a.shape[-1]}")
+    if out_dtype not in _FLOATS:
+        raise ValueError(f"out_dtype: expected float32, bfloat16 or float16, got {out_dtype}")
+    others = {"a_scale": a_scale, "w": w, "w_scale": w_scale, "bias": bias, "packed": packed}
+    for name, other in others.items():
+        if other is not None and other.device != a.device:
+            raise ValueError(f"{name}: expected the device of a, {a.device}, got {other.device}")
+
+
+def gemm_w8a8(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    packed: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+) -> Tensor:
+    """Return (a * a_scale) @ (w * w_scale).T + bias for int8 a and w.
+
+    Args:
+        a: int8 [..., M, K], as from `quantize_int8`; K < 131,072.
+        a_scale: float32 [..., M].
+        w: int8 [N, K].
+        w_scale: float32 [N].
+        bias: floating [N], added in float32.
+        packed: `pack_w8(w)`, to save packing in every call on the CPU; others ignore it.
+        out_dtype: float32, bfloat16 or float16.
+        impl: "auto", "reference", "native" or "triton".
+
+    Returns:
+        [..., M, N] in out_dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        UnsupportedError: `impl` can't serve these tensors.
+        DerivativeError: a scale or the bias carries a tangent or requires grad.
+    """
+    _validate(a, a_scale, w, w_scale, bias, packed, out_dtype)
+    chosen = select("gemm_w8a8", impl, IMPLEMENTATIONS, a)
+    return _op(a, a_scale, w, w_scale, bias, packed, out_dtype, chosen)
+
+
+def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return (args, kwargs, rtol, atol) for the gate on a new machine; see `_gate.check`."""
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    for M, N, K in ((1, 64, 64), (77, 130, 96), (300, 257, 1031)):
+        a = torch.randint(-128, 128, (M, K), generator=generator, dtype=torch.int8).to(device)
+        w = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8).to(device)
+        a_scale, w_scale, bias = (torch.rand(n, generator=generator).to(device) for n in (M, N, N))
+        # Positive bias, product of either sign: cancellation is covered by the absolute term,
+        # 4 * 2^-24 of the largest |acc| of these shapes, 2^14 * 1031.
+        atol = 4 * 2.0**-24 * 2**14 * K
+        cases.append(((a, a_scale, w, w_scale), {"bias": bias}, 2.0**-22, atol))
+    return cases

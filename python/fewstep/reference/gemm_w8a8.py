@@ -1,0 +1,29 @@
+"""Oracle of `fewstep.ops.gemm_w8a8`.
+
+    acc_mn = sum_k a_mk w_nk                              exact
+    out_mn = acc_mn * a_scale_m * w_scale_n + bias_n      rounded once to out_dtype
+
+The sums are exact in float64: |acc| < 2^31 for K < 2^17.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gemm_w8a8(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the scaled product; float64 throughout."""
+    acc = a.double() @ w.double().mT
+    out = acc * a_scale.double()[..., None] * w_scale.double()
+    if bias is not None:
+        out = out + bias.double()
+    return out.to(out_dtype)

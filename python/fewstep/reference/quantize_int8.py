@@ -1,0 +1,28 @@
+"""Oracle of `fewstep.ops.quantize_int8`.
+
+    amax = max_k |x_k|
+    scale = amax / 127
+    q = round(x * (127 / amax))          to nearest, ties to even
+
+A row whose amax is below TINY counts as zero (scale 1, q 0); a row that holds an infinity or a NaN
+gets scale NaN and q 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TINY = 127 * 2.0**-126  # below it the scale would not be a normal float32
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (q, scale), computed in float64 for float64, else in float32."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    amax = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    top = torch.full_like(amax, 127)  # a tensor: CUDA divides by a number inexactly
+    finite, tiny = amax.isfinite(), amax < TINY
+    inverse = torch.where(finite & ~tiny, top / amax, torch.zeros_like(amax))
+    q = torch.round(x * inverse[..., None]).nan_to_num(0.0).to(torch.int8)
+    scale = torch.where(tiny, torch.ones_like(amax), amax / top)
+    return q, torch.where(finite, scale, torch.full_like(scale, torch.nan))

@@ -1,0 +1,244 @@
+"""gemm_w8a8: exact sums in every implementation, and the derived budget for the scaling."""
+
+import pytest
+import torch
+
+from fewstep import _native, ops
+from fewstep.ops._register import DerivativeError
+from fewstep.ops.gemm_w8a8 import pack_w8
+from helpers import DEVICES, padded, padding_intact, row_sliced, strided
+
+IMPLS = ["reference", "native", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# (..., M), N, K: single elements, every remainder of the tiles, leading axes, panel edges.
+SHAPES = [
+    ((1,), 1, 1),
+    ((), 5, 7),
+    ((7,), 65, 3),
+    ((13,), 130, 77),
+    ((2, 3), 48, 66),
+    ((2, 1, 5), 17, 4),
+    ((50,), 200, 129),
+    ((197,), 64, 64),
+]
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request):
+    return request.param
+
+
+def operands(rows, N, K, device="cpu"):
+    a = torch.randint(-128, 128, (*rows, K), dtype=torch.int8)
+    w = torch.randint(-128, 128, (N, K), dtype=torch.int8)
+    a_scale, w_scale, bias = torch.rand(rows) + 0.1, torch.rand(N) + 0.1, torch.randn(N) * 100
+    return [t.to(device) for t in (a, a_scale, w, w_scale, bias)]
+
+
+def check(args, impl, bias=None, out_dtype=torch.float32, **kwargs):
+    a, a_scale, w, w_scale = args
+    out = ops.gemm_w8a8(*args, bias=bias, out_dtype=out_dtype, impl=impl, **kwargs)
+    assert out.dtype == out_dtype
+    assert out.shape == (*a.shape[:-1], w.shape[0])
+    product = a.double() @ w.double().mT * a_scale.double()[..., None] * w_scale.double()
+    exact = product if bias is None else product + bias.double()
+    # float(acc), two products and the sum: see the docstring of the op. Then half a unit of
+    # out_dtype (its eps is a whole unit).
+    before = 3 * 2.0**-24 * product.abs() + 2.0**-24 * exact.abs()
+    unit = torch.finfo(out_dtype).eps / 2 if out_dtype != torch.float32 else 0
+    bound = before + unit * (exact.abs() + before) + torch.finfo(out_dtype).tiny
+    assert ((out.double() - exact).abs() <= bound).all()
+    return out
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_are_exact(shape, impl, device):
+    a, a_scale, w, w_scale, _ = operands(*shape, device)
+    out = ops.gemm_w8a8(a, a_scale * 0 + 1, w, w_scale * 0 + 1, impl=impl)
+    assert torch.equal(out.double(), a.double() @ w.double().mT)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_oracle(shape, dtype, impl, device):
+    *args, bias = operands(*shape, device)
+    args[1] /= 1000  # keeps float16 in range
+    check(args, impl, out_dtype=dtype)
+    check(args, impl, bias=bias, out_dtype=dtype)
+    check(args, impl, bias=bias.to(dtype), out_dtype=dtype)
+
+
+def test_agrees_with_torch_int_mm(impl):
+    a, _, w, _, _ = operands((40,), 64, 96)
+    out = ops.gemm_w8a8(a, torch.ones(40), w, torch.ones(64), impl=impl)
+    assert torch.equal(out, torch._int_mm(a, w.t()).float())
+
+
+@pytest.mark.parametrize("value", [-128, 127])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_extremes_do_not_saturate(value, isa, monkeypatch):
+    # 16-bit intermediates would saturate here; the sums come close to 2^31.
+    monkeypatch.setenv("FEWSTEP_CPU_ISA", isa)
+    K = 131_071
+    a = torch.full((2, K), -128, dtype=torch.int8)
+    w = torch.full((3, K), value, dtype=torch.int8)
+    out = ops.gemm_w8a8(a, torch.ones(2), w, torch.ones(3), impl="native")
+    assert torch.equal(out, torch.full((2, 3), float(-128 * value * K)))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa, monkeypatch):
+    for shape in SHAPES + [((M,), N, 5) for M in range(1, 8) for N in (15, 33, 79, 113)]:
+        *args, bias = operands(*shape)
+        best = [ops.gemm_w8a8(*args, bias=bias, out_dtype=d, impl="native") for d in DTYPES]
+        monkeypatch.setenv("FEWSTEP_CPU_ISA", isa)
+        for dtype, want in zip(DTYPES, best, strict=True):
+            got = ops.gemm_w8a8(*args, bias=bias, out_dtype=dtype, impl="native")
+            assert torch.equal(got, want)
+        check(args, "native", bias=bias)
+        monkeypatch.delenv("FEWSTEP_CPU_ISA")
+
+
+@pytest.mark.parametrize("layout", [padded, strided, row_sliced])
+def test_layouts_do_not_read_padding(layout, impl):
+    a, a_scale, w, w_scale, bias = operands((3, 19), 70, 71)
+    args = [layout(t) for t in (a, a_scale, w, w_scale)]
+    check(args, impl, bias=layout(bias))
+    check([a.transpose(0, 1), a_scale.t(), w, w_scale], impl)
+
+
+@pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
+def test_native_writes_only_its_outputs(shape):
+    rows, N, K = (torch.Size(shape[0]).numel(), *shape[1:])
+    a, a_scale, w, w_scale, bias = operands((rows,), N, K)
+    packed = padded(pack_w8(w))
+    for dtype in DTYPES:
+        out, sums = padded(torch.zeros(rows, N, dtype=dtype)), padded(a_scale.to(torch.int32))
+        call = [padded(a), padded(a_scale), packed, padded(w_scale), padded(bias), sums, out]
+        _native.call("gemm_w8a8", *call)
+        assert padding_intact(out)
+        assert padding_intact(sums)
+        want = ops.gemm_w8a8(a, a_scale, w, w_scale, bias=bias, out_dtype=dtype, impl="native")
+        assert torch.equal(out, want)
+
+
+def test_packed_weight_gives_the_same_bits(impl):
+    a, a_scale, w, w_scale, bias = operands((33,), 150, 70)
+    plain = ops.gemm_w8a8(a, a_scale, w, w_scale, bias=bias, impl=impl)
+    packed = ops.gemm_w8a8(a, a_scale, w, w_scale, bias=bias, packed=pack_w8(w), impl=impl)
+    assert torch.equal(plain, packed)
+
+
+def test_packed_layout_is_as_documented():
+    w = torch.randint(-128, 128, (150, 10), dtype=torch.int8)
+    packed = pack_w8(w)
+    assert packed.shape == (160, 12)
+    flat = packed.flatten()
+    for n, k in ((0, 0), (63, 9), (64, 5), (127, 0), (128, 1), (149, 9)):
+        panel, width = n // 64, 64 if n < 128 else 32
+        at = panel * 64 * 12 + (k // 4) * width * 4 + (n % 64) * 4 + k % 4
+        assert flat[at] == w[n, k].int() + 128
+
+
+def test_nan_scale_makes_its_row_nan_and_no_other(impl):
+    a, a_scale, w, w_scale, _ = operands((5,), 20, 30)
+    clean = ops.gemm_w8a8(a, a_scale, w, w_scale, out_dtype=torch.bfloat16, impl=impl)
+    a_scale[2] = float("nan")
+    out = ops.gemm_w8a8(a, a_scale, w, w_scale, out_dtype=torch.bfloat16, impl=impl)
+    keep = torch.tensor([0, 1, 3, 4])
+    assert out[2].isnan().all()
+    assert torch.equal(out[keep], clean[keep])
+
+
+def test_float16_overflow_is_infinite(impl):
+    a, w = torch.full((1, 64), 127, dtype=torch.int8), torch.full((2, 64), 127, dtype=torch.int8)
+    w[1] = -127
+    out = ops.gemm_w8a8(a, torch.ones(1), w, torch.ones(2), out_dtype=torch.float16, impl=impl)
+    assert out.tolist() == [[float("inf"), -float("inf")]]
+
+
+def test_empty_axes(impl):
+    for rows, N, K in (((0,), 5, 4), ((2, 0), 5, 4), ((3,), 0, 4)):
+        a, a_scale, w, w_scale, bias = operands(rows, N, K)
+        out = ops.gemm_w8a8(a, a_scale, w, w_scale, bias=bias, impl=impl)
+        assert out.shape == (*rows, N)
+    a, a_scale, w, w_scale, bias = operands((3,), 5, 0)
+    out = ops.gemm_w8a8(a, a_scale, w, w_scale, bias=bias, impl=impl)
+    assert torch.equal(out, bias.expand(3, 5))
+
+
+def test_threads_do_not_change_a_bit():
+    *args, bias = operands((500,), 300, 200)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = ops.gemm_w8a8(*args, bias=bias, impl="native")
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, ops.gemm_w8a8(*args, bias=bias, impl="native"))
+
+
+def test_opcheck():
+    *args, bias = operands((2, 6), 20, 32)
+    for packed in (None, pack_w8(args[2])):
+        full = (*args, bias, packed, torch.bfloat16, "native")
+        torch.library.opcheck(torch.ops.fewstep.gemm_w8a8.default, full)
+
+
+def test_compiles_without_graph_break():
+    *args, bias = operands((2, 6), 20, 32)
+    compiled = torch.compile(ops.gemm_w8a8, fullgraph=True, backend="aot_eager")
+    want = ops.gemm_w8a8(*args, bias=bias, out_dtype=torch.bfloat16)
+    assert torch.equal(compiled(*args, bias=bias, out_dtype=torch.bfloat16), want)
+
+
+def test_tangents_and_gradients_are_refused():
+    a, a_scale, w, w_scale, bias = operands((6,), 20, 32)
+    with pytest.raises(DerivativeError, match="tangent"):
+        torch.func.jvp(lambda s: ops.gemm_w8a8(a, s, w, w_scale), (a_scale,), (a_scale,))
+    with pytest.raises(DerivativeError, match="gradient"):
+        ops.gemm_w8a8(a, a_scale, w, w_scale, bias=bias.requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.zeros(6, 32)}, r"a: expected torch.int8 .*got torch.float32 \[6, 32\]"),
+        ({"w": torch.zeros(32, dtype=torch.int8)}, r"w: expected torch.int8 \[N, K\]"),
+        (
+            {"w": torch.zeros(20, 31, dtype=torch.int8)},
+            r"w: expected shape \[20, 32\], got \[20, 31\]",
+        ),
+        ({"a_scale": torch.ones(5)}, r"a_scale: expected shape \[6\], got \[5\]"),
+        (
+            {"w_scale": torch.ones(20).double()},
+            "w_scale: expected torch.float32, got torch.float64",
+        ),
+        ({"bias": torch.ones(19)}, r"bias: expected shape \[20\], got \[19\]"),
+        ({"packed": torch.ones(20, 32)}, r"packed: expected shape \[32, 32\], got \[20, 32\]"),
+        ({"out_dtype": torch.int32}, "out_dtype: expected float32, bfloat16 or float16"),
+        ({"impl": "cuda"}, "impl: expected one of"),
+    ],
+)
+def test_bad_input_names_the_argument(change, message):
+    a, a_scale, w, w_scale, _ = operands((6,), 20, 32)
+    kwargs = {"a": a, "a_scale": a_scale, "w": w, "w_scale": w_scale} | change
+    with pytest.raises(ValueError, match=message):
+        ops.gemm_w8a8(**kwargs)
+
+
+def test_k_too_large_for_exact_sums_is_refused():
+    a, w = torch.zeros(1, 1 << 17, dtype=torch.int8), torch.zeros(1, 1 << 17, dtype=torch.int8)
+    with pytest.raises(ValueError, match="a: expected K below 131072"):
+        ops.gemm_w8a8(a, torch.ones(1), w, torch.ones(1))
+
+
+def test_the_missing_cuda_kernel_is_said_in_words():
+    if not _native.build_info().get("cuda"):
+        reason = _native.unavailable("gemm_w8a8", torch.device("cuda"))
+        assert "built without CUDA kernels" in reason
+        return
+    reason = _native.unavailable("gemm_w8a8", torch.device("cuda"))
+    assert reason == "there is no native cuda kernel for this op"
