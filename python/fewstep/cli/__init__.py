@@ -1,0 +1,1 @@
+"""The `fewstep` command: doctor, bench, demo. The only part of the package that prints."""

@@ -1,0 +1,126 @@
+"""`fewstep bench ops`: runs benchmark files, shows tables, writes records."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..bench import Result, Settings, discover, run_benchmark
+from ..bench.environment import environment, slug
+from ..bench.measure import QUICK, Budget
+from ..bench.model import Benchmark, Case
+from ..bench.table import case_table, reasons
+
+
+def resolve_device(text: str) -> torch.device:
+    """Return the device asked for; `auto` is the GPU where there is one.
+
+    Raises:
+        typer.BadParameter: no such device here.
+    """
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"--device: expected cpu, cuda or auto, got {text!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(
+            f"--device: {text!r} was asked for, but torch finds no CUDA device"
+        )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+class Writer:
+    """Writes records as they come: one file, one file per op in a folder, or nowhere."""
+
+    def __init__(self, output: Path | None, device: str) -> None:
+        self.output = output
+        self.folder = None
+        self.opened: set[Path] = set()
+        if output is not None and output.suffix not in (".jsonl", ".json"):
+            self.folder = output / slug(device)
+
+    def write(self, op: str, lines: Sequence[str]) -> None:
+        """Append an op's lines; a file left by an earlier run is replaced."""
+        path = self.folder / f"{op}.jsonl" if self.folder is not None else self.output
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if path in self.opened else "w") as file:
+            file.writelines(line + "\n" for line in lines)
+        self.opened.add(path)
+
+
+def load_all(directory: Path, ops: Sequence[str]) -> list[Benchmark]:
+    """Return the benchmarks asked for, or all of them."""
+    return [discover.load(directory, op) for op in ops or discover.available(directory)]
+
+
+def main(
+    ops: Sequence[str],
+    device_text: str,
+    output: Path | None,
+    json: bool,
+    quick: bool,
+    benchmarks: Path | None,
+) -> int:
+    """Run, show and write; return 1 if a correctness gate failed."""
+    device = resolve_device(device_text)
+    try:
+        directory = discover.find_directory(benchmarks)
+        loaded = load_all(directory, ops)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    settings = Settings(device, quick, QUICK if quick else Budget())
+    machine = environment(device, directory)
+    console = Console(stderr=json)
+    writer = Writer(output, machine["device"])
+    total = sum(len(benchmark.select(device, quick)) for benchmark in loaded)
+    console.print(
+        f"{machine['device']} · {machine['threads']} threads · torch {machine['torch']} · "
+        f"triton {machine['triton']} · commit {(machine['commit'] or 'unknown')[:10]}"
+        f"{' with changes' if machine['dirty'] else ''}",
+        highlight=False,
+    )
+    everything: list[Result] = []
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("ops", total=total)
+        cases_done = 0
+
+        def on_step(case: Case, fraction: float) -> None:
+            progress.update(task, completed=cases_done + fraction)
+
+        for benchmark in loaded:
+            progress.update(task, description=benchmark.op)
+            for results in run_benchmark(benchmark, settings, on_step):
+                cases_done += 1
+                everything += results
+                lines = [jsonlib.dumps(r.record(machine), allow_nan=False) for r in results]
+                writer.write(benchmark.op, lines)
+                if json:
+                    sys.stdout.writelines(line + "\n" for line in lines)
+                else:
+                    progress.console.print(case_table(results))
+    for sentence in dict.fromkeys(reasons(everything)):
+        console.print(f"not timed: {sentence}", highlight=False, soft_wrap=True)
+    for path in sorted(writer.opened):
+        console.print(f"records: {path}", highlight=False, soft_wrap=True)
+    return int(any(r.skipped and r.skipped.startswith("refused") for r in everything))

@@ -1,0 +1,52 @@
+"""The command's options. Bodies live beside this file and load on use, so that --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Makes diffusers pipelines fast at 1-8 steps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+bench_app = typer.Typer(help="Measure, against every baseline in the same run.")
+app.add_typer(bench_app, name="bench", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def doctor(
+    json: Json = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run every kernel's gate; exit 1 if one fails.")
+    ] = False,
+) -> None:
+    """Say what this machine can run, what `auto` takes for each op, and why not the others."""
+    from .doctor import main
+
+    raise typer.Exit(main(json, check))
+
+
+@bench_app.command("ops")
+def bench_ops(
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write records to FILE.jsonl, or to DIR/<device>/<op>.jsonl."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON lines, no tables.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One case per op, fewer rounds.")] = False,
+    benchmarks: Annotated[
+        Path | None, typer.Option(help="The benchmarks folder of a checkout.")
+    ] = None,
+) -> None:
+    """Time ops against plain torch, installable peers and the machine's limits."""
+    from .bench import main
+
+    raise typer.Exit(main(op or [], device, output, json, quick, benchmarks))

@@ -1,0 +1,83 @@
+"""`fewstep bench ops`: tables, records, errors."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from fewstep.cli.main import app
+from fewstep.ops import _gate
+
+runner = CliRunner()
+
+FILE = """
+import torch
+from fewstep.bench import Benchmark, Case, baseline, implementations
+
+BENCHMARK = Benchmark(
+    "cache_metric",
+    [Case("tiny", {"N": 64}, torch.float32), Case("other", {"N": 128}, torch.float32)],
+    lambda case, device: (torch.randn(2, 3, case["N"], device=device),),
+    [
+        *implementations("cache_metric", lambda x, impl: x + 1),
+        baseline("plain", lambda x: x + 1),
+    ],
+    lambda case: 6.0 * case["N"],
+    lambda case: 24.0 * case["N"],
+)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks" / "ops").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "ops" / "cache_metric.py").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fewstep.bench.run.cache_bytes", lambda device: 10_000)
+    return tmp_path
+
+
+def invoke(*arguments):
+    return runner.invoke(app, ["bench", "ops", *arguments], env={"COLUMNS": "200"})
+
+
+def test_quick_json_and_a_folder_of_records(folder):
+    result = invoke("--device", "cpu", "--quick", "--json", "--output", "out")
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {r["case"] for r in records} == {"tiny"}
+    timed = {r["provider"]: r for r in records if r["skipped"] is None}
+    assert timed["fewstep native"]["ratios"]["plain"] > 0
+    (written,) = folder.glob("out/*/cache_metric.jsonl")
+    assert written.read_text().splitlines() == result.stdout.splitlines()
+
+
+def test_tables_and_one_file(folder):
+    result = invoke("--device", "cpu", "--quick", "--output", "r.jsonl")
+    assert result.exit_code == 0, result.output
+    assert "vs plain" in result.output
+    assert "not timed: cache_metric · fewstep triton" in result.output
+    assert len((folder / "r.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_failed_gate_sets_the_exit_code(folder, monkeypatch):
+    def check(op, impl, device):
+        raise AssertionError("not close")
+
+    monkeypatch.setattr(_gate, "check", check)
+    result = invoke("--device", "cpu", "--quick")
+    assert result.exit_code == 1
+    assert "refused: its correctness gate failed: not close" in result.output
+
+
+def test_errors_name_what_was_expected(folder, monkeypatch):
+    result = invoke("--op", "nothing", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "expected one of cache_metric" in result.output
+    monkeypatch.chdir(folder / "benchmarks" / "ops")
+    (folder / "benchmarks" / "ops" / "cache_metric.py").unlink()
+    (folder / "benchmarks" / "ops").rename(folder / "elsewhere")
+    monkeypatch.chdir(folder)
+    result = invoke("--device", "cpu")
+    assert result.exit_code == 2
+    assert "--benchmarks" in result.output
