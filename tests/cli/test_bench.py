@@ -60,6 +60,15 @@ def test_tables_and_one_file(folder):
     assert len((folder / "r.jsonl").read_text().splitlines()) == 3
 
 
+def test_show_reads_records_back(folder):
+    assert invoke("--device", "cpu", "--quick", "--output", "out").exit_code == 0
+    result = runner.invoke(app, ["bench", "show", "out", "--markdown"])
+    assert result.exit_code == 0, result.output
+    assert "| cache_metric | tiny, float32 | native |" in result.output
+    assert "x plain" in result.output
+    assert runner.invoke(app, ["bench", "show", str(folder / "benchmarks")]).exit_code == 1
+
+
 def test_a_failed_gate_sets_the_exit_code(folder, monkeypatch):
     def check(op, impl, device):
         raise AssertionError("not close")

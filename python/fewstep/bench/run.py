@@ -77,6 +77,15 @@ class Result:
         }
         return {"schema": SCHEMA} | fields | environment
 
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Result:
+        """Return the result in a JSON record."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        values = {name: value for name, value in record.items() if name in names}
+        for name in ("median_s", "q1_s", "q3_s", "flops_per_s", "bytes_per_s"):
+            values[name] = math.nan if values.get(name) is None else values[name]
+        return cls(**values)
+
 
 def nbytes(values: Any) -> int:
     """Return the bytes of the tensors in a nest of tuples, lists and dicts."""

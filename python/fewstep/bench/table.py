@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
@@ -26,29 +26,67 @@ def case_table(results: Sequence[Result]) -> Table:
     )
     table.add_column("provider")
     for name in ("median", "IQR", "GB/s", "GFLOP/s"):
-        table.add_column(name, justify="right")
-    baselines = [r.provider for r in results if r.role == "baseline" and not r.skipped]
+        table.add_column(name, justify="right", no_wrap=True)
+    timed = [r for r in results if not r.skipped]
+    baselines = [r.provider for r in timed if r.role == "baseline"]
     for name in baselines:
         table.add_column(f"vs {name}", justify="right")
-    table.add_column("of limit", justify="right")
-    for result in results:
-        if result.skipped:
-            table.add_row(result.provider, f"[dim]{result.skipped}[/dim]")
-            continue
+    table.add_column("of limit", justify="right", no_wrap=True)
+    for result in timed:
         ratios = [result.ratios.get(name) for name in baselines]
-        share = "" if result.of_limit is None else f"{result.of_limit:.0%} {result.limit}"
         table.add_row(
             f"[bold]{result.provider}[/bold]" if result.role == "op" else result.provider,
             seconds(result.median_s),
             seconds(result.iqr_s),
             f"{result.bytes_per_s / 1e9:.1f}" if result.bytes else "",
-            f"{result.flops_per_s / 1e9:.0f}" if result.flops else "",
+            f"{result.flops_per_s / 1e9:.3g}" if result.flops else "",
             *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
-            share,
+            _share(result),
         )
     return table
 
 
-def reasons(results: Sequence[Result]) -> list[str]:
+def _share(result: Result) -> str:
+    return "" if result.of_limit is None else f"{result.of_limit:.0%} {result.limit}"
+
+
+def summary_rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
+    """Return a row per case and kernel: its time, and the ratio to the fastest baseline there."""
+    rows = []
+    for result in results:
+        if result.role != "op" or result.skipped:
+            continue
+        best = min(result.ratios, key=lambda name: result.ratios[name], default=None)
+        rows.append(
+            (
+                result.op,
+                f"{result.case}, {result.dtype}",
+                result.provider.removeprefix("fewstep "),
+                seconds(result.median_s),
+                "" if best is None else f"{result.ratios[best]:.2f}x {best}",
+                _share(result),
+            )
+        )
+    return rows
+
+
+SUMMARY_COLUMNS = ("op", "case", "kernel", "median", "vs the fastest baseline", "of the limit")
+
+
+def summary_table(results: Iterable[Result]) -> Table:
+    """Return `summary_rows` as a table."""
+    table = Table(*SUMMARY_COLUMNS)
+    for row in summary_rows(results):
+        table.add_row(*row)
+    return table
+
+
+def summary_markdown(results: Iterable[Result]) -> str:
+    """Return `summary_rows` as a Markdown table."""
+    rows = [SUMMARY_COLUMNS, ("---",) * len(SUMMARY_COLUMNS), *summary_rows(results)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def reasons(results: Iterable[Result]) -> list[str]:
     """Return who has no number and why, in sentences."""
     return [f"{r.op} · {r.provider}: {r.skipped}" for r in results if r.skipped]

@@ -16,7 +16,7 @@ from ..bench import Result, Settings, discover, run_benchmark
 from ..bench.environment import environment, slug
 from ..bench.measure import QUICK, Budget
 from ..bench.model import Benchmark, Case
-from ..bench.table import case_table, reasons
+from ..bench.table import case_table, reasons, summary_markdown, summary_table
 
 
 def resolve_device(text: str) -> torch.device:
@@ -99,7 +99,7 @@ def main(
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
     ) as progress:
         task = progress.add_task("ops", total=total)
@@ -124,3 +124,28 @@ def main(
     for path in sorted(writer.opened):
         console.print(f"records: {path}", highlight=False, soft_wrap=True)
     return int(any(r.skipped and r.skipped.startswith("refused") for r in everything))
+
+
+def show(paths: Sequence[Path], markdown: bool) -> int:
+    """Print records as one table per machine; return 1 if there are none."""
+    files = [f for p in paths for f in (sorted(p.rglob("*.jsonl")) if p.is_dir() else [p])]
+    machines: dict[str, list[Result]] = {}
+    for file in files:
+        for line in file.read_text().splitlines():
+            record = jsonlib.loads(line)
+            title = (
+                f"{record['device']} · {record['threads']} threads · torch {record['torch']} · "
+                f"commit {(record['commit'] or 'unknown')[:10]}"
+            )
+            machines.setdefault(title, []).append(Result.from_record(record))
+    console = Console()
+    if not machines:
+        console.print("no records: expected *.jsonl written by `fewstep bench ops --output`")
+        return 1
+    for title, results in machines.items():
+        console.print(title, highlight=False, soft_wrap=True)
+        if markdown:
+            sys.stdout.write("\n" + summary_markdown(results) + "\n")
+        else:
+            console.print(summary_table(results), highlight=False)
+    return 0

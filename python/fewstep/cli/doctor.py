@@ -61,7 +61,7 @@ def _choice(op: str, device: torch.device) -> dict[str, Any]:
     return {"auto": explanation.choice, "reasons": explanation.reasons}
 
 
-def _runnable(op: str, device: torch.device) -> list[str]:
+def runnable(op: str, device: torch.device) -> list[str]:
     """Return the kernels of an op that could run on a device, gate or no gate."""
     module = ops.module(op)
     args, kwargs, _, _ = module.gate_cases(device)[0]
@@ -91,7 +91,7 @@ def checks() -> Iterator[dict[str, Any]]:
     """Run every gate, each in a child process; yield one verdict after the other."""
     for device in _devices():
         for op in ops.OPS:
-            for impl in _runnable(op, device):
+            for impl in runnable(op, device):
                 start = time.perf_counter()
                 verdict = _gate.run_gate(op, impl, device)
                 if device.index is not None:  # what `auto` will go by from now on

@@ -50,3 +50,14 @@ def bench_ops(
     from .bench import main
 
     raise typer.Exit(main(op or [], device, output, json, quick, benchmarks))
+
+
+@bench_app.command("show")
+def bench_show(
+    paths: Annotated[list[Path], typer.Argument(help="Record files, or folders of them.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+) -> None:
+    """Print records: each kernel against the fastest baseline and the limit of its run."""
+    from .bench import show
+
+    raise typer.Exit(show(paths, markdown))

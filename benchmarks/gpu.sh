@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# On a GPU machine, in one command and under ten minutes: build with CUDA, run every gate, the GPU
+# tests, memcheck on the small gate shapes, and the benches; print a table; leave one folder.
+#
+#   benchmarks/gpu.sh [--dry-run] [OP ...]
+#
+#   PYTHON           interpreter that has torch (default: python3)
+#   OUT              results folder (default: benchmarks/out/<date>-<device>)
+#   FEWSTEP_COMMIT   commit for the records where the copy travels without .git
+#   .whl/            optional folder of wheels for packages the machine lacks; nothing is downloaded
+#
+# --dry-run goes as far as a machine without a GPU can: the CUDA build, the CPU tests, quick benches
+# on the CPU. A step that fails does not stop the next ones; the exit status is 1 if any failed.
+set -u -o pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+started=$SECONDS
+budget=570
+dry_run=0
+ops=()
+for argument in "$@"; do
+    case "$argument" in
+        --dry-run) dry_run=1 ;;
+        -h | --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -*) echo "gpu.sh: expected --dry-run or an op, got $argument" >&2; exit 2 ;;
+        *) ops+=("$argument") ;;
+    esac
+done
+PYTHON=${PYTHON:-python3}
+device=cuda
+quick=()
+if ((dry_run)); then
+    device=cpu
+    quick=(--quick)
+fi
+
+# ---- what the machine has ----------------------------------------------------------------------
+has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
+
+has torch || { echo "gpu.sh: $PYTHON has no torch; set PYTHON" >&2; exit 2; }
+if ((!dry_run)) && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu.sh: torch finds no CUDA device here; --dry-run goes as far as it can" >&2
+    exit 2
+fi
+name=$("$PYTHON" -c 'import re, sys, torch
+name = torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "dry-run"
+print(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))' "$device")
+OUT=${OUT:-benchmarks/out/$(date -u +%Y%m%d-%H%M%S)-$name}
+mkdir -p "$OUT"
+summary=$OUT/summary.txt
+: >"$summary"
+failed=0
+
+note() { printf '%-34s %-8s %6s  %s\n' "$1" "$2" "$3" "${4:-}" | tee -a "$summary"; }
+
+# step NAME SECONDS COMMAND...: run within its time and the whole budget, keep the log and verdict.
+step() {
+    local title=$1 limit=$2 begin=$SECONDS left log status
+    shift 2
+    left=$((budget - (SECONDS - started)))
+    log=$OUT/$(tr -c 'a-zA-Z0-9\n' '-' <<<"$title").log
+    if ((left < 5)); then
+        note "$title" skipped 0s "the time is spent"
+        failed=1
+        return 1
+    fi
+    timeout $((limit < left ? limit : left)) "$@" >"$log" 2>&1
+    status=$?
+    if ((status == 0)); then
+        note "$title" ok $((SECONDS - begin))s "$(tail -n 1 "$log" | cut -c1-90)"
+        return 0
+    fi
+    failed=1
+    note "$title" FAILED $((SECONDS - begin))s "status $status, see $log"
+    tail -n 15 "$log"
+    return 1
+}
+
+if compgen -G '.whl/*.whl' >/dev/null; then
+    step "carried wheels" 90 "$PYTHON" -m pip install --no-index --no-deps .whl/*.whl
+fi
+missing=()
+for module in pytest rich typer numpy scipy pybind11 triton; do
+    has "$module" || missing+=("$module")
+done
+for tool in cmake ninja nvcc; do
+    command -v "$tool" >/dev/null || [[ $tool == nvcc && -x /usr/local/cuda/bin/nvcc ]] ||
+        missing+=("$tool")
+done
+if ((${#missing[@]})); then
+    echo "missing here: ${missing[*]} (carry Python packages as wheels in .whl/)" | tee -a "$summary"
+fi
+
+# ---- build -------------------------------------------------------------------------------------
+export FEWSTEP_CUDA=on
+step "build with CUDA" 300 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -e . ||
+    exit 1
+if ((${#ops[@]} == 0)); then
+    mapfile -t ops < <("$PYTHON" -c 'from fewstep import ops; print(*ops.OPS, sep="\n")')
+fi
+
+# ---- correctness -------------------------------------------------------------------------------
+"$PYTHON" -m fewstep doctor --json >"$OUT/doctor.json" 2>"$OUT/doctor.err"
+tests=()
+for op in "${ops[@]}"; do
+    [[ -f tests/ops/test_$op.py ]] && tests+=("tests/ops/test_$op.py")
+done
+pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
+if ((dry_run)); then
+    # The CPU subset that needs no interpreter: a check of this script more than of the kernels.
+    step "op tests, native on the CPU" 120 "${pytest[@]}" -x -k "native" "${tests[@]}"
+else
+    step "op tests on cuda" 150 "${pytest[@]}" -k "cuda" "${tests[@]}" tests/test_cuda_build.py
+    if has diffusers; then
+        step "tests marked gpu" 90 "${pytest[@]}" -m gpu tests
+    else
+        note "tests marked gpu" skipped 0s "diffusers is not installed"
+    fi
+fi
+mapfile -t gates < <("$PYTHON" -c '
+import sys
+from fewstep.cli.doctor import runnable
+import torch
+for op in sys.argv[2:]:
+    for impl in runnable(op, torch.device(sys.argv[1])):
+        print(op, impl)' "$device" "${ops[@]}")
+sanitizer=$(command -v compute-sanitizer || true)
+[[ -z $sanitizer && -x /usr/local/cuda/bin/compute-sanitizer ]] &&
+    sanitizer=/usr/local/cuda/bin/compute-sanitizer
+for pair in "${gates[@]}"; do
+    read -r op impl <<<"$pair"
+    step "gate $op $impl" 60 "$PYTHON" -m fewstep.ops._gate "$op" "$impl" "$device"
+    if [[ -n $sanitizer && $device == cuda && $impl == native ]]; then
+        # Without torch's caching allocator a row that is read past its end is not torch's own pool.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memcheck $op $impl" 60 "$sanitizer" --tool memcheck \
+            --error-exitcode 3 "$PYTHON" -m fewstep.ops._gate "$op" "$impl" "$device"
+    fi
+done
+[[ -z $sanitizer ]] && note "memcheck" skipped 0s "compute-sanitizer is not installed"
+
+# ---- speed: one process per op, so that a fault stays with its op ---------------------------------
+for op in "${ops[@]}"; do
+    if [[ ! -f benchmarks/ops/$op.py ]]; then
+        note "bench $op" skipped 0s "no benchmarks/ops/$op.py"
+        continue
+    fi
+    COLUMNS=160 step "bench $op" 150 "$PYTHON" -m fewstep bench ops --op "$op" --device "$device" \
+        --output "$OUT/records" ${quick[@]+"${quick[@]}"}
+done
+COLUMNS=140 "$PYTHON" -m fewstep bench show "$OUT/records" 2>&1 | tee -a "$summary"
+echo "$((SECONDS - started)) s; results: $OUT" | tee -a "$summary"
+exit "$failed"
