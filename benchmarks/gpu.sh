@@ -100,7 +100,8 @@ if ((${#ops[@]} == 0)); then
 fi
 
 # ---- correctness -------------------------------------------------------------------------------
-"$PYTHON" -m fewstep doctor --json >"$OUT/doctor.json" 2>"$OUT/doctor.err"
+step "every gate" 200 "$PYTHON" -m fewstep doctor --check
+"$PYTHON" -m fewstep doctor --json >"$OUT/doctor.json" 2>"$OUT/doctor.log"
 tests=()
 for op in "${ops[@]}"; do
     [[ -f tests/ops/test_$op.py ]] && tests+=("tests/ops/test_$op.py")
@@ -117,26 +118,22 @@ else
         note "tests marked gpu" skipped 0s "diffusers is not installed"
     fi
 fi
-mapfile -t gates < <("$PYTHON" -c '
-import sys
-from fewstep.cli.doctor import runnable
-import torch
-for op in sys.argv[2:]:
-    for impl in runnable(op, torch.device(sys.argv[1])):
-        print(op, impl)' "$device" "${ops[@]}")
 sanitizer=$(command -v compute-sanitizer || true)
 [[ -z $sanitizer && -x /usr/local/cuda/bin/compute-sanitizer ]] &&
     sanitizer=/usr/local/cuda/bin/compute-sanitizer
-for pair in "${gates[@]}"; do
-    read -r op impl <<<"$pair"
-    step "gate $op $impl" 60 "$PYTHON" -m fewstep.ops._gate "$op" "$impl" "$device"
-    if [[ -n $sanitizer && $device == cuda && $impl == native ]]; then
-        # Without torch's caching allocator a row that is read past its end is not torch's own pool.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memcheck $op $impl" 60 "$sanitizer" --tool memcheck \
-            --error-exitcode 3 "$PYTHON" -m fewstep.ops._gate "$op" "$impl" "$device"
-    fi
-done
-[[ -z $sanitizer ]] && note "memcheck" skipped 0s "compute-sanitizer is not installed"
+mapfile -t native < <("$PYTHON" -c '
+import sys
+from fewstep import _native
+print(*(op for op in sys.argv[1:] if _native._C and hasattr(_native._C.cuda, op)), sep="\n")' "${ops[@]}")
+if [[ -z $sanitizer || $device != cuda ]]; then
+    note "memcheck" skipped 0s "needs compute-sanitizer and a GPU"
+else
+    for op in "${native[@]}"; do
+        # Without torch's pool every tensor is its own allocation, and a read past its end is seen.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memcheck $op" 60 "$sanitizer" --tool memcheck \
+            --error-exitcode 3 "$PYTHON" -m fewstep.ops._gate "$op" native cuda
+    done
+fi
 
 # ---- speed: one process per op, so that a fault stays with its op ---------------------------------
 for op in "${ops[@]}"; do

@@ -149,23 +149,24 @@ def show(facts: dict[str, Any], console: Console) -> None:
 
 
 def main(json: bool, check: bool) -> int:
-    """Print the report; with `check` run the gates. Return 1 if one fails."""
+    """Run the gates with `check`, then print the report. Return 1 if a gate fails."""
     console = Console(stderr=json)
-    facts = report()
-    if not json:
-        show(facts, console)
     verdicts = []
+    # Before the report: on a GPU, `auto` goes by these verdicts.
+    for entry in checks() if check else ():
+        verdicts.append(entry)
+        passed = entry["verdict"] == "passed"
+        mark = "[green]passed[/green]" if passed else f"[red]{entry['verdict']}[/red]"
+        console.print(
+            f"gate {entry['op']} {entry['impl']} on {entry['device']}: {mark} "
+            f"({entry['seconds']} s)",
+            highlight=False,
+        )
+    facts = report()
     if check:
-        for entry in checks():
-            verdicts.append(entry)
-            passed = entry["verdict"] == "passed"
-            mark = "[green]passed[/green]" if passed else f"[red]{entry['verdict']}[/red]"
-            console.print(
-                f"gate {entry['op']} {entry['impl']} on {entry['device']}: {mark} "
-                f"({entry['seconds']} s)",
-                highlight=False,
-            )
         facts["checks"] = verdicts
     if json:
         sys.stdout.write(jsonlib.dumps(facts, indent=2) + "\n")
+    else:
+        show(facts, console)
     return int(any(entry["verdict"] != "passed" for entry in verdicts))
