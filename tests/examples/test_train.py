@@ -1,0 +1,77 @@
+"""The digits training example: a smoke run, and a stopped run that goes on bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
+
+
+@pytest.fixture(scope="module")
+def train():
+    sys.path.insert(0, str(EXAMPLE))
+    try:
+        spec = importlib.util.spec_from_file_location("digits_train", EXAMPLE / "train.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["digits_train"] = module
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(EXAMPLE))
+        sys.modules.pop("digits_train", None)
+
+
+@pytest.fixture(scope="module")
+def finished(train, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("digits")
+    train.main(["--smoke", "--output", str(output)])
+    return output
+
+
+WEIGHTS = {
+    "classifier": "classifier.safetensors",
+    "teacher": "teacher/transformer/diffusion_pytorch_model.safetensors",
+    "student": "student/transformer/diffusion_pytorch_model.safetensors",
+}
+
+
+def test_smoke_run_writes_loadable_pipelines_and_the_card(train, finished):
+    from fewstep.assets.digits import DigitsPipeline
+    from fewstep.metrics import load_classifier
+
+    student = DigitsPipeline.from_pretrained(finished / "student", dtype=torch.float32)
+    student.set_progress_bar_config(disable=True)
+    assert student([3], output_type="pt").images.shape == (1, 1, 16, 16)
+    assert load_classifier(finished / "classifier.safetensors")
+    size = sum((finished / name).stat().st_size for name in WEIGHTS.values())
+    assert size < 20e6
+    card = (finished / "README.md").read_text()
+    assert "student, 2 steps" in card
+    assert "CC BY 4.0" in card
+
+
+def test_a_stopped_run_continues_bit_for_bit(train, finished, tmp_path):
+    for name in WEIGHTS:
+        common = ["--smoke", "--stage", name, "--output", str(tmp_path), "--save-every", "3"]
+        train.main([*common, "--stop-after", "4"])  # the checkpoint is of step 3
+        assert not (tmp_path / WEIGHTS[name]).exists()
+        train.main(common)
+        whole, resumed = (load_file(root / WEIGHTS[name]) for root in (finished, tmp_path))
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole), name
+
+
+def test_a_checkpoint_of_other_settings_is_refused(train, finished):
+    with pytest.raises(SystemExit, match="other settings"):
+        train.main(["--smoke", "--stage", "teacher", "--output", str(finished), "--set", "lr=0.5"])
+
+
+def test_unknown_settings_are_refused(train, tmp_path):
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "teacher", "--output", str(tmp_path), "--set", "speed=3"])
