@@ -1,4 +1,4 @@
-// gemm_w8a8 on the CPU. Work is cut into (panel of 64 columns) x (block of rows); a task walks its
+// gemm_w8a8 on the CPU. Work is cut into (block of rows) x (panel of 64 columns); a task walks its
 // rows in tiles while the packed panel (64 K bytes) stays in the second-level cache. Every output
 // is computed by one tile in one order, so neither threads nor scheduling change a bit.
 #include "fewstep/ops/gemm_w8a8.h"
@@ -35,10 +35,11 @@ inline std::int32_t offset(const Row& row) {
     return static_cast<std::int32_t>(static_cast<std::uint32_t>(row.row_sum) * 128u);
 }
 
+// Columns [first, row.columns), one at a time or as the compiler vectorises it.
 template <typename Out>
-[[gnu::always_inline]] inline void finish(const Row& row, Out* out) {
+[[gnu::always_inline]] inline void finish(const Row& row, int first, Out* out) {
     const std::uint32_t shift = static_cast<std::uint32_t>(offset(row));
-    for (int n = 0; n < row.columns; ++n) {
+    for (int n = first; n < row.columns; ++n) {
         const auto exact =
             static_cast<std::int32_t>(static_cast<std::uint32_t>(row.acc[n]) - shift);
         const float scaled = static_cast<float>(exact) * row.a_scale;
@@ -51,7 +52,7 @@ template <typename Out>
 
 template <typename Out>
 void finish_portable(const Row& row, Out* out) {
-    finish(row, out);
+    finish(row, 0, out);
 }
 
 std::int32_t sum_portable(const std::int8_t* a, std::int64_t n) {
@@ -63,7 +64,7 @@ std::int32_t sum_portable(const std::int8_t* a, std::int64_t n) {
 #if defined(__x86_64__)
 template <typename Out>
 FEWSTEP_TARGET_AVX2 void finish_avx2(const Row& row, Out* out) {
-    finish(row, out);
+    finish(row, 0, out);
 }
 
 FEWSTEP_TARGET_AVX2 std::int32_t sum_avx2(const std::int8_t* a, std::int64_t n) {
@@ -82,38 +83,38 @@ FEWSTEP_TARGET_AVX512 std::int32_t sum_avx512(const std::int8_t* a, std::int64_t
     return _mm512_reduce_add_epi32(sums);
 }
 
-FEWSTEP_TARGET_AVX512 inline void store(float* out, __mmask16 mask, __m512 value) {
-    _mm512_mask_storeu_ps(out, mask, value);
+FEWSTEP_TARGET_AVX512 inline void store(float* out, __m512 value) {
+    _mm512_storeu_ps(out, value);
 }
-FEWSTEP_TARGET_AVX512 inline void store(float16* out, __mmask16 mask, __m512 value) {
+FEWSTEP_TARGET_AVX512 inline void store(float16* out, __m512 value) {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    _mm256_mask_storeu_epi16(out, mask, _mm512_cvtps_ph(value, kNearest));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(value, kNearest));
 }
-FEWSTEP_TARGET_AVX512 inline void store(bfloat16* out, __mmask16 mask, __m512 value) {
+FEWSTEP_TARGET_AVX512 inline void store(bfloat16* out, __m512 value) {
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
     const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
     const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
     const __m512i rounded = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), nan, quiet);
-    _mm256_mask_storeu_epi16(out, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
 template <typename Out>
 FEWSTEP_TARGET_AVX512 void finish_avx512(const Row& row, Out* out) {
     const __m512i shift = _mm512_set1_epi32(offset(row));
     const __m512 a_scale = _mm512_set1_ps(row.a_scale);
-    for (int n = 0; n < row.columns; n += 16) {
-        const __mmask16 mask = row.columns - n >= 16 ? 0xffff : (1u << (row.columns - n)) - 1;
+    int n = 0;
+    for (; n + 16 <= row.columns; n += 16) {
         const __m512i exact = _mm512_sub_epi32(_mm512_loadu_si512(row.acc + n), shift);
         const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), a_scale);
-        const __m512 w_scale = _mm512_maskz_loadu_ps(mask, row.w_scale + n);
-        const __m512 value =
-            row.bias == nullptr
-                ? _mm512_mul_ps(scaled, w_scale)
-                : _mm512_fmadd_ps(scaled, w_scale, _mm512_maskz_loadu_ps(mask, row.bias + n));
-        store(out + n, mask, value);
+        const __m512 w_scale = _mm512_loadu_ps(row.w_scale + n);
+        store(out + n, row.bias == nullptr
+                           ? _mm512_mul_ps(scaled, w_scale)
+                           : _mm512_fmadd_ps(scaled, w_scale, _mm512_loadu_ps(row.bias + n)));
     }
+    finish(row, n, out);
 }
 #endif
 
@@ -183,16 +184,21 @@ void multiply_panel(const Operands& p, std::int64_t n, std::int64_t begin, std::
 
 template <typename Out>
 void multiply(const Operands& p, Out* out) {
-    constexpr std::int64_t kBlock = 192;  // rows of a task: a multiple of every tile height
     constexpr std::int64_t kWorthThreads = 1 << 18;
+    constexpr std::int64_t kBlock = 192;  // rows of a task: a multiple of every tile height
+    constexpr std::int64_t kSecondLevel = 512 << 10;
     const Isa chosen = isa();
     const FinishFunction<Out> finish_row = choose_finish<Out>(chosen);
     const std::int64_t panels = (p.N + kPanel - 1) / kPanel, blocks = (p.M + kBlock - 1) / kBlock;
+    // A weight that fits the second-level cache meets one block of rows after the other; of a
+    // larger one, each panel meets all rows before the next.
+    const bool fits = p.N * p.K <= kSecondLevel;
 #pragma omp parallel for schedule(dynamic) if (p.M * p.N * p.K > kWorthThreads)
     for (std::int64_t task = 0; task < panels * blocks; ++task) {
-        const std::int64_t begin = task % blocks * kBlock;
-        multiply_panel(p, task / blocks * kPanel, begin, std::min(p.M, begin + kBlock), chosen,
-                       finish_row, out);
+        const std::int64_t panel = fits ? task % panels : task / blocks;
+        const std::int64_t block = fits ? task / panels : task % blocks;
+        multiply_panel(p, panel * kPanel, block * kBlock, std::min(p.M, (block + 1) * kBlock),
+                       chosen, finish_row, out);
     }
 }
 
