@@ -142,6 +142,21 @@ def test_packed_layout_is_as_documented():
         assert flat[at] == w[n, k].int() + 128
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_floating_input_is_quantised_in_the_call(dtype, impl):
+    _, _, w, w_scale, bias = operands((2, 9), 40, 33)
+    x = torch.randn(2, 9, 33).to(dtype)
+    q, scale = ops.quantize_int8(x, impl=impl)
+    want = ops.gemm_w8a8(q, scale, w, w_scale, bias=bias, out_dtype=dtype, impl=impl)
+    assert torch.equal(ops.gemm_w8a8(x, None, w, w_scale, bias=bias, impl=impl), want)
+    wide = ops.gemm_w8a8(x, None, w, w_scale, bias=bias, out_dtype=torch.float32, impl=impl)
+    assert wide.dtype == torch.float32
+    x[1, 3, 5] = float("inf")
+    out = ops.gemm_w8a8(x, None, w, w_scale, impl=impl)
+    assert out[1, 3].isnan().all()
+    assert out.isnan().sum() == 40
+
+
 def test_nan_scale_makes_its_row_nan_and_no_other(impl):
     a, a_scale, w, w_scale, _ = operands((5,), 20, 30)
     clean = ops.gemm_w8a8(a, a_scale, w, w_scale, out_dtype=torch.bfloat16, impl=impl)
@@ -185,6 +200,8 @@ def test_opcheck():
     for packed in (None, pack_w8(args[2])):
         full = (*args, bias, packed, torch.bfloat16, "native")
         torch.library.opcheck(torch.ops.fewstep.gemm_w8a8.default, full)
+    full = (torch.randn(6, 32), None, *args[2:], bias, None, torch.float32, "native")
+    torch.library.opcheck(torch.ops.fewstep.gemm_w8a8.default, full)
 
 
 def test_compiles_without_graph_break():
@@ -199,6 +216,8 @@ def test_tangents_and_gradients_are_refused():
     with pytest.raises(DerivativeError, match="tangent"):
         torch.func.jvp(lambda s: ops.gemm_w8a8(a, s, w, w_scale), (a_scale,), (a_scale,))
     with pytest.raises(DerivativeError, match="gradient"):
+        ops.gemm_w8a8(torch.randn(6, 32, requires_grad=True), None, w, w_scale)
+    with pytest.raises(DerivativeError, match="gradient"):
         ops.gemm_w8a8(a, a_scale, w, w_scale, bias=bias.requires_grad_())
 
 
@@ -211,6 +230,7 @@ def test_tangents_and_gradients_are_refused():
             {"w": torch.zeros(20, 31, dtype=torch.int8)},
             r"w: expected shape \[20, 32\], got \[20, 31\]",
         ),
+        ({"a_scale": None}, r"a: expected floating \[\.\.\., M, K\], got torch.int8"),
         ({"a_scale": torch.ones(5)}, r"a_scale: expected shape \[6\], got \[5\]"),
         (
             {"w_scale": torch.ones(20).double()},

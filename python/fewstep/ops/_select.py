@@ -6,7 +6,6 @@ arguments, or returns None. Nothing falls back silently: an explicit `impl` runs
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +18,8 @@ from torch import Tensor
 from .. import _native
 from . import _gate
 
+# Asked once: a search of sys.path costs tens of microseconds.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 NAMES = ("auto", "reference", "native", "triton")
 
 
@@ -59,15 +60,10 @@ def refuse_native(op: str, args: Sequence[Any], dtypes: Sequence[torch.dtype]) -
     return _native.unavailable(op, x.device) or _refuse_dtype(x, dtypes)
 
 
-@functools.cache  # a search of sys.path: tens of microseconds, in every call of every op
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def refuse_triton(args: Sequence[Any], dtypes: Sequence[torch.dtype]) -> str | None:
     """Return why a Triton kernel can't run: not installed, wrong device, or the dtype."""
     x = first_tensor(args)
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "Triton is not installed"
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton needs a GPU (or TRITON_INTERPRET=1), got device '{x.device}'"

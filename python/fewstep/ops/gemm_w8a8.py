@@ -14,6 +14,9 @@ roundings is relative 2^-24, so before the rounding to out_dtype
 
     |out - exact| <= 3 * 2^-24 |acc a_scale w_scale| + 2^-24 |exact|.
 
+Without `a_scale`, `a` is floating and is quantised first, exactly as by `quantize_int8`, in the
+same call: a whole linear layer costs one dispatch. out_dtype is then a's dtype unless given.
+
 `pack_w8(w)` rearranges a weight once for the CPU kernel (csrc/include/fewstep/ops/gemm_w8a8.h has
 the layout); without `packed` that kernel packs w in every call.
 """
@@ -29,12 +32,15 @@ from .. import _native
 from ..reference.gemm_w8a8 import gemm_w8a8 as _reference
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
+from .quantize_int8 import run_native as _quantize_native
+from .quantize_int8 import run_triton as _quantize_triton
 
 __all__ = ["gemm_w8a8", "pack_w8"]
 
 MAX_K = 1 << 17
 PANEL = 64
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INPUTS = (torch.int8, *_FLOATS)
 
 
 def packed_shape(w: Tensor) -> tuple[int, int]:
@@ -66,7 +72,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def _run_reference(
     a: Tensor,
-    a_scale: Tensor,
+    a_scale: Tensor | None,
     w: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
@@ -86,13 +92,15 @@ def _flat(a: Tensor, a_scale: Tensor, w: Tensor, out_dtype: torch.dtype) -> tupl
 
 def _run_native(
     a: Tensor,
-    a_scale: Tensor,
+    a_scale: Tensor | None,
     w: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
     packed: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    if a_scale is None:
+        a, a_scale = _quantize_native(a)
     a2, a_scale, out, out2 = _flat(a, a_scale, w, out_dtype)
     packed = pack_w8(w) if packed is None else packed.contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -103,7 +111,7 @@ def _run_native(
 
 def _run_triton(
     a: Tensor,
-    a_scale: Tensor,
+    a_scale: Tensor | None,
     w: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
@@ -112,6 +120,8 @@ def _run_triton(
 ) -> Tensor:
     from ..kernels.gemm_w8a8 import launch_gemm_w8a8
 
+    if a_scale is None:
+        a, a_scale = _quantize_triton(a)
     a2, a_scale, out, out2 = _flat(a, a_scale, w, out_dtype)
     if out.numel():
         launch_gemm_w8a8(
@@ -124,18 +134,16 @@ IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda a, *args, **kwargs: refuse_native("gemm_w8a8", [a], (torch.int8,)),
+        lambda a, *args, **kwargs: refuse_native("gemm_w8a8", [a], _INPUTS),
     ),
-    Implementation(
-        "triton", _run_triton, lambda a, *args, **kwargs: refuse_triton([a], (torch.int8,))
-    ),
+    Implementation("triton", _run_triton, lambda a, *args, **kwargs: refuse_triton([a], _INPUTS)),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
 
 
 def _fake(
     a: Tensor,
-    a_scale: Tensor,
+    a_scale: Tensor | None,
     w: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
@@ -148,7 +156,7 @@ def _fake(
 
 _op = register(
     "gemm_w8a8",
-    "(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? packed,"
+    "(Tensor a, Tensor? a_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? packed,"
     " ScalarType out_dtype, str impl) -> Tensor",
     IMPLEMENTATIONS,
     _fake,
@@ -165,20 +173,21 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[Any
 
 def _validate(
     a: Tensor,
-    a_scale: Tensor,
+    a_scale: Tensor | None,
     w: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
     packed: Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
-    for name, tensor, least in (("a", a, 1), ("w", w, 2)):
-        if tensor.dim() < least or tensor.dtype != torch.int8:
-            axes = "[..., M, K]" if name == "a" else "[N, K]"
-            got = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{name}: expected torch.int8 {axes}, got {got}")
+    if a.dim() == 0 or a.dtype not in ((torch.int8,) if a_scale is not None else _FLOATS):
+        wanted = "torch.int8 [..., M, K]" if a_scale is not None else "floating [..., M, K]"
+        raise ValueError(f"a: expected {wanted}, got {a.dtype} {list(a.shape)}")
+    if w.dim() != 2 or w.dtype != torch.int8:
+        raise ValueError(f"w: expected torch.int8 [N, K], got {w.dtype} {list(w.shape)}")
     _expect("w", w, (w.shape[0], a.shape[-1]), (torch.int8,))
-    _expect("a_scale", a_scale, tuple(a.shape[:-1]), (torch.float32,))
+    if a_scale is not None:
+        _expect("a_scale", a_scale, tuple(a.shape[:-1]), (torch.float32,))
     _expect("w_scale", w_scale, (w.shape[0],), (torch.float32,))
     if bias is not None:
         _expect("bias", bias, (w.shape[0],), _FLOATS)
@@ -196,25 +205,25 @@ def _validate(
 
 def gemm_w8a8(
     a: Tensor,
-    a_scale: Tensor,
+    a_scale: Tensor | None,
     w: Tensor,
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
     packed: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Return (a * a_scale) @ (w * w_scale).T + bias for int8 a and w.
 
     Args:
-        a: int8 [..., M, K], as from `quantize_int8`; K < 131,072.
-        a_scale: float32 [..., M].
+        a: int8 [..., M, K], as from `quantize_int8`; K < 131,072. Floating without `a_scale`.
+        a_scale: float32 [..., M], or None to quantise `a` here.
         w: int8 [N, K].
         w_scale: float32 [N].
         bias: floating [N], added in float32.
         packed: `pack_w8(w)`, to save packing in every call on the CPU; others ignore it.
-        out_dtype: float32, bfloat16 or float16.
+        out_dtype: float32, bfloat16 or float16; a's dtype if floating, else float32 by default.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -223,8 +232,10 @@ def gemm_w8a8(
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: a scale or the bias carries a tangent or requires grad.
+        DerivativeError: an input carries a tangent or requires grad.
     """
+    if out_dtype is None:
+        out_dtype = a.dtype if a.is_floating_point() else torch.float32
     _validate(a, a_scale, w, w_scale, bias, packed, out_dtype)
     chosen = select("gemm_w8a8", impl, IMPLEMENTATIONS, a)
     return _op(a, a_scale, w, w_scale, bias, packed, out_dtype, chosen)

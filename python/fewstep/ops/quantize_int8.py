@@ -47,11 +47,13 @@ def _run_kernel(launch: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def _run_native(x: Tensor) -> tuple[Tensor, Tensor]:
+def run_native(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the native kernel; `gemm_w8a8` calls this too, without another dispatch."""
     return _run_kernel(lambda *views: _native.call("quantize_int8", *views), x)
 
 
-def _run_triton(x: Tensor) -> tuple[Tensor, Tensor]:
+def run_triton(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the Triton kernel."""
     from ..kernels.quantize_int8 import launch_quantize_int8
 
     return _run_kernel(launch_quantize_int8, x)
@@ -59,9 +61,9 @@ def _run_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 IMPLEMENTATIONS = (
     Implementation(
-        "native", _run_native, lambda x: refuse_native("quantize_int8", [x], _KERNEL_DTYPES)
+        "native", run_native, lambda x: refuse_native("quantize_int8", [x], _KERNEL_DTYPES)
     ),
-    Implementation("triton", _run_triton, lambda x: refuse_triton([x], _KERNEL_DTYPES)),
+    Implementation("triton", run_triton, lambda x: refuse_triton([x], _KERNEL_DTYPES)),
     Implementation("reference", _reference, lambda x: None),
 )
 

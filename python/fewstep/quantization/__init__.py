@@ -1,8 +1,8 @@
 """Quantised modules and the call that puts them into a model.
 
-    handle = fewstep.quantization.quantize_linears(transformer)
-    print(handle.explain())
-    handle.undo()
+handle = fewstep.quantization.quantize_linears(transformer)
+print(handle.explain())
+handle.undo()
 """
 
 from __future__ import annotations

@@ -93,22 +93,15 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight.T + bias in x's dtype (autocast's, where it is on)."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         if x.dtype not in DTYPES:
             raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
-        q, scale = ops.quantize_int8(x)
-        return ops.gemm_w8a8(
-            q,
-            scale,
-            self.weight_int8,
-            self.weight_scale,
-            bias=self.bias,
-            packed=self._current_pack(x),
-            out_dtype=x.dtype,
-        )
+        weight, scale, packed = self.weight_int8, self.weight_scale, self._current_pack(x)
+        return ops.gemm_w8a8(x, None, weight, scale, bias=self.bias, packed=packed)
 
     def _current_pack(self, x: Tensor) -> Tensor | None:
         if x.device.type != "cpu":

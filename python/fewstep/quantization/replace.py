@@ -17,9 +17,10 @@ from torch import nn
 from .linear import QuantLinear, refuse_linear
 
 SCHEMES = ("w8a8",)
-# Below this many inputs or outputs, quantising and dispatch cost more than int8 saves; measured on
-# 2 cores with 256 rows (docs/ops/gemm_w8a8.md).
-SMALLEST = 64
+# Below this, quantising and dispatch (about 0.1 ms) cost more than int8 saves in bfloat16, at 1,024
+# rows and on two cores; measured in docs/ops/gemm_w8a8.md.
+SMALLEST_SIDE = 64
+SMALLEST_WEIGHT = 128 * 128
 
 _EMBEDDING = "embeds time, label or guidance: one row per image, and every layer sees its error"
 _FINAL = "the final projection: its error goes straight into the prediction"
@@ -37,9 +38,9 @@ Skip = Callable[[str, nn.Linear], "str | None"]
 
 def default_skip(name: str, linear: nn.Linear) -> str | None:
     """Return why a layer is better left in its precision, or None: the `skip` used by default."""
-    if min(linear.in_features, linear.out_features) < SMALLEST:
-        size = f"{linear.in_features} -> {linear.out_features}"
-        return f"too small to gain: {size}, below {SMALLEST}"
+    small = min(linear.in_features, linear.out_features) < SMALLEST_SIDE
+    if small or linear.weight.numel() < SMALLEST_WEIGHT:
+        return f"too small to gain: {linear.in_features} -> {linear.out_features}"
     for pattern, reason in _SENSITIVE:
         if re.search(pattern, name):
             return reason
@@ -87,12 +88,15 @@ class QuantizedModules:
 
     def explain(self) -> str:
         """Return what was replaced and what was left alone, with the reasons."""
-        lines = [f"{len(self.replaced)} linear layers in w8a8"]
+        return "\n".join([f"{len(self.replaced)} linear layers in w8a8", *self._left_alone()])
+
+    def _left_alone(self) -> list[str]:
+        lines = []
         for reason, count in Counter(self.skipped.values()).most_common():
             names = [name for name, why in self.skipped.items() if why == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
             lines.append(f"{count} left alone, {reason}: {shown}")
-        return "\n".join(lines)
+        return lines
 
     def __enter__(self) -> QuantizedModules:
         return self
@@ -185,7 +189,7 @@ def quantize_linears(
     slots, skipped = _plan(model, default_skip if skip is None else skip)
     handle = QuantizedModules(skipped=skipped)
     if not slots:
-        detail = "none at all" if not skipped else f"only these: {handle.explain()}"
+        detail = "; ".join(handle._left_alone()) or "none at all"
         raise ValueError(
             f"model: expected at least one nn.Linear that can be quantised in "
             f"{type(model).__name__}, got {detail}"

@@ -1,0 +1,213 @@
+"""QuantLinear: accuracy, and everything that is done to a module besides calling it."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep import ops
+from fewstep.ops._register import DerivativeError
+from fewstep.quantization import QuantLinear
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(dtype=torch.float32, bias=True, inputs=192, outputs=100):
+    linear = nn.Linear(inputs, outputs, bias=bias).to(dtype)
+    return linear, QuantLinear.from_linear(linear)
+
+
+def sqnr(got, want):
+    want = want.double()
+    return 10 * torch.log10(want.square().sum() / (got.double() - want).square().sum()).item()
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_accuracy_on_gaussian_data(dtype, bias):
+    # Uniform noise of a step of amax / 127 on each side; for 192 Gaussians amax is about 3 sigma:
+    # 20 log10(127 / 3 * sqrt(12)) = 43 dB per operand, 40 dB together; 37 at amax = 4 sigma.
+    linear = nn.Linear(192, 100, bias=bias)
+    nn.init.normal_(linear.weight)
+    linear = linear.to(dtype)
+    x = torch.randn(3, 50, 192).to(dtype)
+    quantized = QuantLinear.from_linear(linear)
+    out = quantized(x)
+    exact = nn.functional.linear(
+        x.double(), linear.weight.double(), linear.bias.double() if bias else None
+    )
+    assert out.dtype == dtype
+    assert out.shape == (3, 50, 100)
+    assert sqnr(out, exact) > 37
+    assert sqnr(quantized.weight, linear.weight) > 40
+
+
+def test_is_the_two_ops_in_sequence():
+    linear, quantized = make(torch.bfloat16)
+    x = torch.randn(7, 192).bfloat16()
+    w, w_scale = ops.quantize_int8(linear.weight.detach())
+    q, scale = ops.quantize_int8(x)
+    want = ops.gemm_w8a8(q, scale, w, w_scale, bias=linear.bias, out_dtype=torch.bfloat16)
+    assert torch.equal(quantized(x), want)
+    assert torch.equal(quantized(x[0]), want[0])
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.bfloat16(),
+        lambda m: m.type(torch.bfloat16),
+        lambda m: nn.Sequential(m).to(torch.bfloat16)[0],
+    ],
+)
+def test_casts_keep_int8_and_the_float32_scale(cast):
+    linear, quantized = make()
+    scale, weight = quantized.weight_scale.clone(), quantized.weight_int8.clone()
+    quantized = cast(quantized)
+    assert torch.equal(quantized.weight_scale, scale)
+    assert torch.equal(quantized.weight_int8, weight)
+    assert quantized.bias.dtype == torch.bfloat16
+    assert quantized.weight.dtype == torch.bfloat16
+    x = torch.randn(5, 192).bfloat16()
+    assert sqnr(quantized(x), linear(x.float())) > 30
+
+
+def test_weight_reads_like_a_linear_layers():
+    linear, quantized = make(torch.float16)
+    assert quantized.weight.dtype == torch.float16
+    assert quantized.weight.device == linear.weight.device
+    assert quantized.weight.shape == linear.weight.shape
+    assert (quantized.in_features, quantized.out_features) == (192, 100)
+    back = quantized.dequantize()
+    assert type(back) is nn.Linear
+    assert torch.equal(back.weight, quantized.weight)
+    assert torch.equal(back.bias, linear.bias)
+    assert "in_features=192, out_features=100, bias=True, scheme=w8a8" in repr(quantized)
+
+
+def test_state_dict_round_trip():
+    _, quantized = make(torch.bfloat16)
+    x = torch.randn(4, 192).bfloat16()
+    state = quantized.state_dict()
+    assert {name: value.dtype for name, value in state.items()} == {
+        "weight_int8": torch.int8,
+        "weight_scale": torch.float32,
+        "bias": torch.bfloat16,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    for assign in (False, True):
+        _, other = make(torch.bfloat16)
+        assert not torch.equal(other(x), quantized(x))
+        other.load_state_dict(torch.load(buffer), assign=assign)
+        buffer.seek(0)
+        assert torch.equal(other(x), quantized(x))
+
+
+def test_deepcopy_is_independent():
+    _, quantized = make()
+    x = torch.randn(4, 192)
+    want = quantized(x)
+    twin = copy.deepcopy(quantized)
+    assert torch.equal(twin(x), want)
+    twin.weight_int8.zero_()
+    twin.bias.zero_()
+    assert (twin(x) == 0).all()
+    assert torch.equal(quantized(x), want)
+
+
+def test_what_is_derived_follows_the_weight():
+    _, quantized = make()
+    x = torch.randn(4, 192)
+    quantized.weight_int8.neg_()  # in place
+    quantized.bias.neg_()
+    negated = quantized(x)
+    quantized._buffers["weight_int8"] = -quantized.weight_int8  # as offloading hooks do
+    quantized._buffers["bias"] = -quantized.bias
+    assert torch.equal(quantized(x), -negated)
+
+
+def test_meta_and_back():
+    linear, quantized = make()
+    x = torch.randn(4, 192)
+    want, state = quantized(x), quantized.state_dict()
+    empty = QuantLinear.from_linear(nn.Linear(192, 100, device="meta"))
+    assert empty(x.to("meta")).shape == (4, 100)
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(state)
+    assert torch.equal(empty(x), want)
+    moved = copy.deepcopy(quantized).to("meta")
+    assert moved.weight_scale.is_meta
+    moved.load_state_dict(state, assign=True)
+    assert torch.equal(moved(x), want)
+    assert linear.weight.device.type == "cpu"
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        _, quantized = make()
+        x = torch.randn(4, 192)
+        assert torch.equal(quantized(x), copy.deepcopy(quantized)(x))
+
+
+def test_autocast_decides_the_dtype():
+    _, quantized = make()
+    x = torch.randn(4, 192)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantized(x), quantized(x.bfloat16()))
+        assert quantized(x).dtype == torch.bfloat16
+
+
+def test_compiles_without_graph_break():
+    _, quantized = make(torch.bfloat16)
+    x = torch.randn(2, 5, 192).bfloat16()
+    compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), quantized(x))
+    quantized.load_state_dict(make(torch.bfloat16)[1].state_dict())
+    assert torch.equal(compiled(x), quantized(x))
+
+
+def test_derivatives_are_refused():
+    _, quantized = make()
+    x = torch.randn(4, 192)
+    with torch.enable_grad(), pytest.raises(DerivativeError, match="gradient"):
+        quantized(x.clone().requires_grad_())
+    with torch.enable_grad():
+        assert not quantized(x).requires_grad
+    with pytest.raises(DerivativeError, match="tangent"):
+        torch.func.jvp(quantized, (x,), (x,))
+
+
+def test_a_row_that_is_not_finite_stays_visible():
+    _, quantized = make()
+    x = torch.randn(4, 192)
+    x[1, 7] = float("nan")
+    out = quantized(x)
+    assert out[1].isnan().all()
+    assert out[[0, 2, 3]].isfinite().all()
+
+
+def test_bad_input_names_the_argument():
+    _, quantized = make()
+    with pytest.raises(ValueError, match=r"x: expected \[\.\.\., 192\], got \[4, 191\]"):
+        quantized(torch.randn(4, 191))
+    with pytest.raises(ValueError, match=r"x: expected float32, .* got torch.float64"):
+        quantized(torch.randn(4, 192, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got Conv2d"):
+        QuantLinear.from_linear(nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match=r"linear: expected float32.*got torch.float64"):
+        QuantLinear.from_linear(nn.Linear(4, 4).double())
+    bad = nn.Linear(4, 4)
+    bad.weight[2, 1] = float("inf")
+    with pytest.raises(ValueError, match="expected finite weights, got inf or NaN in row 2"):
+        QuantLinear.from_linear(bad)

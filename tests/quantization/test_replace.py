@@ -1,0 +1,253 @@
+"""quantize_linears: what it replaces, what it leaves alone and why, and that undo is exact."""
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep.quantization import QuantLinear, default_skip, quantize_linears
+
+
+class Scaled(nn.Linear):
+    """A subclass with its own forward."""
+
+
+class Block(nn.Module):
+    def __init__(self, width=128):
+        super().__init__()
+        self.ff1 = nn.Linear(width, 2 * width)
+        self.act = nn.GELU()
+        self.ff2 = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.ff2(self.act(self.ff1(x)))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.time_embed = nn.Sequential(nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 128))
+        self.inner = nn.Module()
+        self.inner.small = nn.Linear(128, 32)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.scaled = Scaled(128, 128)
+        self.proj_out = nn.Linear(128, 128)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.proj_out(x)
+
+
+def structure(model):
+    """Return every module's identity, in order, with the identities inside."""
+    return [
+        (name, id(module), [(key, id(child)) for key, child in module._modules.items()])
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+
+
+def test_replaces_and_says_what_it_left_alone():
+    model = Model()
+    handle = quantize_linears(model)
+    names = ["blocks.0.ff1", "blocks.0.ff2", "blocks.1.ff1", "blocks.1.ff2"]
+    assert list(handle.replaced) == names
+    assert all(isinstance(model.get_submodule(name), QuantLinear) for name in names)
+    assert set(handle.skipped) == {
+        "time_embed.0",
+        "time_embed.2",
+        "inner.small",
+        "scaled",
+        "proj_out",
+    }
+    assert "time" in handle.skipped["time_embed.0"]
+    assert handle.skipped["inner.small"] == "too small to gain: 128 -> 32"
+    assert "Scaled" in handle.skipped["scaled"]
+    assert "final projection" in handle.skipped["proj_out"]
+    text = handle.explain()
+    assert "4 linear layers in w8a8" in text
+    assert "too small to gain: 128 -> 32: inner.small" in text
+
+
+def test_output_is_close_and_undo_is_exact():
+    model = Model().eval()
+    x = torch.randn(2, 50, 128)
+    with torch.no_grad():
+        before, want = structure(model), model(x)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        handle = quantize_linears(model)
+        got = model(x)
+        assert not torch.equal(got, want)
+        assert (got - want).norm() / want.norm() < 0.02
+        handle.undo()
+        assert structure(model) == before
+        assert torch.equal(model(x), want)
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(state[n], v) for n, v in model.state_dict().items())
+        handle.undo()  # a second time changes nothing
+        assert structure(model) == before
+
+
+def test_context_manager_undoes_after_an_exception():
+    model = Model()
+    before = structure(model)
+    inside = []
+
+    def fail():
+        with quantize_linears(model):
+            inside.append(model.blocks[0].ff1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert isinstance(inside[0], QuantLinear)
+    assert structure(model) == before
+
+
+def test_one_layer_in_two_places_stays_one():
+    model = Model()
+    model.blocks[1].ff1 = model.blocks[0].ff1
+    before = structure(model)
+    handle = quantize_linears(model)
+    assert model.blocks[1].ff1 is model.blocks[0].ff1
+    assert handle.replaced["blocks.1.ff1"] is handle.replaced["blocks.0.ff1"]
+    handle.undo()
+    assert structure(model) == before
+
+
+def test_one_layer_with_a_reason_in_one_of_its_places_is_left_in_all():
+    model = Model()
+    model.blocks[1].ff1 = model.blocks[0].ff1
+    handle = quantize_linears(
+        model, skip=lambda name, linear: "asked" if name == "blocks.1.ff1" else None
+    )
+    assert handle.skipped["blocks.0.ff1"] == handle.skipped["blocks.1.ff1"] == "asked"
+
+
+def test_a_shared_parent_is_visited_once():
+    model = nn.Sequential(Block(), nn.ReLU())
+    model.append(model[0])
+    assert list(quantize_linears(model).replaced) == ["0.ff1", "0.ff2"]
+    assert model[2].ff1 is model[0].ff1
+
+
+def test_shared_weights_hooks_and_replaced_forwards_are_left_alone():
+    model = Model()
+    model.blocks[0].ff2.weight = nn.Parameter(model.blocks[0].ff2.weight.detach().clone())
+    embedding = nn.Embedding(256, 128)
+    model.embedding = embedding
+    model.blocks[0].ff1.weight = embedding.weight
+    model.blocks[0].ff2.register_forward_hook(lambda module, args, out: out)
+    model.blocks[1].ff1.forward = lambda x: x
+    nn.utils.parametrizations.weight_norm(model.blocks[1].ff2)
+    model.extra = nn.Linear(128, 128)
+    handle = quantize_linears(model)
+    assert list(handle.replaced) == ["extra"]
+    assert "shared with another module" in handle.skipped["blocks.0.ff1"]
+    assert "hooks" in handle.skipped["blocks.0.ff2"]
+    assert "forward was replaced" in handle.skipped["blocks.1.ff1"]
+    assert "Parametrized" in handle.skipped["blocks.1.ff2"]
+
+
+def test_lora_layers_are_left_alone():
+    class LoraLayer(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(128, 256)})
+
+    model = Model()
+    model.blocks[0].ff1 = LoraLayer(model.blocks[0].ff1)
+    handle = quantize_linears(model)
+    assert "LoRA" in handle.skipped["blocks.0.ff1.base_layer"]
+    assert "LoRA" in handle.skipped["blocks.0.ff1.lora_A.default"]
+    assert "blocks.0.ff2" in handle.replaced
+
+
+def test_attention_that_bypasses_its_projection_is_left_alone():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(128, 4), "ff": nn.Linear(128, 128)})
+    handle = quantize_linears(model)
+    assert list(handle.replaced) == ["ff"]
+    assert "NonDynamicallyQuantizableLinear" in handle.skipped["attn.out_proj"]
+
+
+def test_own_skip_replaces_the_default():
+    model = Model()
+    handle = quantize_linears(model, skip=lambda name, linear: None)
+    assert set(handle.skipped) == {"scaled"}
+    handle.undo()
+    only = quantize_linears(
+        model,
+        skip=lambda name, linear: default_skip(name, linear) or ("no" if "0" in name else None),
+    )
+    assert list(only.replaced) == ["blocks.1.ff1", "blocks.1.ff2"]
+
+
+def test_a_failure_changes_nothing():
+    model = Model()
+    with torch.no_grad():
+        model.blocks[1].ff2.weight[3, 3] = float("nan")
+    before = structure(model)
+    with pytest.raises(ValueError, match=r"blocks\.1\.ff2: linear: expected finite weights"):
+        quantize_linears(model)
+    assert structure(model) == before
+
+
+def test_undo_refuses_to_overwrite_someone_elses_change():
+    model = Model()
+    handle = quantize_linears(model)
+    mine, model.blocks[0].ff1 = model.blocks[0].ff1, nn.Identity()
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.ff1: expected the QuantLinear.*Identity"):
+        handle.undo()
+    assert isinstance(model.blocks[1].ff1, QuantLinear)
+    model.blocks[0].ff1 = mine
+    handle.undo()
+    assert type(model.blocks[0].ff1) is nn.Linear
+
+
+def test_training_flag_is_kept():
+    model = Model().eval()
+    quantize_linears(model)
+    assert not any(module.training for module in model.modules())
+
+
+def test_state_dict_loads_into_another_quantised_model():
+    first, second = Model(), Model()
+    x = torch.randn(3, 128)
+    for model in (first, second):
+        quantize_linears(model)
+        model.requires_grad_(False)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x), second(x))
+
+
+def test_errors_say_what_was_expected():
+    with pytest.raises(ValueError, match="scheme: expected one of w8a8, got 'w4a4'"):
+        quantize_linears(Model(), scheme="w4a4")
+    with pytest.raises(ValueError, match=r"model: expected .*got a linear layer itself"):
+        quantize_linears(nn.Linear(256, 256))
+    with pytest.raises(ValueError, match=r"expected at least one nn\.Linear.*Conv2d, got none"):
+        quantize_linears(nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match="got 1 left alone, too small to gain: 8 -> 8: 0"):
+        quantize_linears(nn.Sequential(nn.Linear(8, 8)))
+
+
+def test_a_diffusers_transformer():
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=32, in_channels=1, num_layers=2, sample_size=8
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(2, 1, 8, 8),
+        "timestep": torch.tensor([5, 500]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    with torch.no_grad():
+        want = model(**inputs).sample
+        handle = quantize_linears(model)
+        got = model(**inputs).sample
+        handle.undo()
+        assert torch.equal(model(**inputs).sample, want)
+    assert "transformer_blocks.0.attn1.to_q" in handle.replaced
+    assert "time" in handle.skipped["transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"]
+    assert "proj_out_2" in handle.skipped
+    assert (got - want).norm() / want.norm() < 0.05
