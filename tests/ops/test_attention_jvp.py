@@ -1,0 +1,416 @@
+"""attention_jvp: every implementation against the fp64 oracle, and the identities it must obey."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep import _native, ops, reference
+from fewstep.ops._register import DerivativeError
+from helpers import DEVICES, padded, padding_intact, relative_error, row_sliced, strided
+
+KERNELS = ["native", "triton"]
+IMPLS = ["reference", *KERNELS]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEAD_DIMS = [8, 24, 40, 64, 72, 96, 128, 160, 256]
+LENGTHS = [(1, 1), (15, 31), (33, 65), (65, 33), (129, 64), (1, 200)]
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request):
+    return request.param
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # Waking threads for problems this small takes longer than solving them.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def inputs(nq, nk, d, dv=None, dtype=torch.float32, device="cpu", lead=(2, 3)):
+    """q, k, v, t_q, t_k, t_v."""
+    shapes = [(*lead, nq, d), (*lead, nk, d), (*lead, nk, dv or d)] * 2
+    return [torch.randn(shape).to(device, dtype) for shape in shapes]
+
+
+def double(args):
+    return [None if x is None else x.double() for x in args]
+
+
+def torch_jvp(args, scale=None):
+    """What users have today: forward mode through unfused SDPA, in the dtype of `args`."""
+    primals = tuple(args[:3])
+    tangents = tuple(
+        torch.zeros_like(p) if t is None else t for p, t in zip(primals, args[3:], strict=True)
+    )
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale), primals, tangents
+        )
+
+
+def check(args, impl, scale=None):
+    """Compare with the oracle; the budget is the error of plain torch in the same precision."""
+    got = ops.attention_jvp(*args, scale=scale, return_stats=True, impl=impl)
+    want = reference.attention_jvp(*double(args), scale=scale)
+    plain = torch_jvp(args, scale)
+    q, v = args[0], args[2]
+    # Twice: in fp32 the two sum in another order, and in 16 bits P and H are rounded here where S
+    # is there. Some units: a short sum may come out exact in one and be rounded in the other; in
+    # fp64 the oracle itself is off by as much as they are.
+    slack = (8 if q.dtype == torch.float64 else 2) * torch.finfo(q.dtype).eps
+    for name, ours, theirs, exact in zip(("o", "t_o"), got, plain, want, strict=False):
+        assert ours.shape == (*q.shape[:-1], v.shape[-1]), name
+        assert ours.dtype == q.dtype, name
+        assert relative_error(ours, exact) < 2 * relative_error(theirs, exact) + slack, name
+    # A score is a dot product in fp32 of inputs taken as exact: D <= 256 terms of random sign leave
+    # about sqrt(256) 2^-24 = 1e-6 of its size. fp64 inputs: the same in units of 2^-53.
+    bound = 1e-5 if q.dtype != torch.float64 else 1e-13
+    for name, ours, exact in zip(("lse", "mu"), got[2:], want[2:], strict=True):
+        assert ours.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32), name
+        assert (ours - exact).abs().max() <= bound * (1 + exact.abs().max()), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_reference(dtype, device):
+    for nq, nk in LENGTHS:
+        check(inputs(nq, nk, 40, 24, dtype=dtype, device=device, lead=(1, 2)), "reference")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_native_matches_oracle(d, dtype):
+    for nq, nk in LENGTHS:
+        check(inputs(nq, nk, d, dtype=dtype, lead=(1, 2)), "native")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("nq", "nk", "d", "dv"),
+    [(1, 1, 8, 8), (15, 31, 24, 24), (33, 129, 40, 64), (65, 130, 64, 72), (130, 33, 128, 96)],
+)
+def test_triton_matches_oracle(nq, nk, d, dv, dtype, device):
+    check(inputs(nq, nk, d, dv, dtype=dtype, device=device, lead=(1, 2)), "triton")
+
+
+@pytest.mark.parametrize("d", [160, 256])
+def test_triton_wide_heads(d):
+    check(inputs(17, 40, d, dtype=torch.float16, lead=(1, 1)), "triton")
+
+
+def test_oracle_is_the_derivative():
+    """The hand-written tangent is what torch's forward mode gives in fp64."""
+    args = double(inputs(19, 40, 24, 16))
+    for got, want in zip(reference.attention_jvp(*args)[:2], torch_jvp(args), strict=True):
+        assert relative_error(got, want) < 1e-14
+
+
+def test_oracle_is_the_limit_of_finite_differences():
+    args = double(inputs(7, 20, 16))
+    primals, tangents = args[:3], args[3:]
+
+    def o(eps):
+        moved = [x + eps * t for x, t in zip(primals, tangents, strict=True)]
+        return reference.attention_jvp(*moved)[0]
+
+    # Richardson on central differences: error of order eps^4 and rounding of 2^-52 / eps.
+    slopes = [(o(eps) - o(-eps)) / (2 * eps) for eps in (2e-3, 1e-3)]
+    limit = (4 * slopes[1] - slopes[0]) / 3
+    assert relative_error(reference.attention_jvp(*args)[1], limit) < 1e-9
+
+
+@pytest.mark.parametrize("absent", range(8))
+def test_absent_tangents_are_zero(absent, impl):
+    args = inputs(33, 70, 40, 24, lead=(1, 2))
+    zeros = list(args)
+    for i in range(3):
+        if absent >> i & 1:
+            args[3 + i] = None
+            zeros[3 + i] = torch.zeros_like(zeros[i])
+    check(args, impl)
+    got = ops.attention_jvp(*args, return_stats=True, impl=impl)
+    want = ops.attention_jvp(*zeros, return_stats=True, impl=impl)
+    for ours, theirs in zip(got, want, strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+    if absent == 7:
+        assert not got[1].any()
+
+
+def test_zero_tangents_give_exactly_zero(impl):
+    q, k, v, *_ = inputs(33, 70, 40)
+    tangents = [torch.zeros_like(x) for x in (q, k, v)]
+    _, t_o, _, mu = ops.attention_jvp(q, k, v, *tangents, return_stats=True, impl=impl)
+    assert not t_o.any()
+    assert not mu.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tangents_do_not_change_a_bit_of_the_primal(dtype, impl):
+    args = inputs(33, 130, 40, dtype=dtype, lead=(1, 1))
+    alone = ops.attention_jvp(*args[:3], return_stats=True, impl=impl)
+    for keep in ((3, 4, 5), (3,), (4,), (5,)):
+        some = [x if i < 3 or i in keep else None for i, x in enumerate(args)]
+        o, _, lse, _ = ops.attention_jvp(*some, return_stats=True, impl=impl)
+        assert torch.equal(o, alone[0])
+        assert torch.equal(lse, alone[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_linear_in_the_tangents(dtype):
+    primals = inputs(33, 70, 40, 24, dtype=dtype)[:3]
+    u, w = (inputs(33, 70, 40, 24, dtype=dtype)[3:] for _ in range(2))
+    mixed = [2 * a - 3 * b for a, b in zip(u, w, strict=True)]
+    t_u, t_w, t_mixed = (ops.attention_jvp(*primals, *t, impl="native")[1] for t in (u, w, mixed))
+    # The parts are about three times the sum: three fp errors of some units each.
+    assert relative_error(2 * t_u - 3 * t_w, t_mixed) < 40 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_common_mode_of_the_keys_costs_no_accuracy(dtype, kernel):
+    """A vector added to every key's tangent moves all scores of a row alike and must cancel."""
+    args = inputs(64, 300, 64, lead=(1, 1))
+    shift = torch.randn(64)
+    errors = []
+    for sigmas in (0, 3, 10, 30):
+        low = [x.to(dtype) for x in args]
+        low[4] = (args[4] + sigmas * shift).to(dtype)
+        _, t_o = ops.attention_jvp(*low, impl=kernel)
+        errors.append(relative_error(t_o, reference.attention_jvp(*double(low))[1]))
+    # Inputs are compared after rounding. t_o is rounded once, H and P once each: sqrt(3) halves of
+    # a unit at most. Without centring the last error is ten times the first.
+    assert max(errors) < 1.3 * errors[0]
+    assert max(errors) < torch.finfo(dtype).eps
+
+
+def test_a_vector_added_to_every_keys_tangent_changes_nothing():
+    args = inputs(20, 70, 16, dtype=torch.float64)
+    shifted = list(args)
+    shifted[4] = args[4] + 5 * torch.randn(16, dtype=torch.float64)
+    got, want = (ops.attention_jvp(*a, impl="native")[1] for a in (shifted, args))
+    assert relative_error(got, want) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_logits(dtype, kernel):
+    # Scores of about +-200, whose maximum comes late: rows are nearly one-hot, and what the first
+    # tiles gave is scaled away by exp(-100) or less.
+    args = inputs(33, 200, 40, dtype=dtype, lead=(1, 2))
+    args[1][..., -1, :] *= 2
+    check(args, kernel, scale=8.0)
+
+
+def test_large_and_small_tangents(kernel):
+    for size in (1e-20, 1e10):
+        args = inputs(33, 70, 40)
+        check([*args[:3], *(size * t for t in args[3:])], kernel)
+
+
+def test_order_of_the_keys_does_not_matter():
+    args = inputs(20, 131, 24, dtype=torch.float64)
+    order = torch.randperm(131)
+    moved = [x if i in (0, 3) else x[..., order, :] for i, x in enumerate(args)]
+    got = ops.attention_jvp(*moved, return_stats=True, impl="native")
+    want = ops.attention_jvp(*args, return_stats=True, impl="native")
+    for ours, theirs in zip(got, want, strict=True):
+        assert relative_error(ours, theirs) < 1e-13
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+def test_parts_merge_into_the_whole(dtype, bound):
+    """o, t_o, lse and mu of two ranges of keys are enough to give those of their union."""
+    args = inputs(20, 131, 24, dtype=dtype)
+    parts = []
+    for keys in (slice(0, 37), slice(37, None)):
+        part = [x if i in (0, 3) else x[..., keys, :] for i, x in enumerate(args)]
+        parts.append(ops.attention_jvp(*part, return_stats=True, impl="native"))
+    lse = torch.logsumexp(torch.stack([part[2] for part in parts]), 0)
+    weights = [(part[2] - lse).exp() for part in parts]
+    mu = sum(w * part[3] for w, part in zip(weights, parts, strict=True))
+    o = sum(w[..., None] * part[0] for w, part in zip(weights, parts, strict=True))
+    t_o = -mu[..., None] * o
+    for w, (o_a, t_o_a, _, mu_a) in zip(weights, parts, strict=True):
+        t_o = t_o + w[..., None] * (t_o_a + mu_a[..., None] * o_a)
+    whole = ops.attention_jvp(*args, return_stats=True, impl="native")
+    for merged, want in zip((o, t_o, lse, mu), whole, strict=True):
+        assert relative_error(merged, want) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_heads_inside_tokens_are_read_in_place(dtype, impl, monkeypatch):
+    def refuse(self):
+        raise AssertionError("copied")
+
+    shapes = [(2, 33, 2, 40), (2, 65, 2, 40), (2, 65, 2, 24)] * 2
+    args = [torch.randn(shape).to(dtype).transpose(1, 2) for shape in shapes]
+    if impl != "reference":
+        monkeypatch.setattr(torch.Tensor, "contiguous", refuse)
+    o, t_o = ops.attention_jvp(*args, impl=impl)
+    monkeypatch.undo()
+    for out in (o, t_o):
+        assert out.transpose(1, 2).is_contiguous()
+    check(args, impl)
+
+
+@pytest.mark.parametrize("layout", [padded, strided, row_sliced])
+def test_layouts_do_not_read_padding(layout, impl):
+    check([layout(x) for x in inputs(19, 70, 24, 40)], impl)
+
+
+def test_each_tensor_has_its_own_strides(impl):
+    layouts = (padded, row_sliced, padded, strided, padded, row_sliced)
+    args = [layout(x) for layout, x in zip(layouts, inputs(19, 70, 24, 40), strict=True)]
+    check(args, impl)
+
+
+def test_writes_stay_inside(kernel):
+    args = inputs(35, 70, 24, 40)
+    outputs = [padded(torch.zeros(2, 3, 35, 40)) for _ in range(2)]
+    outputs += [padded(torch.zeros(2, 3, 35)) for _ in range(2)]
+    if kernel == "native":
+        _native.call("attention_jvp", *args, *outputs, 0.2)
+    else:
+        from fewstep.kernels.attention_jvp import launch_attention_jvp
+
+        launch_attention_jvp(*args, *outputs, 0.2)
+    assert all(padding_intact(x) for x in outputs)
+    want = reference.attention_jvp(*double(args), scale=0.2)
+    for ours, exact in zip(outputs, want, strict=True):
+        assert relative_error(ours, exact) < 2e-6
+
+
+def test_no_axis_for_heads(impl):
+    check(inputs(20, 33, 16, 24, lead=(3,)), impl)
+
+
+def test_empty(impl):
+    for lead, nq, nk in (((0, 2), 5, 6), ((2, 0), 5, 6), ((2, 2), 0, 6)):
+        args = inputs(nq, nk, 16, 24, lead=lead)
+        o, t_o, lse, mu = ops.attention_jvp(*args, return_stats=True, impl=impl)
+        assert o.shape == t_o.shape == (*lead, nq, 24)
+        assert lse.shape == mu.shape == (*lead, nq)
+    args = inputs(5, 0, 16, 24)
+    o, t_o, lse, mu = ops.attention_jvp(*args, return_stats=True, impl=impl)
+    for out in (o, t_o, mu):
+        assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full_like(lse, -float("inf")))
+
+
+def test_a_row_does_not_see_the_others(kernel):
+    args = inputs(70, 65, 24)
+    whole = ops.attention_jvp(*args, return_stats=True, impl=kernel)
+    some = [x[1:2, 2:3, 40:41] if i in (0, 3) else x[1:2, 2:3] for i, x in enumerate(args)]
+    alone = ops.attention_jvp(*some, return_stats=True, impl=kernel)
+    for one, all_rows in zip(alone, whole, strict=True):
+        # The interpreter multiplies with a BLAS that may choose by shape; the kernels don't.
+        same = all_rows[1:2, 2:3, 40:41]
+        assert torch.equal(one, same) if kernel == "native" else relative_error(one, same) < 1e-6
+
+
+def test_nan_and_infinity_come_through(kernel):
+    args = inputs(20, 70, 16)
+    args[0][0, 0, 3, 5] = float("nan")
+    args[1][1, 2, 50, 4] = float("inf")
+    got = ops.attention_jvp(*args, impl=kernel)
+    want = reference.attention_jvp(*args)
+    for ours, theirs in zip(got, want, strict=False):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CPU_ISA", isa)
+    for dtype in (*DTYPES, torch.float64):
+        for nq, nk, d, dv in ((1, 1, 8, 8), (33, 70, 40, 24), (20, 129, 72, 256)):
+            args = inputs(nq, nk, d, dv, dtype=dtype, lead=(1, 2))
+            check(args, "native")
+            check([*args[:4], None, None], "native")
+            check([*args[:3], None, args[4], None], "native")
+
+
+def test_threads_do_not_change_a_bit():
+    args = inputs(200, 150, 40)
+    one = ops.attention_jvp(*args, return_stats=True, impl="native")
+    torch.set_num_threads(4)
+    many = ops.attention_jvp(*args, return_stats=True, impl="native")
+    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+@pytest.mark.parametrize("tangents", [(3, 4, 5), (3,), ()])
+def test_opcheck(tangents):
+    args = [x if i < 3 or i in tangents else None for i, x in enumerate(inputs(9, 12, 8, 16))]
+    op = torch.ops.fewstep.attention_jvp.default
+    torch.library.opcheck(op, (*args, 0.3, "native"))
+    # Heads inside tokens: the fake must foresee that the outputs follow.
+    inside = [None if x is None else x.transpose(1, 2).contiguous().transpose(1, 2) for x in args]
+    torch.library.opcheck(op, (*inside, 0.3, "native"))
+
+
+@pytest.mark.parametrize("tangents", [(3, 4, 5), (3,)])
+def test_compiles_without_graph_break(tangents):
+    args = [x if i < 3 or i in tangents else None for i, x in enumerate(inputs(9, 12, 8, 16))]
+    compiled = torch.compile(ops.attention_jvp, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(*args), ops.attention_jvp(*args), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_lost_derivatives_are_refused(position):
+    """Whichever tensor carries the derivative: it has no rule yet, so it must not vanish."""
+    args = inputs(5, 6, 8)
+
+    def o(x):
+        return ops.attention_jvp(*args[:position], x, *args[position + 1 :])[0]
+
+    x = args[position]
+    with pytest.raises(DerivativeError, match="attention_jvp has no forward-mode rule"):
+        torch.func.jvp(o, (x,), (x,))
+    with pytest.raises(DerivativeError):
+        torch.func.jacfwd(o)(x)
+    with forward_ad.dual_level(), pytest.raises(DerivativeError, match="tangent"):
+        o(forward_ad.make_dual(x, x))
+    with pytest.raises(DerivativeError, match="attention_jvp has no backward"):
+        torch.func.grad(lambda x: o(x).sum())(x)
+    with pytest.raises(DerivativeError, match="requires grad"):
+        o(x.clone().requires_grad_())
+    with torch.no_grad():
+        o(x.clone().requires_grad_())
+
+
+def test_bad_input_names_the_argument():
+    q, k, v, t_q, t_k, t_v = inputs(5, 6, 16, 24)
+    call = ops.attention_jvp
+    with pytest.raises(ValueError, match=r"q: expected a head dim that is a multiple of 8.*got 12"):
+        call(q[..., :12], k[..., :12], v)
+    with pytest.raises(ValueError, match=r"v: expected a head dim.*from 8 to 256, got 264"):
+        call(q, k, torch.randn(2, 3, 6, 264))
+    with pytest.raises(ValueError, match="k: expected the head dim of q, 16, got 8"):
+        call(q, k[..., :8], v)
+    with pytest.raises(ValueError, match="v: expected as many rows as k, 6, got 5"):
+        call(q, k, v[..., :5, :])
+    with pytest.raises(ValueError, match=r"k: expected the batch and heads of q, \(2, 3\), got"):
+        call(q, k[:, :1], v)
+    with pytest.raises(ValueError, match=r"t_k: expected the shape of k, \(2, 3, 6, 16\), got"):
+        call(q, k, v, t_q, t_k[..., :5, :], t_v)
+    with pytest.raises(ValueError, match=r"t_v: expected the dtype of q, torch\.float32, got"):
+        call(q, k, v, t_q, t_k, t_v.half())
+    with pytest.raises(ValueError, match=r"q: expected \[B, H, N, D\] or \[B, N, D\], got shape"):
+        call(q[0, 0], k[0, 0], v[0, 0])
+    with pytest.raises(ValueError, match="v: expected 4 axes as q has, got 3"):
+        call(q, k, v[0])
+    with pytest.raises(ValueError, match="q: expected a floating dtype"):
+        call(q.int(), k.int(), v.int())
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        call(q, k, v, impl="cuda")
+    with pytest.raises(ops.UnsupportedError, match="expected one of float32"):
+        call(q.double(), k.double(), v.double(), impl="triton")
