@@ -61,3 +61,26 @@ def bench_show(
     from .bench import show
 
     raise typer.Exit(show(paths, markdown))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the pictures and the report.")] = Path(
+        "demo"
+    ),
+    samples: Annotated[int, typer.Option(help="Images per row, at most.")] = 160,
+    batch: Annotated[int, typer.Option(help="Images per call.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the first batch.")] = 0,
+    seconds: Annotated[
+        float, typer.Option(help="Stop sampling at a batch boundary before this.")
+    ] = 150.0,
+    teacher_steps: Annotated[int, typer.Option(help="Steps of the baseline.")] = 50,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Folder with teacher/ and student/ instead of the package's."),
+    ] = None,
+) -> None:
+    """Sample a trained digits pipeline with every patch: a table, two pictures and a report."""
+    from .demo import main
+
+    raise typer.Exit(main(output, samples, batch, seed, seconds, teacher_steps, weights))

@@ -1,0 +1,268 @@
+"""`fewstep demo`: few steps, caching and int8 on a real trained pipeline, measured on this machine.
+
+The baseline is the 50-step guided teacher in fp32. Nothing here knows better than the measurement:
+a patch that is slower or worse than the baseline shows up as such.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+import fewstep
+
+from ..bench.environment import environment
+from .demo_rows import Row, Sampled, Score, plan, real_level, score
+
+MIN_BATCHES = 2
+
+
+def load(name: str, weights: Path | None) -> Any:
+    """Return a fresh pipeline: the packaged one, or that in a folder made by the training script.
+
+    Raises:
+        typer.BadParameter: there are no weights.
+    """
+    from ..assets.digits import DigitsPipeline, load_digits_pipeline
+
+    if weights is not None and not (weights / name / "model_index.json").is_file():
+        raise typer.BadParameter(f"--weights: expected a pipeline in {weights / name}, found none")
+    try:
+        if weights is None:
+            pipe = load_digits_pipeline(name)  # type: ignore[arg-type]
+        else:
+            pipe = DigitsPipeline.from_pretrained(
+                str(weights / name), dtype=torch.float32, local_files_only=True
+            )
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def apply(pipe: Any, **wanted: Any) -> Any:
+    """Patch the pipeline and return the handle."""
+    return fewstep.patch(pipe, **wanted)
+
+
+def prepare(row: Row, weights: Path | None) -> Sampled:
+    """Return the row with its own patched pipeline, warmed up, or with the reason why not."""
+    sampled = Sampled(row, load(row.weights, weights))
+    if row.patch:
+        try:
+            handle = apply(sampled.pipe, **row.patch)
+            sampled.explanation = str(handle.explain())
+        except Exception as error:  # shown in the table and in the exit status
+            sampled.failure = f"{type(error).__name__}: {error}"
+            return sampled
+    sampled.pipe(torch.arange(2), num_inference_steps=2, output_type="latent")
+    return sampled
+
+
+@torch.no_grad()
+def choose_threads(pipe: Any) -> int:
+    """Return 1 or all threads, whichever runs the network faster now.
+
+    On a machine whose cores are taken, threads that wait for each other can be ten times slower
+    than one alone; every row uses the same count.
+    """
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    x, time_, labels = torch.randn(20, 1, 16, 16), torch.full((20,), 3.0), torch.arange(20) % 10
+    best: dict[int, float] = {}
+    for threads in sorted({1, min(torch.get_num_threads(), every or 1)}):
+        torch.set_num_threads(threads)
+        for _ in range(4):
+            start = time.perf_counter()
+            pipe.transformer(x, timestep=time_, class_labels=labels)
+            seconds = time.perf_counter() - start
+            best[threads] = min(best.get(threads, math.inf), seconds)
+    return min(best, key=lambda threads: best[threads])
+
+
+def results_table(scores: Sequence[Score], real: float, samples: int) -> Table:
+    """Return the table of the rows so far."""
+    table = Table(title=f"{samples} images per row", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("evaluations", "ms / image", "speed-up", "Frechet", "ratio", "accuracy", "PSNR"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("PSNR against", no_wrap=True)
+    labels = {s.key: s.label.strip() for s in scores}
+    for s in scores:
+        if s.failure is not None:
+            table.add_row(s.label, "[red]not run[/red]")
+            continue
+        evaluations = f"{s.evaluations:.4g}"
+        if s.full_evaluations < s.evaluations - 0.005:
+            evaluations += f" ({s.full_evaluations:.3g} full)"
+        decibels = "" if math.isnan(s.psnr_db) else f"{s.psnr_db:.1f} dB"
+        table.add_row(
+            s.label,
+            evaluations,
+            f"{1e3 * s.seconds_per_image:.1f}",
+            f"{s.speedup:.2f}x",
+            f"{s.frechet:.3f}" if s.frechet < 100 else f"{s.frechet:.0f}",
+            f"{s.frechet_ratio:.2f}",
+            f"{s.accuracy:.1%}",
+            "identical" if s.psnr_db == math.inf else decibels,
+            labels.get(s.psnr_against or "", ""),
+        )
+    table.add_section()
+    frechet, ratio = f"{real:.3f}", ""
+    if scores and scores[0].frechet:
+        ratio = f"{real / scores[0].frechet:.2f}"
+    table.add_row("real digits (training half)", "", "", "", frechet, ratio)
+    return table
+
+
+def run(
+    rows: Sequence[Sampled],
+    labels: Tensor,
+    batch: int,
+    seed: int,
+    teacher_steps: int,
+    limit_seconds: float,
+    console: Console,
+) -> tuple[list[Score], float]:
+    """Sample all rows batch by batch under a live table; return the scores and the real level."""
+    live = [row for row in rows if row.failure is None]
+    batches = len(labels) // batch
+    nominal = {r.row.key: _nominal_evaluations(r, teacher_steps) for r in live}
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    task = progress.add_task("sampling", total=batches * sum(nominal.values()))
+    shuffle = random.Random(seed)
+    start, scores, real = time.perf_counter(), [], math.nan
+    with Live(progress, console=console, refresh_per_second=2, transient=True) as screen:
+        for index in range(batches):
+            began = time.perf_counter()
+            for sampled in shuffle.sample(live, len(live)):
+                progress.update(task, description=sampled.row.label.strip())
+                own = labels[index * batch : (index + 1) * batch]
+                sampled.sample(own, seed + index, teacher_steps)
+                progress.advance(task, nominal[sampled.row.key])
+            done = (index + 1) * batch
+            if done > 32:  # a covariance of 32 features needs more samples than that
+                real = real_level(done)
+                scores = score(list(rows), labels)
+                screen.update(Group(results_table(scores, real, done), progress))
+            now = time.perf_counter()
+            if not console.is_terminal:
+                console.print(f"batch {index + 1} of {batches}: {now - start:.0f} s")
+            late = now - start + (now - began) > limit_seconds
+            if late and index + 1 >= MIN_BATCHES and index + 1 < batches and scores:
+                console.print(f"stopped after {done} images: the time limit is {limit_seconds:g} s")
+                break
+    return scores, real
+
+
+def _nominal_evaluations(sampled: Sampled, teacher_steps: int) -> int:
+    guided = sampled.pipe.config.default_guidance > 1
+    default = teacher_steps if sampled.row.weights == "teacher" else 2
+    return sampled.row.patch.get("steps", default) * (1 + guided)
+
+
+def main(
+    output: Path,
+    samples: int,
+    batch: int,
+    seed: int,
+    seconds: float,
+    teacher_steps: int,
+    weights: Path | None,
+) -> int:
+    """Run the demo; return 1 if a row could not be run."""
+    console = Console()
+    try:
+        from ..assets.digits import digits_data
+        from .demo_plots import samples_picture, tradeoff_picture
+
+        real_images, real_labels = digits_data("held_out")
+    except ImportError as error:
+        raise typer.BadParameter(f"{error}; pip install 'fewstep[demo]'") from error
+    if batch < 1 or samples // batch * batch <= 32:
+        raise typer.BadParameter(
+            f"--samples, --batch: expected more than 32 images in whole batches, got {samples} "
+            f"in batches of {batch}"
+        )
+    threads_before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(choose_threads(load("teacher", weights)))
+        machine = environment(torch.device("cpu"), Path.cwd())
+        console.print(
+            f"{machine['cpu']} · {machine['threads']} threads · torch {machine['torch']}",
+            highlight=False,
+        )
+        rows = []
+        for row in plan(teacher_steps):
+            with console.status(f"preparing {row.label.strip()}"):
+                rows.append(prepare(row, weights))
+        labels = torch.arange(samples // batch * batch) % 10
+        scores, real = run(rows, labels, batch, seed, teacher_steps, seconds, console)
+    finally:
+        torch.set_num_threads(threads_before)
+
+    done = len(rows[0].seconds) * batch
+    console.print(results_table(scores, real, done), highlight=False)
+    output.mkdir(parents=True, exist_ok=True)
+    good = [s for s in scores if s.failure is None]
+    pictures = {r.row.key: torch.cat(r.images) for r in rows if r.images}
+    # One real image per column, of the column's class.
+    shown = torch.stack(
+        [real_images[(real_labels == k).nonzero()[i // 10, 0]] for i, k in enumerate(labels[:20])]
+    )
+    samples_picture(output / "samples.png", [(s, pictures[s.key]) for s in good], shown)
+    tradeoff_picture(output / "tradeoff.png", good, real)
+    report = {
+        "environment": machine,
+        "samples": done,
+        "batch": batch,
+        "batches": len(rows[0].seconds),
+        "seed": seed,
+        "real_frechet": real,
+        "weights": "packaged" if weights is None else str(weights),
+        "rows": [s.record() for s in scores],
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    for s in scores:
+        if s.failure is not None:
+            console.print(f"not run: {s.label.strip()}: {s.failure}", highlight=False)
+    closing(console, output)
+    return int(any(s.failure is not None for s in scores))
+
+
+def closing(console: Console, output: Path) -> None:
+    """Say what the columns mean, where the files are, and what to do next."""
+    console.print(
+        "speed-up and ratio are to the first row, in this run. Evaluations are counted by hooks; "
+        '"full" counts the blocks that a cache left to run. Frechet distances are of few samples: '
+        "compare them with each other and with the real row, not with other runs.",
+        highlight=False,
+    )
+    for name in ("samples.png", "tradeoff.png", "report.json"):
+        console.print(f"wrote {output / name}", highlight=False, soft_wrap=True)
+    console.print(
+        "On your own pipeline: patch = fewstep.patch(pipe, steps=4, quantize='w8a8', "
+        "cache='first-block'); print(patch.explain()); pipe(...); patch.undo()",
+        highlight=False,
+        soft_wrap=True,
+    )

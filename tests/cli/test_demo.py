@@ -1,0 +1,125 @@
+"""`fewstep demo` on a tiny untrained pipeline: files, fields, and counts that are counted."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fewstep.assets.digits import DigitsPipeline, digits_transformer
+from fewstep.cli import demo, demo_rows
+from fewstep.cli.main import app
+from fewstep.sampling.consistency import FlowConsistencyScheduler
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder as examples/digits/train.py leaves it, with a small random network."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    network = digits_transformer(heads=1, layers=3)
+    for parameter in network.parameters():  # diffusers starts the last layer at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    teacher = DigitsPipeline(network, FlowMatchEulerDiscreteScheduler(), default_guidance=1.2)
+    student = DigitsPipeline(network, FlowConsistencyScheduler(), default_steps=2)
+    teacher.save_pretrained(folder / "teacher")
+    student.save_pretrained(folder / "student")
+    return folder
+
+
+class NoChange:
+    """A patch that changes nothing but the step count."""
+
+    def __init__(self, pipe, steps=None, **kwargs):
+        if steps is not None:
+            call = type(pipe).__call__
+
+            class Patched(type(pipe)):
+                def __call__(self, *args, **options):
+                    return call(self, *args, **(options | {"num_inference_steps": steps}))
+
+            pipe.__class__ = Patched
+
+    def explain(self):
+        return "nothing"
+
+
+def run(weights, output, *more):
+    options = f"--weights {weights} --output {output} --samples 40 --batch 20 --teacher-steps 5"
+    return runner.invoke(app, ["demo", *options.split(), *more], env={"COLUMNS": "200"})
+
+
+def test_files_fields_and_honest_counts(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "apply", NoChange)
+    threads = torch.get_num_threads()
+    result = run(weights, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert torch.get_num_threads() == threads
+    for name in ("samples.png", "tradeoff.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["samples"] == 40
+    assert report["batches"] == 2
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["real_frechet"] > 0
+    rows = {row["key"]: row for row in report["rows"]}
+    base = rows["teacher"]
+    assert base["speedup"] == base["frechet_ratio"] == 1
+    evaluations = {key: row["evaluations"] for key, row in rows.items()}
+    expected = {"teacher": 10, "teacher-8": 16, "teacher-4": 8, "student-2": 2, "student-1": 1}
+    assert evaluations.items() >= expected.items()
+    # The stand-in patch neither caches nor quantises: the same images, and no credit for it.
+    assert rows["teacher-cache"]["identical"]
+    assert rows["teacher-cache"]["full_evaluations"] == evaluations["teacher-cache"] == 10
+    assert rows["student-all"]["psnr_against"] == "student-2"
+    for row in rows.values():
+        assert row["seconds_per_image"] > 0
+        ratio = base["seconds_per_image"] / row["seconds_per_image"]
+        assert row["speedup"] == pytest.approx(ratio)
+    assert "On your own pipeline" in result.output
+
+
+def test_a_patch_that_fails_is_shown_and_sets_the_exit_code(weights, tmp_path, monkeypatch):
+    def patch(pipe, **wanted):
+        if "quantize" in wanted:
+            raise NotImplementedError("no int8 here")
+        return NoChange(pipe, **wanted)
+
+    monkeypatch.setattr(demo, "apply", patch)
+    result = run(weights, tmp_path)
+    assert result.exit_code == 1
+    assert "not run: + w8a8: NotImplementedError: no int8 here" in result.output
+    rows = {row["key"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert rows["teacher-w8a8"]["speedup"] is None
+    assert rows["student-2"]["frechet"] > 0
+
+
+def test_the_time_limit_stops_at_a_batch_and_says_so(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "apply", NoChange)
+    result = run(weights, tmp_path, "--seconds", "0", "--samples", "100")
+    assert result.exit_code == 0, result.output
+    assert "stopped after 40 images" in result.output
+    assert json.loads((tmp_path / "report.json").read_text())["samples"] == 40
+
+
+def test_blocks_that_a_cache_skips_are_not_counted():
+    network = digits_transformer(heads=1, layers=3)
+    skipped = network.transformer_blocks[1]
+    skipped.forward = lambda hidden_states, **kwargs: hidden_states
+    x, y = torch.randn(2, 1, 16, 16), torch.tensor([1, 2])
+    with demo_rows.counted(network) as count, torch.no_grad():
+        network(x, timestep=torch.ones(2), class_labels=y)
+    assert (count.calls, count.blocks) == (1, 2)
+    assert not network._forward_pre_hooks
+
+
+def test_bad_requests_are_refused(weights, tmp_path):
+    result = run(weights, tmp_path, "--samples", "20")
+    assert result.exit_code == 2
+    assert "more than 32 images" in result.output
+    result = run(tmp_path / "nothing", tmp_path)
+    assert result.exit_code == 2
