@@ -92,9 +92,12 @@ def test_a_patch_that_fails_is_shown_and_sets_the_exit_code(weights, tmp_path, m
     monkeypatch.setattr(demo, "apply", patch)
     result = run(weights, tmp_path)
     assert result.exit_code == 1
-    assert "not run: + w8a8: NotImplementedError: no int8 here" in result.output
+    assert (
+        "not run: teacher, 8 guided steps + w8a8: NotImplementedError: no int8 here"
+        in result.output
+    )
     rows = {row["key"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
-    assert rows["teacher-w8a8"]["speedup"] is None
+    assert rows["teacher-8-w8a8"]["speedup"] is None
     assert rows["student-2"]["frechet"] > 0
 
 

@@ -37,8 +37,11 @@ def load(name: str, weights: Path | None) -> Any:
     Raises:
         typer.BadParameter: there are no weights.
     """
+    from diffusers.utils import logging
+
     from ..assets.digits import DigitsPipeline, load_digits_pipeline
 
+    logging.disable_progress_bar()
     if weights is not None and not (weights / name / "model_index.json").is_file():
         raise typer.BadParameter(f"--weights: expected a pipeline in {weights / name}, found none")
     try:
@@ -100,17 +103,21 @@ def results_table(scores: Sequence[Score], real: float, samples: int) -> Table:
     for name in ("evaluations", "ms / image", "speed-up", "Frechet", "ratio", "accuracy", "PSNR"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("PSNR against", no_wrap=True)
-    labels = {s.key: s.label.strip() for s in scores}
+    labels = {s.key: s.label for s in scores}
+    head = "\0"
     for s in scores:
+        # A row that adds to the one above is shown as what it adds.
+        label = s.label.replace(head, "  ", 1) if s.label.startswith(head) else s.label
+        head = head if s.label.startswith(head) else s.label
         if s.failure is not None:
-            table.add_row(s.label, "[red]not run[/red]")
+            table.add_row(label, "[red]not run[/red]")
             continue
         evaluations = f"{s.evaluations:.4g}"
         if s.full_evaluations < s.evaluations - 0.005:
             evaluations += f" ({s.full_evaluations:.3g} full)"
         decibels = "" if math.isnan(s.psnr_db) else f"{s.psnr_db:.1f} dB"
         table.add_row(
-            s.label,
+            label,
             evaluations,
             f"{1e3 * s.seconds_per_image:.1f}",
             f"{s.speedup:.2f}x",
@@ -156,14 +163,14 @@ def run(
         for index in range(batches):
             began = time.perf_counter()
             for sampled in shuffle.sample(live, len(live)):
-                progress.update(task, description=sampled.row.label.strip())
+                progress.update(task, description=sampled.row.label)
                 own = labels[index * batch : (index + 1) * batch]
                 sampled.sample(own, seed + index, teacher_steps)
                 progress.advance(task, nominal[sampled.row.key])
             done = (index + 1) * batch
             if done > 32:  # a covariance of 32 features needs more samples than that
                 real = real_level(done)
-                scores = score(list(rows), labels)
+                scores = score(list(rows))
                 screen.update(Group(results_table(scores, real, done), progress))
             now = time.perf_counter()
             if not console.is_terminal:
@@ -214,7 +221,7 @@ def main(
         )
         rows = []
         for row in plan(teacher_steps):
-            with console.status(f"preparing {row.label.strip()}"):
+            with console.status(f"preparing {row.label}"):
                 rows.append(prepare(row, weights))
         labels = torch.arange(samples // batch * batch) % 10
         scores, real = run(rows, labels, batch, seed, teacher_steps, seconds, console)
@@ -245,7 +252,7 @@ def main(
     (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     for s in scores:
         if s.failure is not None:
-            console.print(f"not run: {s.label.strip()}: {s.failure}", highlight=False)
+            console.print(f"not run: {s.label}: {s.failure}", highlight=False)
     closing(console, output)
     return int(any(s.failure is not None for s in scores))
 
@@ -255,7 +262,8 @@ def closing(console: Console, output: Path) -> None:
     console.print(
         "speed-up and ratio are to the first row, in this run. Evaluations are counted by hooks; "
         '"full" counts the blocks that a cache left to run. Frechet distances are of few samples: '
-        "compare them with each other and with the real row, not with other runs.",
+        "compare them with each other and with the real row, not with other runs "
+        "(python examples/digits/evaluate.py takes all 899).",
         highlight=False,
     )
     for name in ("samples.png", "tradeoff.png", "report.json"):

@@ -30,7 +30,7 @@ def samples_picture(
     strips = [("real digits, held out", real[:columns])]
     for score, images in rows:
         about = f"{score.evaluations:.0f} evaluations, {score.speedup:.1f}x"
-        strips.append((f"{score.label.strip()}\n{about}", images[:columns]))
+        strips.append((f"{score.label}\n{about}", images[:columns]))
     figure, axes = plt.subplots(
         len(strips), 1, figsize=(11, 0.52 * len(strips) + 0.3), layout="constrained"
     )
@@ -77,7 +77,7 @@ def tradeoff_picture(path: Path, scores: Sequence[Score], real: float) -> None:
             linewidth=1,
         )
         axis.annotate(
-            score.label.strip(),
+            score.label,
             (milliseconds, score.frechet),
             xytext=(6, 6 if index % 2 else -12),
             textcoords="offset points",

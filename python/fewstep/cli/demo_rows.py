@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..metrics import class_accuracy, frechet_distance_to_real, psnr
+from ..metrics import class_accuracy, digit_features, frechet_distance, psnr
 
 CACHE = "first-block"
 QUANTIZE = "w8a8"
@@ -38,35 +39,26 @@ class Row:
 
 def plan(teacher_steps: int) -> list[Row]:
     """Return the rows; the first is the baseline, unpatched."""
+    full, eight = f"teacher, {teacher_steps} guided steps", "teacher, 8 guided steps"
+    two = "student, 2 steps"
+    cache, int8 = {"cache": CACHE}, {"quantize": QUANTIZE}
     return [
-        Row("teacher", f"teacher, {teacher_steps} guided steps", "teacher"),
-        Row("teacher-cache", "  + cache", "teacher", {"cache": CACHE}, "teacher"),
-        Row("teacher-w8a8", "  + w8a8", "teacher", {"quantize": QUANTIZE}, "teacher"),
-        Row(
-            "teacher-all",
-            "  + cache + w8a8",
-            "teacher",
-            {"cache": CACHE, "quantize": QUANTIZE},
-            "teacher",
-        ),
-        Row("teacher-8", "teacher, 8 guided steps", "teacher", {"steps": 8}, "teacher"),
+        Row("teacher", full, "teacher"),
+        Row("teacher-cache", f"{full} + cache", "teacher", cache, "teacher"),
+        Row("teacher-all", f"{full} + cache + w8a8", "teacher", cache | int8, "teacher"),
+        Row("teacher-8", eight, "teacher", {"steps": 8}, "teacher"),
+        Row("teacher-8-w8a8", f"{eight} + w8a8", "teacher", {"steps": 8} | int8, "teacher-8"),
         Row("teacher-4", "teacher, 4 guided steps", "teacher", {"steps": 4}, "teacher"),
-        Row("student-2", "student, 2 steps", "student", {"steps": 2}, "teacher"),
-        Row("student-1", "student, 1 step", "student", {"steps": 1}, "teacher"),
-        Row(
-            "student-w8a8",
-            "student, 2 steps + w8a8",
-            "student",
-            {"steps": 2, "quantize": QUANTIZE},
-            "student-2",
-        ),
+        Row("student-2", two, "student", {"steps": 2}, "teacher"),
+        Row("student-w8a8", f"{two} + w8a8", "student", {"steps": 2} | int8, "student-2"),
         Row(
             "student-all",
-            "student, 2 steps + w8a8 + cache",
+            f"{two} + w8a8 + cache",
             "student",
-            {"steps": 2, "quantize": QUANTIZE, "cache": CACHE},
+            {"steps": 2} | int8 | cache,
             "student-2",
         ),
+        Row("student-1", "student, 1 step", "student", {"steps": 1}, "teacher"),
     ]
 
 
@@ -115,6 +107,8 @@ class Sampled:
     seconds: list[float] = field(default_factory=list)  # per image, one entry per batch
     count: Count = field(default_factory=Count)
     images: list[Tensor] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    hits: list[float] = field(default_factory=list)  # share of the right class, per batch
 
     @property
     def evaluations(self) -> float:
@@ -138,7 +132,10 @@ class Sampled:
         self.seconds.append(seconds / len(labels))
         self.count.calls += count.calls
         self.count.blocks += count.blocks
-        self.images.append(out.images.cpu().float().clamp(-1, 1))
+        images = out.images.cpu().float().clamp(-1, 1)
+        self.images.append(images)
+        self.features.append(digit_features(images))
+        self.hits.append(class_accuracy(images, labels))
 
 
 @dataclass(frozen=True)
@@ -171,12 +168,20 @@ class Score:
         return fields | {"identical": self.psnr_db == math.inf}
 
 
-def score(sampled: list[Sampled], labels: Tensor) -> list[Score]:
+@lru_cache(maxsize=2)
+def _real_features(split: str) -> Tensor:
+    from ..assets.digits import digits_data
+
+    return digit_features(digits_data(split)[0])  # type: ignore[arg-type]
+
+
+def score(sampled: list[Sampled]) -> list[Score]:
     """Score every row on the images it has; all rows have the same number."""
     base = sampled[0]
     images = {s.row.key: torch.cat(s.images) for s in sampled if s.images}
     base_seconds = statistics.median(base.seconds)
-    base_frechet = frechet_distance_to_real(images[base.row.key])
+    real = _real_features("held_out")
+    base_frechet = frechet_distance(torch.cat(base.features), real)
     scores = []
     for s in sampled:
         row = s.row
@@ -187,7 +192,7 @@ def score(sampled: list[Sampled], labels: Tensor) -> list[Score]:
         seconds = statistics.median(s.seconds)
         spread = s.seconds if len(s.seconds) > 1 else 2 * s.seconds
         q1, _, q3 = statistics.quantiles(spread, n=4, method="inclusive")
-        frechet = frechet_distance_to_real(own)
+        frechet = frechet_distance(torch.cat(s.features), real)
         against = row.against if row.against in images else None
         scores.append(
             Score(
@@ -202,7 +207,7 @@ def score(sampled: list[Sampled], labels: Tensor) -> list[Score]:
                 base_seconds / seconds,
                 frechet,
                 frechet / base_frechet,
-                class_accuracy(own, labels[: len(own)]),
+                statistics.fmean(s.hits),
                 psnr(own, images[against], 2.0) if against else math.nan,
                 against,
                 row.patch,
@@ -218,12 +223,10 @@ def real_level(samples: int, draws: int = 5) -> float:
     The Frechet distance of few samples is biased upwards, so the level must be taken at the rows'
     own sample count.
     """
-    from ..assets.digits import digits_data
-
-    images, _ = digits_data("train")
+    train, held_out = _real_features("train"), _real_features("held_out")
     generator = torch.Generator().manual_seed(0)
-    distances = [
-        frechet_distance_to_real(images[torch.randperm(len(images), generator=generator)[:samples]])
-        for _ in range(draws)
-    ]
+    distances = []
+    for _ in range(draws):
+        subset = train[torch.randperm(len(train), generator=generator)[:samples]]
+        distances.append(frechet_distance(subset, held_out))
     return statistics.fmean(distances)

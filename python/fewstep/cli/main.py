@@ -68,7 +68,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the report.")] = Path(
         "demo"
     ),
-    samples: Annotated[int, typer.Option(help="Images per row, at most.")] = 160,
+    samples: Annotated[int, typer.Option(help="Images per row, at most.")] = 240,
     batch: Annotated[int, typer.Option(help="Images per call.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the first batch.")] = 0,
     seconds: Annotated[
