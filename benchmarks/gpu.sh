@@ -121,17 +121,20 @@ fi
 sanitizer=$(command -v compute-sanitizer || true)
 [[ -z $sanitizer && -x /usr/local/cuda/bin/compute-sanitizer ]] &&
     sanitizer=/usr/local/cuda/bin/compute-sanitizer
-mapfile -t native < <("$PYTHON" -c '
-import sys
-from fewstep import _native
-print(*(op for op in sys.argv[1:] if _native._C and hasattr(_native._C.cuda, op)), sep="\n")' "${ops[@]}")
+mapfile -t kernels < <("$PYTHON" -c '
+import sys, torch
+from fewstep.cli.doctor import runnable
+for op in sys.argv[2:]:
+    for impl in runnable(op, torch.device(sys.argv[1])):
+        print(op, impl)' "$device" "${ops[@]}" | sort -k 2)
 if [[ -z $sanitizer || $device != cuda ]]; then
     note "memcheck" skipped 0s "needs compute-sanitizer and a GPU"
 else
-    for op in "${native[@]}"; do
+    for kernel in "${kernels[@]}"; do
+        read -r op impl <<<"$kernel"
         # Without torch's pool every tensor is its own allocation, and a read past its end is seen.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memcheck $op" 60 "$sanitizer" --tool memcheck \
-            --error-exitcode 3 "$PYTHON" -m fewstep.ops._gate "$op" native cuda
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memcheck $op $impl" 60 "$sanitizer" \
+            --tool memcheck --error-exitcode 3 "$PYTHON" -m fewstep.ops._gate "$op" "$impl" cuda
     done
 fi
 
