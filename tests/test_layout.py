@@ -68,7 +68,8 @@ def test_validated_kernels_have_a_passing_record():
     for path in (ROOT / "benchmarks" / "results").glob("*/*.jsonl"):
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            if record.get("gate") == "passed":
+            # The harness times a kernel only after its gate has passed on that machine.
+            if record["role"] == "op" and record["skipped"] is None:
                 recorded.add((record["capability"], f"{record['op']}:{record['impl']}"))
     for capability, kernels in validated.items():
         for kernel in kernels:
