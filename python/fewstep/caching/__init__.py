@@ -1,0 +1,22 @@
+"""Reuse of features across denoising steps: when to skip (policy), what is kept (session), how.
+
+A policy decides, a `Session` follows the denoising run and keeps one state per guidance branch, and
+a layout (`BlockStack`, `UNetStack`) turns both into replacements of `forward` on a model's
+instances. Nothing here changes a model: `fewstep.patch(pipe, cache=...)` installs and removes them.
+"""
+
+from .policy import PRESETS, CachePolicy, FirstBlock, Interval, resolve_policy
+from .session import Session
+from .stack import BlockStack
+from .unet import UNetStack
+
+__all__ = [
+    "PRESETS",
+    "BlockStack",
+    "CachePolicy",
+    "FirstBlock",
+    "Interval",
+    "Session",
+    "UNetStack",
+    "resolve_policy",
+]

@@ -1,0 +1,143 @@
+"""When a step may skip its middle blocks.
+
+    first-block   r_t = h_first - h_0 at step t;  skip if for every sample
+                  sum |r_t - r_p| / sum |r_p| < threshold,  p = the last step that ran in full
+    interval      run in full every n-th step, skip the middle blocks in between
+
+A skipped step adds the middle blocks' residual of the last full step instead of running them. The
+first step, the last step and every step whose state is missing or too old always run in full.
+
+first-block is ParaAttention's First Block Cache (diffusers: FirstBlockCache), with the change taken
+per sample, so that one image does not depend on its batch-mates. interval is the rule of DeepCache
+(arXiv 2312.00858) and FORA (arXiv 2407.01425), on residuals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = ["PRESETS", "CachePolicy", "FirstBlock", "Interval", "resolve_policy"]
+
+
+@runtime_checkable
+class CachePolicy(Protocol):
+    """What decides. `first` and `last` blocks of a transformer stack run on every step.
+
+    A UNet always keeps its outermost down and up block, whatever `first` and `last` say.
+    """
+
+    first: int
+    last: int
+    measures: bool  # whether `small_change` wants the change of the first blocks' residual
+
+    def must_run(self, step: int, since_full: int) -> str | None:
+        """Reason why this step runs in full, known before it starts; None if it may skip.
+
+        `step` counts from 0 in the run, `since_full` the distance to the branch's last full one.
+        """
+
+    def small_change(self, change: Tensor) -> bool:
+        """Whether the change [B] of the first blocks' residual is small enough to skip."""
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class FirstBlock:
+    """Skip while the first block's residual barely changes.
+
+    Args:
+        threshold: largest relative L1 change that counts as barely, exclusive; 0 never skips.
+        max_skips: at most this many skipped steps in a row.
+        warmup: steps at the start that always run in full.
+        first: blocks that run on every step and are measured.
+        last: blocks at the end that run on every step.
+    """
+
+    threshold: float = 0.08
+    max_skips: int = 3
+    warmup: int = 1
+    first: int = 1
+    last: int = 0
+
+    measures = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
+            raise TypeError(f"threshold: expected a number, got {type(self.threshold).__name__}")
+        if not math.isfinite(self.threshold) or self.threshold < 0:
+            raise ValueError(f"threshold: expected a finite number >= 0, got {self.threshold}")
+        for name, least in (("max_skips", 0), ("warmup", 1), ("first", 1), ("last", 0)):
+            _check_int(name, getattr(self, name), least)
+
+    def must_run(self, step: int, since_full: int) -> str | None:
+        """Warm-up, or too many skips in a row."""
+        if step < self.warmup:
+            return "warm-up"
+        return "max_skips reached" if since_full > self.max_skips else None
+
+    def small_change(self, change: Tensor) -> bool:
+        """All samples must agree; a NaN never does. Reads one value back from the device."""
+        return bool((change < self.threshold).all())
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Run in full every n-th step, skip the middle blocks otherwise.
+
+    Args:
+        every: distance of full steps; 1 never skips.
+        first: blocks at the start that run on every step.
+        last: blocks at the end that run on every step.
+    """
+
+    every: int = 2
+    first: int = 1
+    last: int = 1
+
+    measures = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("first", 1), ("last", 0)):
+            _check_int(name, getattr(self, name), least)
+
+    def must_run(self, step: int, since_full: int) -> str | None:
+        """Every n-th step of the run, or a state that is older than that."""
+        return "interval" if step % self.every == 0 or since_full >= self.every else None
+
+    def small_change(self, change: Tensor) -> bool:
+        """Never asked: the decision needs no measurement."""
+        return True
+
+
+PRESETS: dict[str, Callable[[], CachePolicy]] = {"first-block": FirstBlock, "interval": Interval}
+
+
+def resolve_policy(cache: str | CachePolicy) -> CachePolicy:
+    """Return the policy of a preset name, or the policy itself.
+
+    Raises:
+        ValueError: no preset has this name.
+        TypeError: neither a name nor a policy.
+    """
+    names = ", ".join(repr(name) for name in PRESETS)
+    if isinstance(cache, str):
+        if cache not in PRESETS:
+            raise ValueError(f"cache: expected {names} or a policy object, got {cache!r}")
+        return PRESETS[cache]()
+    if isinstance(cache, type) or not isinstance(cache, CachePolicy):
+        raise TypeError(
+            f"cache: expected {names} or a policy object such as FirstBlock(threshold=0.08), "
+            f"got {cache!r}"
+        )
+    return cache

@@ -1,0 +1,258 @@
+"""What a cache remembers during one image, and how it knows where in the image it is.
+
+A call of the denoiser belongs to a step and to a branch:
+
+    run     starts when the pipeline's scheduler gets new timesteps, or when time turns round
+    step    advances when the scheduler's step index or the timestep given to the model changes
+    branch  the name of the `cache_context` that the pipeline opened, and how many calls of that
+            name this step has seen: so the guided and the unguided pass never share a state
+
+Every `set_timesteps` of diffusers makes a new `timesteps` tensor, so comparing identities is enough
+to notice a new image, whoever calls it, and also after an exception left the last one unfinished.
+The step index lives on the host; the timestep is read only where that needs no device sync, or
+where the scheduler has no step index.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import cache_metric
+from .policy import CachePolicy
+
+__all__ = ["Branch", "Call", "Session"]
+
+# More calls than this in one step mean that the session can't see the steps: it then stays out.
+_MAX_CALLS_PER_STEP = 8
+
+
+@dataclass
+class Branch:
+    """State of one guidance branch: what its last full step left behind."""
+
+    name: str
+    conditioning: Any = None
+    full_at: int | None = None  # step of the last full run
+    form: tuple[Any, ...] = ()  # shape, dtype and device of the hidden state there
+    probe: Tensor | None = None  # the first blocks' residual there
+    kept: tuple[Any, ...] = ()  # what the layout stored there
+    decisions: list[str] = field(default_factory=list)  # of the run: "full" or "skip"
+
+    def forget(self) -> None:
+        """Drop the tensors, keep the record of decisions."""
+        self.full_at, self.probe, self.kept, self.conditioning = None, None, (), None
+
+
+@dataclass
+class Call:
+    """One call of the denoiser."""
+
+    branch: Branch | None  # None: run as if there were no cache
+    step: int = 0
+    is_last: bool = False
+    skip: bool = False
+    entry: Tensor | None = None  # the layout's scratch: what entered the first block,
+    head: tuple[Any, ...] = ()  # what left the last block that always runs,
+    done: bool = False  # and whether the stored features were put in
+
+
+class Session:
+    """Follows the denoising runs of one pipeline and decides every call of its denoiser.
+
+    Args:
+        policy: when to skip.
+        scheduler: returns the pipeline's present scheduler, or None.
+    """
+
+    def __init__(self, policy: CachePolicy, scheduler: Callable[[], Any]) -> None:
+        self.policy = policy
+        self.context: str | None = None
+        self.call: Call | None = None
+        self.closed = False
+        self.reasons: Counter[str] = Counter()
+        self._scheduler = scheduler
+        self._branches: dict[tuple[str, int], Branch] = {}
+        self._start_run(None)
+
+    # Where in the image are we?
+
+    def _start_run(self, timesteps: Any) -> None:
+        self._timesteps = timesteps
+        self._clock: tuple[Any, Any] | None = None
+        self._direction = 0.0
+        self._step = -1
+        self._seen: Counter[str] = Counter()
+        self._used: set[tuple[str, int]] = set()
+        for branch in self._branches.values():
+            branch.forget()
+        self._stale = True  # the record of the last run is kept until the next one starts
+
+    def _read_clock(self, timestep: Any) -> tuple[Any, tuple[Any, Any]]:
+        scheduler = self._scheduler()
+        timesteps = getattr(scheduler, "timesteps", None)
+        index = getattr(scheduler, "step_index", "absent")
+        if index is None:
+            index = getattr(scheduler, "begin_index", None) or 0
+        value = None
+        if not isinstance(timestep, Tensor):
+            value = timestep
+        elif timestep.device.type == "cpu" or index == "absent":
+            value = timestep.detach().reshape(-1)[0].item()
+        return timesteps, (index, value)
+
+    def _is_last(self, timesteps: Any, index: Any) -> bool:
+        if timesteps is None:
+            return False
+        total = len(timesteps)
+        # SCM lists the final 0 as one more timestep.
+        if getattr(self._scheduler(), "num_inference_steps", None) == total - 1:
+            total -= 1
+        return (self._step if index == "absent" else index) >= total - 1
+
+    def _turned_round(self, clock: tuple[Any, Any]) -> bool:
+        if self._clock is None:
+            return False
+        (index, value), (old_index, old_value) = clock, self._clock
+        if isinstance(index, int) and isinstance(old_index, int) and index < old_index:
+            return True
+        if value is None or old_value is None or value == old_value:
+            return False
+        direction = 1.0 if value > old_value else -1.0
+        turned = self._direction * direction < 0
+        self._direction = direction
+        return turned
+
+    def begin(self, timestep: Any, conditioning: Any) -> Call:
+        """Open the record of a call of the denoiser; `finish` or `abort` closes it."""
+        timesteps, clock = self._read_clock(timestep)
+        if timesteps is not self._timesteps or self._turned_round(clock):
+            self._start_run(timesteps)
+        if clock != self._clock:
+            self._clock = clock
+            self._step += 1
+            self._seen.clear()
+            self._used.clear()
+        if self._stale:
+            self._branches.clear()
+            self.reasons.clear()
+            self._stale = False
+        branch = self._branch(conditioning)
+        self.call = Call(branch, self._step, self._is_last(timesteps, clock[0]))
+        return self.call
+
+    def _branch(self, conditioning: Any) -> Branch | None:
+        name = self.context or "call"
+        key = (name, self._seen[name])
+        self._seen[name] += 1
+        if key[1] >= _MAX_CALLS_PER_STEP:
+            self.reasons["no step boundary seen"] += 1
+            return None
+        if self.context is None and conditioning is not None:
+            # A pipeline that drops a guidance pass in mid-run shifts the order of its calls; the
+            # very same conditioning tensor tells which branch this is.
+            for other, branch in self._branches.items():
+                if branch.conditioning is conditioning and other not in self._used:
+                    key = other
+                    break
+        self._used.add(key)
+        if key not in self._branches:
+            label = key[0] if key[1] == 0 and self.context else f"{key[0]} {key[1]}"
+            self._branches[key] = Branch(label)
+        branch = self._branches[key]
+        branch.conditioning = conditioning
+        return branch
+
+    # What does this call do?
+
+    def decide(self, call: Call, entry: Tensor, output: Tensor) -> None:
+        """Set `call.skip` from what entered and left the first blocks."""
+        branch = call.branch
+        if branch is None:
+            return
+        if output.requires_grad:
+            self.reasons["gradients wanted"] += 1
+            call.branch = None
+            return
+        form = (output.shape, output.dtype, output.device)
+        reason = self._must_run(call, branch, form)
+        residual = None
+        if self.policy.measures and not call.is_last:
+            previous = branch.probe if reason is None else None
+            change, residual = cache_metric(
+                output, entry, previous=previous, return_residual=True, per_sample=True
+            )
+            if reason is None and not self.policy.small_change(change):
+                reason = "changed too much"
+        if reason is None:
+            call.skip = True
+            branch.decisions.append("skip")
+            return
+        self.reasons[reason] += 1
+        branch.decisions.append("full")
+        branch.full_at, branch.kept = None, ()
+        branch.probe, branch.form = residual, form
+
+    def _must_run(self, call: Call, branch: Branch, form: tuple[Any, ...]) -> str | None:
+        if branch.full_at is None:
+            return "first step"
+        if branch.form != form:
+            return "shape changed"
+        if call.is_last:
+            return "last step"
+        return self.policy.must_run(call.step, call.step - branch.full_at)
+
+    def keep(self, call: Call, *kept: Any) -> None:
+        """Store the features of a full step for the steps after it; the last step stores none."""
+        if call.branch is not None and not call.is_last:
+            call.branch.kept, call.branch.full_at = kept, call.step
+
+    def finish(self, call: Call) -> None:
+        """Close a call; a skipped one must have put the stored features in."""
+        self.call = None
+        if call.skip and not call.done:
+            self.abort()
+            raise RuntimeError(
+                "cache: expected the model to run all blocks in order, but a skipped step never "
+                "reached the block that puts the stored features in; undo the cache patch to use "
+                "options that leave blocks out"
+            )
+
+    def abort(self) -> None:
+        """Close a call that raised: nothing of this run is used again."""
+        self.call = None
+        for branch in self._branches.values():
+            branch.forget()
+
+    def close(self) -> None:
+        """Stay out of every call from now on, and drop the tensors."""
+        self.closed = True
+        self.abort()
+
+    # What was done?
+
+    def report(self) -> dict[str, Any]:
+        """Decisions of the present or last run, by branch, and why steps ran in full."""
+        branches = {branch.name: list(branch.decisions) for branch in self._branches.values()}
+        every = [decision for decisions in branches.values() for decision in decisions]
+        return {
+            "full": every.count("full"),
+            "skipped": every.count("skip"),
+            "branches": branches,
+            "why_full": dict(self.reasons),
+        }
+
+
+def add_residual(head: Any, tail: Any) -> Any:
+    """head + tail of one stream; a stream that the model ends early is None in `tail`."""
+    return None if tail is None else head + tail
+
+
+def residual_of(output: Any, head: Any) -> Any:
+    """output - head of one stream, None where the last block returns none."""
+    return None if output is None else torch.sub(output, head)

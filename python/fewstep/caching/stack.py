@@ -1,0 +1,115 @@
+"""Caching a stack of transformer blocks.
+
+    h_first            after the blocks that always run at the start (the probe)
+    h_tail             before the blocks that always run at the end (or the output norm)
+    full step          keep R = h_tail - h_first
+    skipped step       h_tail := h_first + R; the blocks between hand their inputs through
+
+Two-stream blocks (FLUX, SD3) return (encoder_hidden_states, hidden_states); both are kept. What a
+ControlNet adds between blocks is inside R, so a skipped step reuses it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ._wrap import Replacement, follow, like
+from .session import Call, Session, add_residual, residual_of
+
+__all__ = ["BlockStack"]
+
+
+@dataclass
+class BlockStack:
+    """The blocks of a denoiser in the order in which they run.
+
+    Args:
+        denoiser: the model whose call is one evaluation.
+        blocks: its blocks, all lists joined.
+        two_streams: blocks take (hidden_states, encoder_hidden_states) and return the two in
+            reverse order; otherwise they return hidden_states alone.
+    """
+
+    denoiser: nn.Module
+    blocks: list[nn.Module]
+    two_streams: bool
+
+    def middle(self, session: Session) -> range:
+        """Indices of the blocks that a skipped step leaves out.
+
+        Raises:
+            ValueError: the policy leaves no block to skip.
+        """
+        policy = session.policy
+        middle = range(policy.first, len(self.blocks) - policy.last)
+        if not len(middle):
+            raise ValueError(
+                f"cache: expected more than {policy.first + policy.last} blocks (first="
+                f"{policy.first} and last={policy.last} always run), got {len(self.blocks)} in "
+                f"{type(self.denoiser).__name__}"
+            )
+        return middle
+
+    def describe(self, session: Session) -> str:
+        """Say which blocks a skipped step leaves out."""
+        middle = self.middle(session)
+        return (
+            f"a skipped step leaves out blocks {middle[0]} to {middle[-1]} of "
+            f"{len(self.blocks)} (counted from 0)"
+        )
+
+    def replacements(self, session: Session) -> list[Replacement]:
+        """Return what to set on the instances; sets nothing itself."""
+        middle = self.middle(session)
+        found = follow(self.denoiser, session, ignore=("skip_layers",))
+        for index in range(middle[-1] + 1):
+            block = self.blocks[index]
+            forward = self._wrapped(block.forward, session, index, middle)
+            found.append(Replacement(block, "forward", like(block.forward, forward)))
+        return found
+
+    def _streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not self.two_streams:
+            return hidden, None
+        return hidden, args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+
+    def _split(self, output: Any) -> tuple[Any, Any]:
+        return (output[1], output[0]) if self.two_streams else (output, None)
+
+    def _joined(self, hidden: Any, encoder: Any) -> Any:
+        return (encoder, hidden) if self.two_streams else hidden
+
+    def _wrapped(
+        self, forward: Callable[..., Any], session: Session, index: int, middle: range
+    ) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = session.call
+            if call is None or call.branch is None:
+                return forward(*args, **kwargs)
+            if call.skip:
+                return self._skip(call, index == middle[-1], args, kwargs)
+            if index == 0:
+                call.entry = self._streams(args, kwargs)[0]
+            output = forward(*args, **kwargs)
+            if index == middle[0] - 1:
+                call.head = self._split(output)
+                session.decide(call, call.entry, call.head[0])
+            elif index == middle[-1]:
+                streams = zip(self._split(output), call.head, strict=True)
+                session.keep(call, *(residual_of(new, head) for new, head in streams))
+                call.head = ()
+            return output
+
+        return run
+
+    def _skip(self, call: Call, leaving: bool, args: tuple[Any, ...], kwargs: dict) -> Any:
+        if not leaving:
+            return self._joined(*self._streams(args, kwargs))
+        call.done = True
+        streams = zip(call.head, call.branch.kept, strict=True)
+        return self._joined(*(add_residual(head, tail) for head, tail in streams))

@@ -1,0 +1,158 @@
+"""Caching a UNet: the outermost level runs on every step, the deeper ones are reused.
+
+    full step      keep d = output of the last but one up block, what enters the outermost one
+    skipped step   conv_in, down block 0 and the outermost up block run; down blocks 1.., the mid
+                   block and the inner up blocks do not, and the last of these returns d
+
+The skip connections of the outermost level are always fresh, which is why d may be stale: DeepCache
+(arXiv 2312.00858). For `first-block` the residual measured is the one of down block 0 at full
+resolution: its last feature before the downsampler, minus its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._wrap import Replacement, follow, like
+from .session import Session
+
+__all__ = ["UNetStack"]
+
+
+@dataclass
+class UNetStack:
+    """The levels of a UNet2DConditionModel.
+
+    Args:
+        denoiser: the UNet.
+        down: its down blocks, outermost first.
+        mid: its mid block, or None.
+        up: its up blocks, outermost last.
+    """
+
+    denoiser: nn.Module
+    down: list[nn.Module]
+    mid: nn.Module | None
+    up: list[nn.Module]
+
+    def check(self) -> None:
+        """Raise ValueError where the outermost level can't be cut off."""
+        name = type(self.denoiser).__name__
+        if len(self.down) < 2 or len(self.up) != len(self.down):
+            raise ValueError(
+                f"cache: expected at least 2 down blocks and as many up blocks, "
+                f"got {len(self.down)} and {len(self.up)} in {name}"
+            )
+        outer, inner = len(self.up[-1].resnets), len(self.down[0].resnets)
+        if outer != inner + 1:
+            raise ValueError(
+                f"cache: expected the outermost up block to take {inner + 1} skip connections "
+                f"(conv_in and down block 0), got {outer} in {name}"
+            )
+
+    def describe(self, session: Session) -> str:
+        """Say which blocks a skipped step leaves out."""
+        self.check()
+        mid = "" if self.mid is None else ", the mid block"
+        return (
+            f"a skipped step leaves out down blocks 1 to {len(self.down) - 1}{mid} and up blocks "
+            f"0 to {len(self.up) - 2}; the outermost down and up block always run"
+        )
+
+    def replacements(self, session: Session) -> list[Replacement]:
+        """Return what to set on the instances; sets nothing itself."""
+        self.check()
+        found = follow(self.denoiser, session, ignore=())
+
+        def add(module: nn.Module, make: Callable[..., Callable[..., Any]], *extra: Any) -> None:
+            forward = module.forward
+            found.append(
+                Replacement(module, "forward", like(forward, make(forward, session, *extra)))
+            )
+
+        add(self.down[0], _probe, len(self.down[0].resnets) - 1)
+        for module in self.down[1:] + ([] if self.mid is None else [self.mid]):
+            add(module, _stubbed)
+        for module in self.up[:-2]:
+            add(module, _passed)
+        add(self.up[-2], _leaving)
+        return found
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _probe(forward: Callable[..., Any], session: Session, finest: int) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        call = session.call
+        if call is not None and call.branch is not None:
+            # A block's skip connections are its features in order, the downsampled one last.
+            session.decide(call, _hidden(args, kwargs), output[1][finest])
+        return output
+
+    return run
+
+
+def _stand_in(output: Any) -> Any:
+    """Describe an output by shapes alone."""
+    if isinstance(output, Tensor):
+        return output.shape
+    return tuple(_stand_in(part) for part in output)
+
+
+def _blank(shape: Any, like_: Tensor) -> Any:
+    """Make an output of the right shapes that nobody reads; a tensor that can be written to."""
+    if isinstance(shape, torch.Size):
+        return like_.new_zeros(shape)
+    return tuple(_blank(part, like_) for part in shape)
+
+
+def _stubbed(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    # Shapes matter even where values do not: the model slices, and adapters add in place.
+    shapes: dict[torch.Size, Any] = {}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        call = session.call
+        if call is None or call.branch is None:
+            return forward(*args, **kwargs)
+        hidden = _hidden(args, kwargs)
+        if call.skip:
+            return _blank(shapes[hidden.shape], hidden)
+        output = forward(*args, **kwargs)
+        shapes[hidden.shape] = _stand_in(output)
+        return output
+
+    return run
+
+
+def _passed(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        call = session.call
+        # The up blocks hand one tensor along, and `_leaving` drops it.
+        if call is not None and call.skip:
+            return _hidden(args, kwargs)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def _leaving(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        call = session.call
+        if call is None or call.branch is None:
+            return forward(*args, **kwargs)
+        if call.skip:
+            call.done = True
+            return call.branch.kept[0]
+        output = forward(*args, **kwargs)
+        session.keep(call, output)
+        return output
+
+    return run

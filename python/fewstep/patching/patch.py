@@ -1,0 +1,220 @@
+"""patch(pipe, steps=, quantize=, cache=, guidance=) and the handle that takes it back.
+
+    with fewstep.patch(pipe, steps=4, cache="first-block") as patch:
+        images = pipe(prompt).images
+    print(patch.explain())
+
+Every feature is planned first, which checks everything and changes nothing, and only then applied;
+a feature that fails while it is applied takes the earlier ones back. Features own disjoint parts of
+the pipeline (scheduler; config entries; linear layers; `forward` of blocks), so several patches on
+one pipeline are undone in any order.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from .cache import plan_cache
+from .guidance import plan_guidance
+from .quantize import plan_quantize
+from .recognise import recognise
+from .steps import plan_steps
+from .undo import Change, ConfigStack, PatchError
+
+__all__ = ["Patch", "active_patches", "patch"]
+
+
+@dataclass
+class _Record:
+    """What is known about one pipeline, kept outside it so that its `__dict__` stays its own."""
+
+    patches: list[Patch] = field(default_factory=list)
+    config: ConfigStack = field(default_factory=ConfigStack)
+
+
+_records: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
+
+
+class Patch:
+    """What `patch` did to a pipeline: says it, and takes it back. A context manager."""
+
+    def __init__(self, pipe: Any, recognised: str, changes: list[Change], left: list[str]) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._name = type(pipe).__name__
+        self._recognised, self._left = recognised, left
+        self._changes = changes
+        self._active = True
+
+    @property
+    def active(self) -> bool:
+        """Whether the changes are in place."""
+        return self._active
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Keywords of `patch` that this handle stands for."""
+        return tuple(change.feature for change in self._changes)
+
+    def undo(self, *, force: bool = False) -> None:
+        """Put back the very objects that were there; a second call does nothing.
+
+        Args:
+            force: where somebody else has replaced or wrapped what this patch set, leave theirs in
+                place and only switch this patch's part off below it.
+
+        Raises:
+            PatchError: somebody else has, and `force` is not given or can't help (quantised layers
+                that were replaced again). Nothing is undone then.
+        """
+        if not self._active:
+            return
+        conflicts = [
+            where
+            for change in self._changes
+            if not (force and change.can_leave)
+            for where in change.conflicts()
+        ]
+        if conflicts:
+            raise PatchError(
+                "undo: expected the objects that this patch set, got others in "
+                f"{', '.join(conflicts[:4])}{' and more' if len(conflicts) > 4 else ''}: something "
+                "was set or hooked after the patch. Remove that first, or call undo(force=True) "
+                "to leave it and switch this patch off below it"
+            )
+        for change in reversed(self._changes):
+            change.undo()
+        self._active = False
+        pipe = self._pipe()
+        if pipe is not None and self in _records[pipe].patches:
+            _records[pipe].patches.remove(self)
+            if not _records[pipe].patches:
+                del _records[pipe]
+
+    def report(self) -> dict[str, Any]:
+        """Numbers seen so far, by feature; for a cache, the steps of the last image."""
+        return {change.feature: numbers for change in self._changes if (numbers := change.report())}
+
+    def explain(self) -> str:
+        """Say what was recognised, what was changed and why, and what was left alone and why."""
+        state = "active" if self._active else "undone"
+        lines = [f"fewstep patch on {self._name} ({state})", f"  recognised: {self._recognised}"]
+        for change in self._changes:
+            lines.append(f"  {change.feature}: {change.summary}")
+            lines += [f"    {line}" for line in change.done]
+            lines += [f"    seen: {line}" for line in _seen(change.report())]
+            lines += [f"    left alone: {line}" for line in change.left]
+        lines += [f"  left alone: {line}" for line in self._left]
+        return "\n".join(lines)
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        what = "; ".join(f"{change.feature}: {change.summary}" for change in self._changes)
+        return f"<Patch on {self._name}, {'active' if self._active else 'undone'}: {what}>"
+
+
+def _seen(numbers: dict[str, Any]) -> list[str]:
+    lines = []
+    for branch, decisions in numbers.get("branches", {}).items():
+        marks = "".join("F" if decision == "full" else "-" for decision in decisions)
+        skipped = decisions.count("skip")
+        lines.append(f"{branch}: {marks} ({skipped} of {len(decisions)} steps skipped)")
+    if numbers.get("why_full"):
+        why = ", ".join(f"{reason} {count}" for reason, count in numbers["why_full"].items())
+        lines.append(f"in full because of: {why}")
+    return lines
+
+
+def active_patches(pipe: Any) -> list[Patch]:
+    """Return the patches in place on a pipeline, oldest first."""
+    record = _records.get(pipe)
+    return [] if record is None else list(record.patches)
+
+
+def _check_not_patched(record: _Record, wanted: dict[str, Any]) -> None:
+    for earlier in record.patches:
+        twice = [name for name in wanted if name in earlier.features]
+        if twice:
+            raise PatchError(
+                f"{', '.join(twice)}: expected a pipeline not yet patched with it, got one with "
+                f"{earlier!r}; call undo() on that (fewstep.patching.active_patches(pipe) finds it)"
+            )
+
+
+def patch(
+    pipe: Any,
+    *,
+    steps: int | None = None,
+    quantize: str | None = None,
+    cache: Any = None,
+    guidance: str | float | None = None,
+) -> Patch:
+    """Make a diffusers pipeline fast, in place, and return the handle that undoes it.
+
+    Args:
+        pipe: a `DiffusionPipeline` object. Only this object and its components change.
+        steps: every call takes this many, with the scheduler and grid that fit the checkpoint.
+        quantize: "w8a8" gives the denoiser int8 linear layers.
+        cache: "first-block", "interval", or a policy of `fewstep.caching`: skip the middle blocks
+            on steps that barely differ from the last one that ran in full.
+        guidance: "off" or a scale for calls that give none, on pipelines that keep that in their
+            config.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit this pipeline.
+        PatchError: the same feature is on this pipeline already.
+    """
+    target = recognise(pipe)
+    given = {"steps": steps, "quantize": quantize, "cache": cache, "guidance": guidance}
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if not wanted:
+        raise ValueError(
+            "patch: expected at least one of steps, quantize, cache, guidance; got none"
+        )
+    record = _records.get(pipe) or _Record()
+    _check_not_patched(record, wanted)
+
+    recognised = f"{target.describe()}; {type(getattr(pipe, 'scheduler', None)).__name__}"
+    changes: list[Change] = []
+    if steps is not None:
+        changes.append(plan_steps(pipe, steps, record.config))
+    if guidance is not None:
+        changes.append(plan_guidance(pipe, guidance, record.config))
+    if quantize is not None:
+        changes.append(plan_quantize(target, quantize))
+    if cache is not None:
+        changes.append(plan_cache(pipe, target, cache))
+
+    applied: list[Change] = []
+    try:
+        for change in changes:
+            applied.append(change)
+            change.apply()
+    except BaseException:
+        for change in reversed(applied):
+            change.undo()
+        raise
+    left = []
+    if missing := [name for name in given if name not in wanted]:
+        left.append(f"{', '.join(missing)}: not asked for")
+    outside = {target.component, "scheduler"}
+    if others := [
+        n for n, part in pipe.components.items() if part is not None and n not in outside
+    ]:
+        left.append(f"{', '.join(others)}: not part of the denoising loop")
+    handle = Patch(pipe, recognised, changes, left)
+    record.patches.append(handle)
+    _records[pipe] = record
+    return handle

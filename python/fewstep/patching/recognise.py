@@ -1,0 +1,116 @@
+"""What knows diffusers' pipelines: where the denoiser is and how its blocks are laid out.
+
+Families are told by the class name of the denoiser, its bases included, so that nothing of
+diffusers' models is imported. Only families that the tests run are listed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..caching import BlockStack, UNetStack
+
+__all__ = ["FAMILIES", "Family", "Target", "recognise"]
+
+_COMPONENTS = ("transformer", "unet")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A denoiser architecture.
+
+    Args:
+        name: as users call it.
+        model: class name of the denoiser.
+        lists: attributes that hold its blocks, in the order they run; empty for a UNet.
+        two_streams: blocks take and return text and image states (see `BlockStack`).
+    """
+
+    name: str
+    model: str
+    lists: tuple[str, ...] = ()
+    two_streams: bool = False
+
+
+FAMILIES = (
+    Family(
+        "FLUX", "FluxTransformer2DModel", ("transformer_blocks", "single_transformer_blocks"), True
+    ),
+    Family("Stable Diffusion 3", "SD3Transformer2DModel", ("transformer_blocks",), True),
+    Family("SANA", "SanaTransformer2DModel", ("transformer_blocks",)),
+    Family("PixArt", "PixArtTransformer2DModel", ("transformer_blocks",)),
+    Family("DiT", "DiTTransformer2DModel", ("transformer_blocks",)),
+    Family("Stable Diffusion UNet", "UNet2DConditionModel"),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The part of a pipeline that runs on every step."""
+
+    component: str
+    denoiser: nn.Module
+    family: Family | None
+
+    @property
+    def model(self) -> str:
+        """Class name of the denoiser."""
+        return type(self.denoiser).__name__
+
+    def describe(self) -> str:
+        """Say what was recognised."""
+        if self.family is None:
+            return f"{self.model} in `{self.component}`, of no family with known blocks"
+        return f"{self.family.name}: {self.model} in `{self.component}`"
+
+    def require_eager(self, argument: str) -> None:
+        """Raise ValueError where the denoiser is a compiled copy of a module."""
+        if hasattr(self.denoiser, "_orig_mod"):
+            raise ValueError(
+                f"{argument}: expected an uncompiled model in pipe.{self.component}, got "
+                f"{self.model}; patch first, then torch.compile"
+            )
+
+    def layout(self) -> BlockStack | UNetStack:
+        """Return the denoiser's blocks for caching.
+
+        Raises:
+            ValueError: the family is not known or the model is compiled.
+        """
+        self.require_eager("cache")
+        model = self.denoiser
+        if self.family is None:
+            known = ", ".join(family.model for family in FAMILIES)
+            raise ValueError(f"cache: expected a denoiser of {known}; got {self.model}")
+        if not self.family.lists:
+            return UNetStack(model, list(model.down_blocks), model.mid_block, list(model.up_blocks))
+        blocks = [block for name in self.family.lists for block in getattr(model, name)]
+        return BlockStack(model, blocks, self.family.two_streams)
+
+
+def recognise(pipe: Any) -> Target:
+    """Find the denoiser of a pipeline.
+
+    Raises:
+        TypeError: not a diffusers pipeline.
+        ValueError: a pipeline without a denoiser in a place that is known.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):
+        what = pipe.__name__ if isinstance(pipe, type) else type(pipe).__name__
+        kind = "the class" if isinstance(pipe, type) else "an object of type"
+        raise TypeError(f"pipe: expected a diffusers DiffusionPipeline object, got {kind} {what}")
+    for component in _COMPONENTS:
+        denoiser = getattr(pipe, component, None)
+        if isinstance(denoiser, nn.Module):
+            names = {base.__name__ for base in type(denoiser).__mro__}
+            family = next((f for f in FAMILIES if f.model in names), None)
+            return Target(component, denoiser, family)
+    raise ValueError(
+        f"pipe: expected a model in one of {', '.join(_COMPONENTS)}, got {type(pipe).__name__} "
+        f"with {sorted(pipe.components)}"
+    )
