@@ -56,12 +56,20 @@ def snapshot(pipe: Any, without: frozenset[str] = frozenset()) -> dict[str, Any]
     }
 
 
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return a is b or (type(a) is type(b) and not hasattr(a, "__array__") and a == b)
+
+
 def set_by_calls(pipe: Any, run: Any) -> frozenset[str]:
-    """Names of the pipeline's and scheduler's attributes that an unpatched call changes."""
-    names: set[str] = set()
-    run()  # the first call also creates attributes
-    before = [dict(pipe.__dict__), dict(pipe.scheduler.__dict__)]
+    """Names of the attributes of a fresh pipeline and scheduler that an unpatched call sets."""
+    fresh = type(pipe.scheduler).from_config(pipe.scheduler.config).__dict__
+    unused = dict(pipe.__dict__)
     run()
-    for old, owner in zip(before, (pipe, pipe.scheduler), strict=True):
-        names |= {name for name, value in owner.__dict__.items() if old.get(name) is not value}
-    return frozenset(names)
+    names = {name for name, value in pipe.__dict__.items() if unused.get(name, run) is not value}
+    for name, value in pipe.scheduler.__dict__.items():
+        if name != "_internal_dict" and not _same(fresh.get(name, fresh), value):
+            names.add(name)
+    # PNDM's counters are back where they started at some step counts.
+    return frozenset(names | {"counter", "cur_model_output", "lower_order_nums", "_begin_index"})
