@@ -1,0 +1,224 @@
+"""Sessions on a toy stack of blocks: states per branch, boundaries of runs and steps, exactness."""
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep.caching import BlockStack, FirstBlock, Interval, Session
+
+SKIP_ALWAYS = FirstBlock(threshold=1e9, max_skips=10)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.runs = 0
+
+    def forward(self, hidden_states, temb):
+        self.runs += 1
+        return hidden_states + torch.tanh(self.linear(hidden_states) * temb)
+
+
+class Toy(nn.Module):
+    def __init__(self, blocks=4, width=8):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.leave_out = ()
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states=None):
+        for index, block in enumerate(self.blocks):
+            if index not in self.leave_out:
+                hidden_states = block(hidden_states, timestep)
+        return hidden_states
+
+
+class Scheduler:
+    def __init__(self, steps):
+        self.set_timesteps(steps)
+
+    def set_timesteps(self, steps):
+        self.timesteps = torch.linspace(1, 1 / steps, steps)
+        self.step_index = None
+
+    def step(self):
+        self.step_index = (self.step_index or 0) + 1
+
+
+def cached(policy, scheduler=None, model=None):
+    """Return a toy with the cache on, and its session."""
+    torch.manual_seed(0)
+    model = model or Toy()
+    session = Session(policy, lambda: scheduler)
+    stack = BlockStack(model, list(model.blocks), two_streams=False)
+    for module, name, value in stack.replacements(session):
+        setattr(module, name, value)
+    return model, session
+
+
+def drive(model, scheduler, *inputs):
+    """Call the model once per step and input; return the outputs by input."""
+    outputs = [[] for _ in inputs]
+    with torch.no_grad():
+        for step, t in enumerate(scheduler.timesteps):
+            for found, x in zip(outputs, inputs, strict=True):
+                found.append(model(x + step / 10, t))
+            scheduler.step()
+    return [torch.stack(found) for found in outputs]
+
+
+@pytest.mark.parametrize(
+    "policy", [SKIP_ALWAYS, Interval(every=3)], ids=["first-block", "interval"]
+)
+def test_interleaved_branches_equal_each_alone(policy):
+    a, b = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    scheduler = Scheduler(7)
+    model, session = cached(policy, scheduler)
+    both = drive(model, scheduler, a, b)
+    assert session.report()["skipped"] > 0
+    for x, found in zip((a, b), both, strict=True):
+        scheduler.set_timesteps(7)
+        model, _ = cached(policy, scheduler)
+        assert torch.equal(drive(model, scheduler, x)[0], found)
+
+
+def test_a_skipped_step_adds_the_last_full_residual():
+    x = torch.randn(1, 3, 8)
+    plain = cached(Interval(every=1))[0]
+    scheduler = Scheduler(4)
+    model, session = cached(Interval(every=2, first=1, last=1), scheduler)
+    found = drive(model, scheduler, x)[0]
+    assert session.report()["branches"]["call 0"] == ["full", "skip", "full", "full"]
+    with torch.no_grad():
+        heads, before_last = [], []
+        for step in (0, 1):
+            h = plain.blocks[0](x + step / 10, scheduler.timesteps[step])
+            heads.append(h)
+            for block in plain.blocks[1:3]:
+                h = block(h, scheduler.timesteps[step])
+            before_last.append(h)
+        want = plain.blocks[3](heads[1] + (before_last[0] - heads[0]), scheduler.timesteps[1])
+    assert torch.equal(found[1], want)
+
+
+def test_blocks_that_run():
+    scheduler = Scheduler(6)
+    model, _ = cached(Interval(every=3), scheduler)
+    drive(model, scheduler, torch.randn(1, 3, 8))
+    # full: 0, 3 and the last; the first and the last block run on every step
+    assert [block.runs for block in model.blocks] == [6, 3, 3, 6]
+    scheduler.set_timesteps(6)
+    model, _ = cached(SKIP_ALWAYS, scheduler)
+    drive(model, scheduler, torch.randn(1, 3, 8))
+    assert [block.runs for block in model.blocks] == [6, 2, 2, 2]
+
+
+def test_one_changing_sample_keeps_the_batch_in_full():
+    still = torch.randn(1, 3, 8)
+    scheduler = Scheduler(4)
+    scheduler.timesteps = torch.tensor([1.0, 0.999, 0.998, 0.997])
+    for other, expected in ((still, "skip"), (None, "full")):
+        model, session = cached(FirstBlock(threshold=0.05), scheduler)
+        scheduler.step_index = None
+        scheduler.timesteps = scheduler.timesteps.clone()
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                mate = torch.randn(1, 3, 8) if other is None else other
+                model(torch.cat([still, mate]), t)
+                scheduler.step()
+        assert session.report()["branches"]["call 0"][1:3] == [expected, expected]
+
+
+def test_new_timesteps_start_a_new_image():
+    x = torch.randn(1, 3, 8)
+    scheduler = Scheduler(5)
+    model, session = cached(SKIP_ALWAYS, scheduler)
+    first = drive(model, scheduler, x)[0]
+    scheduler.set_timesteps(5)
+    with torch.no_grad():  # an image that is never finished
+        model(x * 3, scheduler.timesteps[0])
+    scheduler.set_timesteps(5)
+    assert torch.equal(drive(model, scheduler, x)[0], first)
+    assert session.report()["full"] == 2
+
+
+@pytest.mark.parametrize("times", [(1.0, 0.6, 0.3), (0.1, 0.5, 0.9)], ids=["falling", "rising"])
+def test_without_a_scheduler_time_tells_steps_and_images(times):
+    x = torch.randn(1, 3, 8)
+    model, session = cached(SKIP_ALWAYS)
+    with torch.no_grad():
+        first = [model(x, torch.tensor(t)) for t in times]
+        again = [model(x, torch.tensor(t)) for t in times]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert session.report()["branches"] == {"call 0": ["full", "skip", "skip"]}
+
+
+def test_the_same_time_again_is_another_branch_and_never_reuse():
+    model, session = cached(SKIP_ALWAYS)
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(1, 3, 8), torch.tensor(1.0))
+    assert session.report()["skipped"] == 0
+    assert session.report()["why_full"]["no step boundary seen"] == 12
+
+
+def test_conditioning_finds_its_branch_when_a_pass_is_dropped():
+    x, scheduler = torch.randn(1, 3, 8), Scheduler(5)
+    off, on = torch.zeros(1), torch.ones(1)
+    model, session = cached(SKIP_ALWAYS, scheduler)
+    with torch.no_grad():
+        for step, t in enumerate(scheduler.timesteps):
+            for conditioning in (off, on) if step < 2 else (on,):
+                model(x, t, encoder_hidden_states=conditioning)
+            scheduler.step()
+    decisions = session.report()["branches"]
+    assert [len(decisions["call 0"]), len(decisions["call 1"])] == [2, 5]
+
+
+def test_a_changed_shape_runs_in_full():
+    scheduler = Scheduler(4)
+    model, session = cached(SKIP_ALWAYS, scheduler)
+    with torch.no_grad():
+        for batch, t in zip((2, 1, 1, 1), scheduler.timesteps, strict=True):
+            model(torch.randn(batch, 3, 8), t)
+            scheduler.step()
+    assert session.report()["branches"]["call 0"] == ["full", "full", "skip", "full"]
+    assert session.report()["why_full"]["shape changed"] == 1
+
+
+def test_a_model_that_leaves_the_last_block_out_is_told():
+    scheduler = Scheduler(4)
+    model, _ = cached(SKIP_ALWAYS, scheduler)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 8), scheduler.timesteps[0])
+        scheduler.step()
+        model.leave_out = (3,)
+        with pytest.raises(RuntimeError, match="expected the model to run all blocks in order"):
+            model(torch.randn(1, 3, 8), scheduler.timesteps[1])
+        model.leave_out = ()
+        model(torch.randn(1, 3, 8), scheduler.timesteps[1])
+
+
+def test_the_tensors_are_gone_after_the_last_step():
+    scheduler = Scheduler(3)
+    model, session = cached(SKIP_ALWAYS, scheduler)
+    drive(model, scheduler, torch.randn(1, 3, 8))
+    branch = session._branches[("call", 0)]
+    assert branch.probe is None
+    assert branch.kept == ()
+
+
+def test_a_closed_session_stays_out():
+    scheduler = Scheduler(3)
+    model, session = cached(SKIP_ALWAYS, scheduler)
+    session.close()
+    drive(model, scheduler, torch.randn(1, 3, 8))
+    assert [block.runs for block in model.blocks] == [3, 3, 3, 3]
+    assert session.report()["full"] == 0
+
+
+def test_too_few_blocks_are_refused():
+    model = Toy(blocks=2)
+    session = Session(Interval(), lambda: None)
+    with pytest.raises(ValueError, match=r"expected more than 2 blocks .*got 2 in Toy"):
+        BlockStack(model, list(model.blocks), two_streams=False).replacements(session)

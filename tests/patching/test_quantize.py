@@ -1,0 +1,73 @@
+"""quantize="w8a8" through patch: what is replaced, what it does to the image, and undo."""
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.patching import PatchError
+from fewstep.quantization import QuantLinear
+from patching.snapshot import snapshot
+from patching.tiny_pipelines import BUILDERS, build, call, denoiser
+
+
+@pytest.fixture
+def small_layers(monkeypatch):
+    """The default leaves layers below 128 x 128 alone; here every layer of a tiny model counts."""
+    monkeypatch.setattr("fewstep.quantization.replace.SMALLEST_SIDE", 1)
+    monkeypatch.setattr("fewstep.quantization.replace.SMALLEST_WEIGHT", 1)
+
+
+def quantised(pipe):
+    return [name for name, m in denoiser(pipe).named_modules() if isinstance(m, QuantLinear)]
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.usefixtures("small_layers")
+def test_int8_layers_in_the_denoiser(name):
+    pipe = build(name)
+    plain = call(pipe, num_inference_steps=2)
+    with fewstep.patch(pipe, quantize="w8a8") as patch:
+        names = quantised(pipe)
+        image = call(pipe, num_inference_steps=2)
+        assert f"{len(names)} linear layers" in patch.explain()
+    assert names
+    assert not quantised(pipe)
+    assert not torch.equal(image, plain)
+    # W8A8 errs by about 1 % per layer; random weights carry that through at most a dozen of them.
+    error = (image - plain).norm() / plain.norm()
+    assert error < 0.25
+    assert torch.equal(call(pipe, num_inference_steps=2), plain)
+
+
+@pytest.mark.usefixtures("small_layers")
+def test_all_features_together():
+    pipe = build("digits")
+    with fewstep.patch(pipe, steps=6, quantize="w8a8", cache="interval", guidance="off") as patch:
+        assert call(pipe).isfinite().all()
+        assert patch.features == ("steps", "guidance", "quantize", "cache")
+        assert patch.report()["cache"]["skipped"] == 2
+    assert not quantised(pipe)
+
+
+def test_a_model_with_nothing_to_gain_is_refused_and_unchanged():
+    pipe = build("sd3")
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match=r"expected at least one nn.Linear .* too small to gain"):
+        fewstep.patch(pipe, steps=2, quantize="w8a8", cache="interval")
+    assert snapshot(pipe) == before
+
+
+@pytest.mark.usefixtures("small_layers")
+def test_a_layer_replaced_later_is_not_thrown_away():
+    pipe = build("digits")
+    patch = fewstep.patch(pipe, steps=2, quantize="w8a8")
+    name = quantised(pipe)[0]
+    parent = denoiser(pipe).get_submodule(name.rpartition(".")[0])
+    key = name.rpartition(".")[2]
+    ours, parent._modules[key] = parent._modules[key], torch.nn.Identity()
+    for force in (False, True):
+        with pytest.raises(PatchError, match=name.replace(".", r"\.")):
+            patch.undo(force=force)
+    parent._modules[key] = ours
+    patch.undo()
+    assert not quantised(pipe)
