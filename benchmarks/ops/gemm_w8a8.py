@@ -1,0 +1,149 @@
+"""gemm_w8a8: the product of a W8A8 layer, and the layer end to end.
+
+"fewstep native" and "fewstep triton" time the product on int8 operands. "..., from x" starts from
+the floating activations, so it is what replaces a linear layer: quantise, product, scales, bias.
+The limit on CPUs is the rate of vpdpbusd itself on registers (`_C.cpu.probe_vnni`), per thread.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fewstep import _native, ops
+from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit, needs
+from fewstep.ops.gemm_w8a8 import pack_w8
+
+PROBE_ITERATIONS = 1_000_000
+CASES = [
+    Case("SDXL 640 proj", {"M": 1024, "N": 640, "K": 640}, torch.bfloat16, quick=True),
+    Case("SDXL 1280 proj", {"M": 1024, "N": 1280, "K": 1280}, torch.bfloat16),
+    Case("SDXL 1280 proj", {"M": 1024, "N": 1280, "K": 1280}, torch.float32),
+    Case("SDXL 1280 proj, 256 rows", {"M": 256, "N": 1280, "K": 1280}, torch.bfloat16),
+    Case("FLUX.1 text out", {"M": 512, "N": 3072, "K": 3072}, torch.bfloat16),
+    Case("SDXL GEGLU", {"M": 1024, "N": 10240, "K": 1280}, torch.bfloat16, ("cpu",)),
+    Case("FLUX.1 image ff1", {"M": 4096, "N": 12288, "K": 3072}, torch.bfloat16, ("cuda",)),
+    Case("FLUX.1 image ff2", {"M": 4096, "N": 3072, "K": 12288}, torch.bfloat16, ("cuda",)),
+    Case("FLUX.1 adaLN", {"M": 16, "N": 9216, "K": 3072}, torch.bfloat16),
+]
+
+
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    shapes = ((case["M"], case["K"]), (case["N"], case["K"]), (case["N"],))
+    return tuple(torch.randn(shape, device=device).to(case.dtype) for shape in shapes)
+
+
+def quantised_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    q, scale = ops.quantize_int8(w)
+    return q, scale, pack_w8(q) if w.device.type == "cpu" else None
+
+
+def integers(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    return (*ops.quantize_int8(x), *quantised_weight(w), bias, case.dtype)
+
+
+def floats(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    return (x, None, *quantised_weight(w), bias, case.dtype)
+
+
+def product(
+    a: Tensor,
+    a_scale: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    packed: Tensor | None,
+    bias: Tensor,
+    dtype: torch.dtype,
+    *,
+    impl: str,
+) -> Tensor:
+    return ops.gemm_w8a8(
+        a, a_scale, w, w_scale, bias=bias, packed=packed, out_dtype=dtype, impl=impl
+    )
+
+
+def end_to_end() -> list[Provider]:
+    providers = implementations("gemm_w8a8", product, floats)
+    return [Provider(f"{p.name}, from x", p.make, p.role, p.impl) for p in providers]
+
+
+def int_mm_operands(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    q, scale = ops.quantize_int8(w)
+    return (*ops.quantize_int8(x), q.t(), scale, bias, case.dtype)
+
+
+def int_mm(
+    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return (torch._int_mm(a, w).float() * a_scale[:, None] * w_scale + bias).to(dtype)
+
+
+def call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return layer(x)
+
+
+def plain_layer(x: Tensor, w: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(w.shape[1], w.shape[0], device=w.device, dtype=w.dtype)
+    layer.weight.data.copy_(w)
+    layer.bias.data.copy_(bias)
+    return layer.requires_grad_(False)
+
+
+def torchao_layer(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    layer = plain_layer(x, w, bias)
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+    return torch.compile(layer, dynamic=False), x
+
+
+def dynamic_layer(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    # One scale and zero point for all of x, float32 in and out: unsigned activations, so oneDNN
+    # takes its VNNI path. (Its signed one runs thousands of times slower without AMX.)
+    model = nn.Sequential(plain_layer(x, w, bias).float())
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8), x.float()
+
+
+def on_cpu(case: Case, *tensors: Tensor) -> str | None:
+    return None if tensors[0].device.type == "cpu" else "runs on the CPU only"
+
+
+def probe(case: Case, *tensors: Tensor) -> Callable[[], Any] | str:
+    if tensors[0].device.type != "cpu" or _native.cpu_isa() != "avx512_vnni":
+        return "there is no VNNI here"
+    return functools.partial(_native._C.cpu.probe_vnni, PROBE_ITERATIONS)
+
+
+def probe_amount(case: Case, device: torch.device) -> float:
+    return 24 * 64 * 2.0 * PROBE_ITERATIONS * torch.get_num_threads()
+
+
+def flops(case: Case) -> float:
+    return 2.0 * case["M"] * case["N"] * case["K"]
+
+
+def bytes_moved(case: Case) -> float:
+    M, N, K = case["M"], case["N"], case["K"]
+    return M * (K + 4.0) + N * (K + 4.0) + (M + 1.0) * N * case.dtype.itemsize
+
+
+BENCHMARK = Benchmark(
+    "gemm_w8a8",
+    CASES,
+    inputs,
+    [
+        *implementations("gemm_w8a8", product, integers),
+        *end_to_end(),
+        baseline("torch linear", F.linear),
+        baseline("torch._int_mm, eager scales", int_mm, int_mm_operands),
+        baseline("torch dynamic int8", call, dynamic_layer, on_cpu),
+        baseline("torchao int8, compiled", call, torchao_layer, needs("torchao")),
+        Provider("vpdpbusd", probe, "limit", resource="flops", amount=probe_amount),
+        matmul_limit(torch.int8),
+    ],
+    flops,
+    bytes_moved,
+)

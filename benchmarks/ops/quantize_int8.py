@@ -1,0 +1,52 @@
+"""quantize_int8: the activation side of a W8A8 layer.
+
+Each row is read once from memory (the second read comes from the cache) and its int8 form written.
+The baselines are the same formula in eager torch and compiled.
+"""
+
+import torch
+from torch import Tensor
+
+from fewstep import ops
+from fewstep.bench import Benchmark, Case, baseline, copy_limit, implementations
+
+CASES = [
+    Case("SDXL 1280 channels", {"M": 1024, "K": 1280}, torch.bfloat16, quick=True),
+    Case("SDXL 1280 channels", {"M": 1024, "K": 1280}, torch.float32),
+    Case("FLUX.1 1024px", {"M": 4096, "K": 3072}, torch.bfloat16),
+    Case("FLUX.1 1024px, ff", {"M": 4096, "K": 12288}, torch.bfloat16, ("cuda",)),
+]
+
+
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    return (torch.randn(case["M"], case["K"], device=device).to(case.dtype),)
+
+
+def eager(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    amax = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    q = torch.round(x * (127 / amax)).to(torch.int8)
+    return q, amax[..., 0] / 127
+
+
+def flops(case: Case) -> float:
+    return 4.0 * case["M"] * case["K"]
+
+
+def bytes_moved(case: Case) -> float:
+    return case["M"] * (case["K"] * (case.dtype.itemsize + 1.0) + 4)
+
+
+BENCHMARK = Benchmark(
+    "quantize_int8",
+    CASES,
+    inputs,
+    [
+        *implementations("quantize_int8", ops.quantize_int8),
+        baseline("torch eager", eager),
+        baseline("torch.compile", torch.compile(eager, dynamic=False)),
+        copy_limit(),
+    ],
+    flops,
+    bytes_moved,
+)
