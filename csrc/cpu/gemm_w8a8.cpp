@@ -21,38 +21,41 @@ namespace {
 
 using w8a8::kPanel;
 
-// One row of a tile: undo the offset of the weights, scale, add the bias, narrow.
-struct Row {
-    const std::int32_t* acc;
-    std::int32_t row_sum;
-    float a_scale;
-    const float* w_scale;
-    const float* bias;  // may be null
-    int columns;
+// What turns the sums of a tile into outputs: undo the offset of the weights, scale, add the bias.
+struct Finish {
+    const std::int32_t* acc;      // row r at acc + r * kPanel
+    const std::int32_t* offsets;  // 128 sum_k a_mk, per row
+    const float* a_scale;         // per row
+    const float* w_scale;         // per column
+    const float* bias;            // per column; may be null
+    std::int64_t ldo;             // distance of output rows
+    int rows, columns;
 };
 
-inline std::int32_t offset(const Row& row) {
-    return static_cast<std::int32_t>(static_cast<std::uint32_t>(row.row_sum) * 128u);
-}
-
-// Columns [first, row.columns), one at a time or as the compiler vectorises it.
 template <typename Out>
-[[gnu::always_inline]] inline void finish(const Row& row, int first, Out* out) {
-    const std::uint32_t shift = static_cast<std::uint32_t>(offset(row));
-    for (int n = first; n < row.columns; ++n) {
-        const auto exact =
-            static_cast<std::int32_t>(static_cast<std::uint32_t>(row.acc[n]) - shift);
-        const float scaled = static_cast<float>(exact) * row.a_scale;
-        // fma is spelled out: without it a compiler may or may not contract, per instruction set.
-        out[n] =
-            Convert<Out>::from(row.bias == nullptr ? scaled * row.w_scale[n]
-                                                   : std::fma(scaled, row.w_scale[n], row.bias[n]));
+[[gnu::always_inline]] inline void finish(const Finish& f, Out* out) {
+    for (int r = 0; r < f.rows; ++r) {
+        const std::uint32_t offset = static_cast<std::uint32_t>(f.offsets[r]);
+        for (int n = 0; n < f.columns; ++n) {
+            const std::uint32_t sum = static_cast<std::uint32_t>(f.acc[r * kPanel + n]) - offset;
+            const float scaled = static_cast<float>(static_cast<std::int32_t>(sum)) * f.a_scale[r];
+            // fma is spelled out: without it a compiler may or may not contract, per instruction
+            // set.
+            out[r * f.ldo + n] =
+                Convert<Out>::from(f.bias == nullptr ? scaled * f.w_scale[n]
+                                                     : std::fma(scaled, f.w_scale[n], f.bias[n]));
+        }
     }
 }
 
+// A tile from operands to outputs.
 template <typename Out>
-void finish_portable(const Row& row, Out* out) {
-    finish(row, 0, out);
+using TileFunction = void (*)(const w8a8::Tile&, const Finish&, Out*);
+
+template <typename Out>
+void tile_portable(const w8a8::Tile& t, const Finish& f, Out* out) {
+    w8a8::accumulate_portable(t);
+    finish(f, out);
 }
 
 std::int32_t sum_portable(const std::int8_t* a, std::int64_t n) {
@@ -62,9 +65,10 @@ std::int32_t sum_portable(const std::int8_t* a, std::int64_t n) {
 }
 
 #if defined(__x86_64__)
-template <typename Out>
-FEWSTEP_TARGET_AVX2 void finish_avx2(const Row& row, Out* out) {
-    finish(row, 0, out);
+template <int kRows, typename Out>
+FEWSTEP_TARGET_AVX2 void tile_avx2(const w8a8::Tile& t, const Finish& f, Out* out) {
+    w8a8::accumulate_avx2<kRows>(t);
+    finish(f, out);
 }
 
 FEWSTEP_TARGET_AVX2 std::int32_t sum_avx2(const std::int8_t* a, std::int64_t n) {
@@ -101,36 +105,70 @@ FEWSTEP_TARGET_AVX512 inline void store(bfloat16* out, __m512 value) {
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-template <typename Out>
-FEWSTEP_TARGET_AVX512 void finish_avx512(const Row& row, Out* out) {
-    const __m512i shift = _mm512_set1_epi32(offset(row));
-    const __m512 a_scale = _mm512_set1_ps(row.a_scale);
-    int n = 0;
-    for (; n + 16 <= row.columns; n += 16) {
-        const __m512i exact = _mm512_sub_epi32(_mm512_loadu_si512(row.acc + n), shift);
-        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), a_scale);
-        const __m512 w_scale = _mm512_loadu_ps(row.w_scale + n);
-        store(out + n, row.bias == nullptr
-                           ? _mm512_mul_ps(scaled, w_scale)
-                           : _mm512_fmadd_ps(scaled, w_scale, _mm512_loadu_ps(row.bias + n)));
+// The sums go from the accumulators straight to the output: 24 more stores in between overfill
+// the store queue and stall the next tile.
+template <int kRows, int kVectors, typename Out>
+FEWSTEP_TARGET_AVX512 void tile_avx512(const w8a8::Tile& t, const Finish& f, Out* out) {
+    __m512i acc[kRows][kVectors];
+    w8a8::accumulate_avx512<kRows, kVectors>(t, acc);
+    if (f.columns < 16 * kVectors) {  // the last, ragged panel
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                _mm512_store_si512(t.acc + r * kPanel + 16 * v, acc[r][v]);
+            }
+        }
+        return finish(f, out);
     }
-    finish(row, n, out);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+        const __m512 w_scale = _mm512_loadu_ps(f.w_scale + 16 * v);
+        // Without bias: adding -0 to a product changes no bit of it.
+        const __m512 bias =
+            f.bias == nullptr ? _mm512_set1_ps(-0.0f) : _mm512_loadu_ps(f.bias + 16 * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) {
+            const __m512i sum = _mm512_sub_epi32(acc[r][v], _mm512_set1_epi32(f.offsets[r]));
+            const __m512 scaled =
+                _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(f.a_scale[r]));
+            store(out + r * f.ldo + 16 * v, _mm512_fmadd_ps(scaled, w_scale, bias));
+        }
+    }
+}
+
+template <int kRows, typename Out>
+TileFunction<Out> choose_vectors(int vectors) {
+    constexpr TileFunction<Out> table[] = {tile_avx512<kRows, 1, Out>, tile_avx512<kRows, 2, Out>,
+                                           tile_avx512<kRows, 3, Out>, tile_avx512<kRows, 4, Out>};
+    return table[vectors - 1];
 }
 #endif
 
 template <typename Out>
-using FinishFunction = void (*)(const Row&, Out*);
-using SumFunction = std::int32_t (*)(const std::int8_t*, std::int64_t);
-
-template <typename Out>
-FinishFunction<Out> choose_finish(Isa isa) {
+TileFunction<Out> choose_tile(Isa isa, int rows, int vectors) {
 #if defined(__x86_64__)
-    if (isa == Isa::kAvx512) return finish_avx512<Out>;
-    if (isa == Isa::kAvx2) return finish_avx2<Out>;
+    if (isa == Isa::kAvx512) {
+        constexpr TileFunction<Out> (*table[])(int) = {
+            choose_vectors<1, Out>, choose_vectors<2, Out>, choose_vectors<3, Out>,
+            choose_vectors<4, Out>, choose_vectors<5, Out>, choose_vectors<6, Out>};
+        return table[rows - 1](vectors);
+    }
+    if (isa == Isa::kAvx2) {
+        constexpr TileFunction<Out> table[] = {tile_avx2<1, Out>, tile_avx2<2, Out>,
+                                               tile_avx2<3, Out>, tile_avx2<4, Out>};
+        return table[rows - 1];
+    }
 #endif
-    (void)isa;
-    return finish_portable<Out>;
+    (void)isa, (void)rows, (void)vectors;
+    return tile_portable<Out>;
 }
+
+int tile_rows(Isa isa) {
+    return isa == Isa::kAvx512 ? 6 : 4;
+}
+
+using SumFunction = std::int32_t (*)(const std::int8_t*, std::int64_t);
 
 SumFunction choose_sum(Isa isa) {
 #if defined(__x86_64__)
@@ -148,37 +186,31 @@ struct Operands {
     const std::uint8_t* packed;
     const float* w_scale;
     const float* bias;
-    const std::int32_t* row_sums;
+    const std::int32_t* offsets;
     std::int64_t M, N, K;
 };
 
 // Rows [begin, end) of the panel that starts at column n.
 template <typename Out>
 void multiply_panel(const Operands& p, std::int64_t n, std::int64_t begin, std::int64_t end,
-                    Isa isa, FinishFunction<Out> finish_row, Out* out) {
+                    Isa isa, Out* out) {
     alignas(64) std::int32_t acc[w8a8::kMaxRows * kPanel];
+    const int step = tile_rows(isa);
     const int columns = static_cast<int>(std::min<std::int64_t>(kPanel, p.N - n));
-    const int step = w8a8::tile_rows(isa);
     w8a8::Tile tile;
     tile.lda = p.lda;
     tile.groups = p.K / 4;
     tile.tail = static_cast<int>(p.K % 4);
-    tile.b = p.packed + n * ((p.K + 3) / 4) * 4;
+    tile.b = p.packed + n * ((p.K + 3) / 4 * 4);
     tile.vectors = (columns + 15) / 16;
     tile.acc = acc;
     for (std::int64_t m = begin; m < end; m += step) {
         tile.a = p.a + m * p.lda;
         tile.rows = static_cast<int>(std::min<std::int64_t>(step, end - m));
-        w8a8::choose_tile(isa, tile.rows, tile.vectors)(tile);
-        for (int r = 0; r < tile.rows; ++r) {
-            const Row row{acc + r * kPanel,
-                          p.row_sums[m + r],
-                          p.a_scale[m + r],
-                          p.w_scale + n,
-                          p.bias ? p.bias + n : nullptr,
-                          columns};
-            finish_row(row, out + (m + r) * p.N + n);
-        }
+        const Finish f{
+            acc, p.offsets + m, p.a_scale + m, p.w_scale + n, p.bias ? p.bias + n : nullptr,
+            p.N, tile.rows,     columns};
+        choose_tile<Out>(isa, tile.rows, tile.vectors)(tile, f, out + m * p.N + n);
     }
 }
 
@@ -188,24 +220,23 @@ void multiply(const Operands& p, Out* out) {
     constexpr std::int64_t kBlock = 192;  // rows of a task: a multiple of every tile height
     constexpr std::int64_t kSecondLevel = 512 << 10;
     const Isa chosen = isa();
-    const FinishFunction<Out> finish_row = choose_finish<Out>(chosen);
     const std::int64_t panels = (p.N + kPanel - 1) / kPanel, blocks = (p.M + kBlock - 1) / kBlock;
     // A weight that fits the second-level cache meets one block of rows after the other; of a
     // larger one, each panel meets all rows before the next.
     const bool fits = p.N * p.K <= kSecondLevel;
 #pragma omp parallel for schedule(dynamic) if (p.M * p.N * p.K > kWorthThreads)
-    for (std::int64_t task = 0; task < panels * blocks; ++task) {
-        const std::int64_t panel = fits ? task % panels : task / blocks;
-        const std::int64_t block = fits ? task / panels : task % blocks;
-        multiply_panel(p, panel * kPanel, block * kBlock, std::min(p.M, (block + 1) * kBlock),
-                       chosen, finish_row, out);
+    for (std::int64_t index = 0; index < panels * blocks; ++index) {
+        const std::int64_t panel = fits ? index % panels : index / blocks;
+        const std::int64_t block = fits ? index / panels : index % blocks;
+        const std::int64_t begin = block * kBlock, end = std::min(p.M, begin + kBlock);
+        multiply_panel(p, panel * kPanel, begin, end, chosen, out);
     }
 }
 
 }  // namespace
 
 void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView& packed,
-               const TensorView& w_scale, const TensorView* bias, const TensorView& row_sums,
+               const TensorView& w_scale, const TensorView* bias, const TensorView& offsets,
                const TensorView& out) {
     Operands p;
     p.a = a.ptr<std::int8_t>();
@@ -214,7 +245,7 @@ void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView&
     p.packed = packed.ptr<std::uint8_t>();
     p.w_scale = w_scale.ptr<float>();
     p.bias = bias == nullptr ? nullptr : bias->ptr<float>();
-    p.row_sums = row_sums.ptr<std::int32_t>();
+    p.offsets = offsets.ptr<std::int32_t>();
     p.M = out.size(0);
     p.N = out.size(1);
     p.K = a.size(1);
@@ -226,7 +257,8 @@ void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView&
     const SumFunction sum = choose_sum(isa());
 #pragma omp parallel for schedule(static) if (p.M * p.K > 1 << 16)
     for (std::int64_t m = 0; m < p.M; ++m) {
-        row_sums.ptr<std::int32_t>()[m] = sum(p.a + m * p.lda, p.K);
+        const auto times = static_cast<std::uint32_t>(sum(p.a + m * p.lda, p.K)) * 128u;
+        offsets.ptr<std::int32_t>()[m] = static_cast<std::int32_t>(times);
     }
     switch (out.dtype) {
         case DType::kFloat32: return multiply(p, out.ptr<float>());

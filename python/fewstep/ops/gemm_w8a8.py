@@ -104,8 +104,8 @@ def _run_native(
     a2, a_scale, out, out2 = _flat(a, a_scale, w, out_dtype)
     packed = pack_w8(w) if packed is None else packed.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    row_sums = a_scale.new_empty(a_scale.shape, dtype=torch.int32)
-    _native.call("gemm_w8a8", a2, a_scale, packed, w_scale.contiguous(), bias, row_sums, out2)
+    offsets = a_scale.new_empty(a_scale.shape, dtype=torch.int32)
+    _native.call("gemm_w8a8", a2, a_scale, packed, w_scale.contiguous(), bias, offsets, out2)
     return out
 
 

@@ -3,8 +3,9 @@
 //   acc[r][n] = sum_k a[r][k] * b[k][n]    a int8, b uint8 (w + 128), int32 modulo 2^32
 //
 // a: rows at distance lda, K = 4 * groups + tail bytes each; b: [groups (+ 1)][16 * vectors][4];
-// acc: row r at acc + r * kPanel. The last, incomplete group of a is read byte by byte, so nothing
-// behind a row is touched, and counts as zero.
+// acc: row r at acc + r * kPanel (the AVX-512 form leaves its sums in registers). The last,
+// incomplete group of a is read byte by byte, so nothing behind a row is touched, and counts as
+// zero.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,7 @@ inline std::int32_t load_group(const std::int8_t* a, int bytes) {
     return word;
 }
 
-inline void tile_portable(const Tile& t) {
+inline void accumulate_portable(const Tile& t) {
     const int width = t.vectors * 16;
     for (int r = 0; r < t.rows; ++r) {
         std::uint32_t sums[kPanel] = {};
@@ -65,7 +66,7 @@ inline const __m128i* as_vector(const void* p) {
 // not fit), so both sides are widened to int16 and multiplied with vpmaddwd, which is exact.
 // 4 rows x 8 columns; a lane pair holds k 0-1 and k 2-3 of one column until the end.
 template <int kRows>
-FEWSTEP_TARGET_AVX2 void tile_avx2(const Tile& t) {
+FEWSTEP_TARGET_AVX2 void accumulate_avx2(const Tile& t) {
     const int width = t.vectors * 16;
     for (int n = 0; n < width; n += 8) {
         __m256i acc[kRows][2];
@@ -98,8 +99,8 @@ FEWSTEP_TARGET_AVX2 void tile_avx2(const Tile& t) {
 // more than 16 accumulators are live, which halves the rate; for the same reason the loop is not
 // unrolled (both measured: docs/ops/gemm_w8a8.md).
 template <int kRows, int kVectors>
-FEWSTEP_TARGET_AVX512 void tile_avx512(const Tile& t) {
-    __m512i acc[kRows][kVectors];
+FEWSTEP_TARGET_AVX512 [[gnu::always_inline]] inline void accumulate_avx512(
+    const Tile& t, __m512i (&acc)[kRows][kVectors]) {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -126,52 +127,8 @@ FEWSTEP_TARGET_AVX512 void tile_avx512(const Tile& t) {
         b += 64 * kVectors;
     }
     if (t.tail != 0) step([&](const std::int8_t* p) { return load_group(p, t.tail); });
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            _mm512_storeu_si512(t.acc + r * kPanel + 16 * v, acc[r][v]);
-        }
-    }
 }
 
 #endif
-
-using TileFunction = void (*)(const Tile&);
-
-// The tile function of this machine for `rows` x 16 * `vectors`, and how many rows it takes at
-// most.
-inline int tile_rows(Isa isa) {
-    return isa == Isa::kAvx512 ? 6 : 4;
-}
-
-template <int kRows>
-TileFunction choose_vectors(int vectors) {
-#if defined(__x86_64__)
-    constexpr TileFunction table[] = {tile_avx512<kRows, 1>, tile_avx512<kRows, 2>,
-                                      tile_avx512<kRows, 3>, tile_avx512<kRows, 4>};
-    return table[vectors - 1];
-#else
-    (void)vectors;
-    return tile_portable;
-#endif
-}
-
-inline TileFunction choose_tile(Isa isa, int rows, int vectors) {
-#if defined(__x86_64__)
-    if (isa == Isa::kAvx512) {
-        constexpr TileFunction (*table[])(int) = {choose_vectors<1>, choose_vectors<2>,
-                                                  choose_vectors<3>, choose_vectors<4>,
-                                                  choose_vectors<5>, choose_vectors<6>};
-        return table[rows - 1](vectors);
-    }
-    if (isa == Isa::kAvx2) {
-        constexpr TileFunction table[] = {tile_avx2<1>, tile_avx2<2>, tile_avx2<3>, tile_avx2<4>};
-        return table[rows - 1];
-    }
-#endif
-    (void)isa, (void)rows, (void)vectors;
-    return tile_portable;
-}
 
 }  // namespace fewstep::cpu::w8a8

@@ -5,7 +5,7 @@
 //   dtype out_mn = (float(acc_mn) * a_scale_m) * w_scale_n             without bias
 //
 // a [M, K] int8, unit stride in K; a_scale [M], w_scale [N], bias [N] float32, contiguous;
-// row_sums [M] int32, scratch; out [M, N] float32, bfloat16 or float16, contiguous.
+// offsets [M] int32, scratch (128 sum_k a_mk); out [M, N] float32, bfloat16 or float16, contiguous.
 //
 // packed: the weight, uint8 [ceil(N / 16) * 16, ceil(K / 4) * 4] bytes holding w + 128 in panels of
 // 64 columns (the last panel narrower, a multiple of 16). A panel of width W is [K / 4][W][4]: the
@@ -22,7 +22,7 @@ constexpr std::int64_t kGemmW8A8MaxK = std::int64_t{1} << 17;
 
 namespace cpu {
 void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView& packed,
-               const TensorView& w_scale, const TensorView* bias, const TensorView& row_sums,
+               const TensorView& w_scale, const TensorView* bias, const TensorView& offsets,
                const TensorView& out);
 }
 
