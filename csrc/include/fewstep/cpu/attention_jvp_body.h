@@ -66,20 +66,22 @@ void pack_queries(const Rows<T>& from, std::int64_t count, std::int64_t d, Acc s
     }
 }
 
-// The rows of a tile as accumulation-type values: where they lie, or widened into `scratch`. Rows
-// that lie far apart are gathered too: strides of some kilobytes would map to one cache set.
+// The rows of a tile as accumulation-type values, d apart: where they lie, or widened into
+// `scratch`. Rows that lie further apart are gathered too: strides of some kilobytes would map to
+// one cache set. Null stays null.
 template <typename T, typename Acc>
-Rows<Acc> tile_rows(const Rows<T>& from, std::int64_t first, std::int64_t count, std::int64_t d,
-                    Acc* scratch) {
+const Acc* tile_rows(const Rows<T>& from, std::int64_t first, std::int64_t count, std::int64_t d,
+                     Acc* scratch) {
+    if (from.data == nullptr) return nullptr;
     const T* rows = from.data + first * from.stride;
     if constexpr (std::is_same_v<T, Acc>) {
-        if (from.stride == d) return {rows, d};
+        if (from.stride == d) return rows;
     }
     for (std::int64_t j = 0; j < count; ++j) {
         const T* row = rows + j * from.stride;
         for (std::int64_t i = 0; i < d; ++i) scratch[j * d + i] = to_acc(row[i]);
     }
-    return {scratch, d};
+    return scratch;
 }
 
 // o and t_o of the tile, from the accumulators [Dv, kQueries].
@@ -106,8 +108,7 @@ void attend_tile(const AttentionTile<T>& x, const Workspace<acc_t<T>>& w) {
     using Acc = acc_t<T>;
     constexpr std::int64_t kWidth = Lanes<Acc>::kCount;
     const std::int64_t lanes = (x.queries + kWidth - 1) / kWidth * kWidth;
-    const bool has_tq = x.t_q.data != nullptr, has_tk = x.t_k.data != nullptr;
-    const bool has_tv = x.t_v.data != nullptr, has_ts = has_tq || has_tk;
+    const bool has_tq = x.t_q.data != nullptr, has_ts = has_tq || x.t_k.data != nullptr;
     const Acc scale = static_cast<Acc>(x.scale);
     pack_queries(x.q, x.queries, x.d, scale, w.q);
     if (has_tq) pack_queries(x.t_q, x.queries, x.d, scale, w.t_q);
@@ -116,17 +117,16 @@ void attend_tile(const AttentionTile<T>& x, const Workspace<acc_t<T>>& w) {
 
     for (std::int64_t j = 0; j < x.keys; j += kKeys) {
         const std::int64_t keys = std::min<std::int64_t>(kKeys, x.keys - j);
-        const Rows<Acc> k = tile_rows(x.k, j, keys, x.d, w.k);
-        const Rows<Acc> t_k = has_tk ? tile_rows(x.t_k, j, keys, x.d, w.t_k) : Rows<Acc>{};
-        const DualProduct<Acc> scores{
-            k.data, t_k.data, x.d, 1,     w.q,     has_tq ? w.t_q : nullptr,
-            x.d,    nullptr,  w.s, w.t_s, kQueries};
+        const Acc* k = tile_rows(x.k, j, keys, x.d, w.k);
+        const Acc* t_k = tile_rows(x.t_k, j, keys, x.d, w.t_k);
+        const DualProduct<Acc> scores{k,   t_k,     x.d, 1,     w.q,     has_tq ? w.t_q : nullptr,
+                                      x.d, nullptr, w.s, w.t_s, kQueries};
         dual_matmul(scores, keys, lanes);
         // Masks and biases act here: on S and tS, before the statistics are taken.
         softmax_tile(state, keys, lanes, j == 0);
-        const Rows<Acc> v = tile_rows(x.v, j, keys, x.dv, w.k);
-        const Rows<Acc> t_v = has_tv ? tile_rows(x.t_v, j, keys, x.dv, w.t_k) : Rows<Acc>{};
-        const DualProduct<Acc> output{v.data,  t_v.data,
+        const Acc* v = tile_rows(x.v, j, keys, x.dv, w.k);
+        const Acc* t_v = tile_rows(x.t_v, j, keys, x.dv, w.t_k);
+        const DualProduct<Acc> output{v,       t_v,
                                       1,       x.dv,
                                       w.s,     has_ts ? w.t_s : nullptr,
                                       keys,    j == 0 ? nullptr : w.alpha,
@@ -134,5 +134,5 @@ void attend_tile(const AttentionTile<T>& x, const Workspace<acc_t<T>>& w) {
                                       kQueries};
         dual_matmul(output, x.dv, lanes);
     }
-    finish_tile(x, w, has_ts, has_ts || has_tv);
+    finish_tile(x, w, has_ts, has_ts || x.t_v.data != nullptr);
 }
