@@ -169,7 +169,7 @@ def run(
                 progress.advance(task, nominal[sampled.row.key])
             done = (index + 1) * batch
             if done > 32:  # a covariance of 32 features needs more samples than that
-                real = real_level(done)
+                real = real_level(labels[:done])
                 scores = score(list(rows))
                 screen.update(Group(results_table(scores, real, done), progress))
             now = time.perf_counter()

@@ -169,10 +169,12 @@ class Score:
 
 
 @lru_cache(maxsize=2)
-def _real_features(split: str) -> Tensor:
+def _real(split: str) -> tuple[Tensor, Tensor]:
+    """Return the features and labels of one half of the real digits."""
     from ..assets.digits import digits_data
 
-    return digit_features(digits_data(split)[0])  # type: ignore[arg-type]
+    images, labels = digits_data(split)  # type: ignore[arg-type]
+    return digit_features(images), labels
 
 
 def score(sampled: list[Sampled]) -> list[Score]:
@@ -180,7 +182,7 @@ def score(sampled: list[Sampled]) -> list[Score]:
     base = sampled[0]
     images = {s.row.key: torch.cat(s.images) for s in sampled if s.images}
     base_seconds = statistics.median(base.seconds)
-    real = _real_features("held_out")
+    real, _ = _real("held_out")
     base_frechet = frechet_distance(torch.cat(base.features), real)
     scores = []
     for s in sampled:
@@ -217,16 +219,20 @@ def score(sampled: list[Sampled]) -> list[Score]:
     return scores
 
 
-def real_level(samples: int, draws: int = 5) -> float:
-    """Return what real images score: training-half subsets of this size, mean over some draws.
+def real_level(wanted: Tensor, draws: int = 5) -> float:
+    """Return what real images score: training-half subsets with these labels, mean over draws.
 
-    The Frechet distance of few samples is biased upwards, so the level must be taken at the rows'
-    own sample count.
+    The Frechet distance of few samples is biased upwards and sees the mixture of classes, so the
+    level must be taken at the rows' own count and labels.
     """
-    train, held_out = _real_features("train"), _real_features("held_out")
+    (train, labels), (held_out, _) = _real("train"), _real("held_out")
     generator = torch.Generator().manual_seed(0)
     distances = []
     for _ in range(draws):
-        subset = train[torch.randperm(len(train), generator=generator)[:samples]]
-        distances.append(frechet_distance(subset, held_out))
+        order = torch.randperm(len(train), generator=generator)
+        chosen = [
+            order[labels[order] == label][: int((wanted == label).sum())]
+            for label in wanted.unique()
+        ]
+        distances.append(frechet_distance(train[torch.cat(chosen)], held_out))
     return statistics.fmean(distances)
