@@ -206,3 +206,52 @@ def test_diffusers_own_cache_is_refused():
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(PatchError, match="disable_cache"):
         fewstep.patch(pipe, cache="interval")
+
+
+@pytest.mark.parametrize("policy", [SKIP_ALWAYS, Interval()], ids=["first-block", "interval"])
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "blocks"])
+def test_compiled_once_and_equal(policy, whole):
+    """torch.compile sees the blocks and never the decisions: no compilation after one image."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    pipe, compiler = build("digits"), CompileCounter()
+    with fewstep.patch(pipe, cache=policy):
+        eager = run(pipe)
+        if whole:
+            pipe.transformer = torch.compile(pipe.transformer, backend=compiler)
+        else:
+            for block in pipe.transformer.transformer_blocks:
+                block.compile(backend=compiler)
+        assert torch.equal(run(pipe), eager)
+        compiled = compiler.frame_count
+        assert torch.equal(run(pipe), eager)
+        assert compiler.frame_count == compiled > 0
+    torch.compiler.reset()
+
+
+def test_hooks_of_accelerate_and_diffusers():
+    from accelerate.hooks import ModelHook as AccelerateHook
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    pipe = build("flux")
+    plain, model = run(pipe), pipe.transformer
+    add_hook_to_module(model, AccelerateHook())
+    below = model.__dict__["forward"]
+    with fewstep.patch(pipe, cache="interval") as patch:
+        cached = run(pipe)
+        assert patch.report()["cache"]["skipped"] == 4
+    assert model.__dict__["forward"] is below
+    remove_hook_from_module(model)
+
+    patch = fewstep.patch(pipe, cache="interval")
+    add_hook_to_module(model, AccelerateHook())
+    HookRegistry.check_if_exists_or_initialize(model).register_hook(ModelHook(), "theirs")
+    assert torch.equal(run(pipe), cached)
+    with pytest.raises(PatchError, match=r"pipe\.transformer\.forward"):
+        patch.undo()
+    HookRegistry.check_if_exists_or_initialize(model).remove_hook("theirs")
+    remove_hook_from_module(model)
+    patch.undo()
+    assert torch.equal(run(pipe), plain)

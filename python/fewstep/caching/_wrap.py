@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from .session import Session
@@ -25,7 +26,12 @@ class Replacement(NamedTuple):
 
 
 def like(original: Callable[..., Any], value: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a wrapper the signature and name of what it wraps (pipelines inspect `forward`)."""
+    """Give a wrapper the signature and name of what it wraps (pipelines inspect `forward`).
+
+    torch.compile skips the wrapper itself, whose decisions it would otherwise guard on, step by
+    step; what the wrapper calls is compiled.
+    """
+    value = torch.compiler.disable(value, recursive=False)
     functools.update_wrapper(value, original)
     value.fewstep_cache = True  # type: ignore[attr-defined]
     return value

@@ -128,6 +128,7 @@ class Session:
         self._direction = direction
         return turned
 
+    @torch.compiler.disable
     def begin(self, timestep: Any, conditioning: Any) -> Call:
         """Open the record of a call of the denoiser; `finish` or `abort` closes it."""
         timesteps, clock = self._read_clock(timestep)
@@ -170,6 +171,7 @@ class Session:
 
     # What does this call do?
 
+    @torch.compiler.disable
     def decide(self, call: Call, entry: Tensor, output: Tensor) -> None:
         """Set `call.skip` from what entered and left the first blocks."""
         branch = call.branch
@@ -207,11 +209,13 @@ class Session:
             return "last step"
         return self.policy.must_run(call.step, call.step - branch.full_at)
 
+    @torch.compiler.disable
     def keep(self, call: Call, *kept: Any) -> None:
         """Store the features of a full step for the steps after it; the last step stores none."""
         if call.branch is not None and not call.is_last:
             call.branch.kept, call.branch.full_at = kept, call.step
 
+    @torch.compiler.disable
     def finish(self, call: Call) -> None:
         """Close a call; a skipped one must have put the stored features in."""
         self.call = None
