@@ -14,14 +14,12 @@ from fewstep.sampling.consistency import FlowConsistencyScheduler
 runner = CliRunner()
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A folder as examples/digits/train.py leaves it, with a small random network."""
+def save(folder, heads, layers):
+    """Write a folder as examples/digits/train.py leaves it, with a small random network."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    network = digits_transformer(heads=1, layers=3)
+    network = digits_transformer(heads=heads, layers=layers)
     for parameter in network.parameters():  # diffusers starts the last layer at zero
         torch.nn.init.normal_(parameter, std=0.1)
     teacher = DigitsPipeline(network, FlowMatchEulerDiscreteScheduler(), default_guidance=1.2)
@@ -29,6 +27,11 @@ def weights(tmp_path_factory):
     teacher.save_pretrained(folder / "teacher")
     student.save_pretrained(folder / "student")
     return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("weights"), heads=1, layers=3)
 
 
 class NoChange:
@@ -81,6 +84,25 @@ def test_files_fields_and_honest_counts(weights, tmp_path, monkeypatch):
         ratio = base["seconds_per_image"] / row["seconds_per_image"]
         assert row["speedup"] == pytest.approx(ratio)
     assert "On your own pipeline" in result.output
+
+
+def test_the_real_patches(tmp_path):
+    # Width 128: narrower layers are left alone by the int8 patch.
+    result = run(save(tmp_path, heads=4, layers=1), tmp_path, "--teacher-steps", "3")
+    assert result.exit_code == 0, result.output
+    rows = {row["key"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    for row in rows.values():
+        assert row["failure"] is None
+        assert row["full_evaluations"] <= row["evaluations"]
+        assert bool(row["explanation"]) == bool(row["patch"])
+    # Steps come from the patch; a call's own count has no effect then.
+    assert rows["teacher-4"]["evaluations"] == 8
+    # The first and the last step always run in full: nothing is left to skip in two.
+    assert rows["student-all"]["full_evaluations"] == rows["student-all"]["evaluations"] == 2
+    # int8 changes the images, and not beyond recognition.
+    for key in ("teacher-8-w8a8", "student-w8a8"):
+        assert not rows[key]["identical"]
+        assert rows[key]["psnr_db"] > 10
 
 
 def test_a_patch_that_fails_is_shown_and_sets_the_exit_code(weights, tmp_path, monkeypatch):

@@ -252,7 +252,10 @@ def main(
     (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     for s in scores:
         if s.failure is not None:
-            console.print(f"not run: {s.label}: {s.failure}", highlight=False)
+            reason = (
+                s.failure if len(s.failure) < 200 else s.failure[:200] + " ... (see the report)"
+            )
+            console.print(f"not run: {s.label}: {reason}", highlight=False)
     closing(console, output)
     return int(any(s.failure is not None for s in scores))
 
