@@ -88,7 +88,7 @@ def test_files_fields_and_honest_counts(weights, tmp_path, monkeypatch):
 
 def test_the_real_patches(tmp_path):
     # Width 128: narrower layers are left alone by the int8 patch.
-    result = run(save(tmp_path, heads=4, layers=1), tmp_path, "--teacher-steps", "3")
+    result = run(save(tmp_path, heads=4, layers=2), tmp_path, "--teacher-steps", "3")
     assert result.exit_code == 0, result.output
     rows = {row["key"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     for row in rows.values():
