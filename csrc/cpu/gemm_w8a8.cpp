@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/w8a8_tiles.h"
@@ -233,19 +234,27 @@ void multiply(const Operands& p, Out* out) {
     }
 }
 
+std::vector<float> widen(const TensorView* bias) {
+    std::vector<float> wide(bias == nullptr ? 0 : static_cast<std::size_t>(bias->size(0)));
+    if (bias == nullptr) return wide;
+    dispatch_float(bias->dtype, "bias", [&](auto tag) {
+        const auto* values = bias->ptr<decltype(tag)>();
+        for (std::size_t n = 0; n < wide.size(); ++n)
+            wide[n] = static_cast<float>(to_acc(values[n]));
+    });
+    return wide;
+}
+
 }  // namespace
 
 void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView& packed,
-               const TensorView& w_scale, const TensorView* bias, const TensorView& offsets,
-               const TensorView& out) {
+               const TensorView& w_scale, const TensorView* bias, const TensorView& out) {
     Operands p;
     p.a = a.ptr<std::int8_t>();
     p.lda = a.stride(0);
     p.a_scale = a_scale.ptr<float>();
     p.packed = packed.ptr<std::uint8_t>();
     p.w_scale = w_scale.ptr<float>();
-    p.bias = bias == nullptr ? nullptr : bias->ptr<float>();
-    p.offsets = offsets.ptr<std::int32_t>();
     p.M = out.size(0);
     p.N = out.size(1);
     p.K = a.size(1);
@@ -254,11 +263,15 @@ void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView&
                   "packed: expected the packed form of a [", p.N, ", ", p.K, "] weight, got ",
                   packed.numel(), " bytes");
     if (p.M == 0 || p.N == 0) return;
+    const std::vector<float> wide_bias = widen(bias);
+    p.bias = bias == nullptr ? nullptr : wide_bias.data();
+    std::vector<std::int32_t> offsets(static_cast<std::size_t>(p.M));
+    p.offsets = offsets.data();
     const SumFunction sum = choose_sum(isa());
 #pragma omp parallel for schedule(static) if (p.M * p.K > 1 << 16)
     for (std::int64_t m = 0; m < p.M; ++m) {
         const auto times = static_cast<std::uint32_t>(sum(p.a + m * p.lda, p.K)) * 128u;
-        offsets.ptr<std::int32_t>()[m] = static_cast<std::int32_t>(times);
+        offsets[m] = static_cast<std::int32_t>(times);
     }
     switch (out.dtype) {
         case DType::kFloat32: return multiply(p, out.ptr<float>());

@@ -82,12 +82,16 @@ def _run_reference(
     return _reference(a, a_scale, w, w_scale, bias=bias, out_dtype=out_dtype)
 
 
-def _flat(a: Tensor, a_scale: Tensor, w: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _flat(
+    a: Tensor, a_scale: Tensor, w: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return a as [M, K], a_scale as [M], and out with a view of it as [M, N]."""
     out = a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
+    if a.dim() == 2:  # saves calls, each of which costs once the caches are full of matrices
+        return _unit_stride(a), a_scale.contiguous(), out, out
     rows = a_scale.numel()
-    flat = (a_scale.reshape(rows).contiguous(), out, out.view(rows, w.shape[0]))
-    return _unit_stride(a.reshape(rows, a.shape[-1])), *flat
+    flat = _unit_stride(a.reshape(rows, a.shape[-1])), a_scale.reshape(rows).contiguous()
+    return *flat, out, out.view(rows, w.shape[0])
 
 
 def _run_native(
@@ -103,9 +107,8 @@ def _run_native(
         a, a_scale = _quantize_native(a)
     a2, a_scale, out, out2 = _flat(a, a_scale, w, out_dtype)
     packed = pack_w8(w) if packed is None else packed.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    offsets = a_scale.new_empty(a_scale.shape, dtype=torch.int32)
-    _native.call("gemm_w8a8", a2, a_scale, packed, w_scale.contiguous(), bias, offsets, out2)
+    bias = None if bias is None else bias.contiguous()
+    _native.call("gemm_w8a8", a2, a_scale, packed, w_scale.contiguous(), bias, out2)
     return out
 
 

@@ -41,9 +41,10 @@ def _run_kernel(launch: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     q, scale = _outputs(x)
     rows, columns = scale.numel(), x.shape[-1]
     if rows:
-        x = x.reshape(rows, columns)
-        x = x if x.stride(1) == 1 else x.contiguous()
-        launch(x, q.view(rows, columns), scale.view(rows))
+        flat = (x, q, scale)
+        if x.dim() != 2:
+            flat = (x.reshape(rows, columns), q.view(rows, columns), scale.view(rows))
+        launch(flat[0] if flat[0].stride(1) == 1 else flat[0].contiguous(), *flat[1:])
     return q, scale
 
 
