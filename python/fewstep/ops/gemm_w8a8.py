@@ -9,7 +9,7 @@ bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  float32, bfloat16 or float16
 
 The scaling runs in float32 in the order written; the last product and the bias are one fused
-multiply-add in native code, two operations in Triton's interpreter. Each of the at most four
+multiply-add in native code, and may be two operations in Triton. Each of the at most four
 roundings is relative 2^-24, so before the rounding to out_dtype
 
     |out - exact| <= 3 * 2^-24 |acc a_scale w_scale| + 2^-24 |exact|.
