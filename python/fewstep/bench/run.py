@@ -154,6 +154,11 @@ def compare(results: list[Result], limits: dict[str, tuple[str, float]]) -> list
     `limits` maps a limit's name to its resource ("bytes" or "flops") and measured rate per second.
     """
     baselines = {r.provider: r.median_s for r in results if r.role == "baseline" and not r.skipped}
+    # Of two rates for one resource, the higher is the limit.
+    binding: dict[str, tuple[str, float]] = {}
+    for name, (resource, rate) in sorted(limits.items(), key=lambda item: item[1][1]):
+        binding = {n: kept for n, kept in binding.items() if kept[0] != resource}
+        binding[name] = (resource, rate)
     compared = []
     for result in results:
         if result.skipped or result.role == "limit":
@@ -162,7 +167,7 @@ def compare(results: list[Result], limits: dict[str, tuple[str, float]]) -> list
         ratios = {name: seconds / result.median_s for name, seconds in baselines.items()}
         ratios.pop(result.provider, None)
         floors = {
-            name: getattr(result, resource) / rate for name, (resource, rate) in limits.items()
+            name: getattr(result, resource) / rate for name, (resource, rate) in binding.items()
         }
         limit = max(floors, key=lambda name: floors[name], default=None)
         of_limit = floors[limit] / result.median_s if limit is not None else None
@@ -205,7 +210,8 @@ def run_case(
             assert provider.resource is not None
             assert provider.amount is not None
             amount = provider.amount(case, device)
-            limits[provider.name] = (provider.resource, amount / median)
+            # A ceiling is the best that was seen, not the middle.
+            limits[provider.name] = (provider.resource, amount / min(seconds))
             flops, moved = (amount, 0.0) if provider.resource == "flops" else (0.0, amount)
         results.append(
             dataclasses.replace(
