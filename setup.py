@@ -5,6 +5,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            # Under build isolation Ninja lives in a folder that is gone at the next build, and CMake
+            # would take it from its cache.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DFEWSTEP_VERSION={self.distribution.get_version()}",
             f"-DFEWSTEP_CUDA={os.environ.get('FEWSTEP_CUDA', 'auto')}",
             *shlex.split(os.environ.get("FEWSTEP_CMAKE_ARGS", "")),
