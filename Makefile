@@ -7,6 +7,9 @@ PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Stamps carry what was asked for, so that another TORCH, PYTHON or FEWSTEP_CUDA installs again.
+TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
+CUDA_STAMP := $(VENV)/.cuda-$(or $(FEWSTEP_CUDA),auto)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: demo test lint format docs bench doctor clean
@@ -36,14 +39,18 @@ doctor: $(VENV)/.demo
 clean:
 	rm -rf build dist demo $(VENV) python/*.egg-info python/fewstep/_C*.so
 
-$(VENV)/.torch:
+$(TORCH_STAMP):
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fewstep needs Python >= 3.11, got " + sys.version'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	@echo "installing $(TORCH) into $(VENV)"
 	$(PIP) "$(TORCH)" numpy
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+$(CUDA_STAMP): $(TORCH_STAMP)
+	rm -f $(VENV)/.cuda-*
+	touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(CUDA_STAMP) $(SOURCES)
 	@echo "building fewstep and installing the requirements of '$*'"
 	$(PIP) --editable ".[$*]"
 	touch $@
