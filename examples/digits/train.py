@@ -3,6 +3,8 @@
     classifier   cross-entropy on the real training half; its features carry the metrics
     teacher      flow matching, labels dropped at random for guidance
     student      starts as the teacher; continuous-time consistency on the guided teacher's flow
+    refine       the same loss from there in fp32 with a low learning rate: the target holds
+                 t dF/dt, whose bf16 rounding would stay in the images as grain
 
     python examples/digits/train.py                   # two CPU cores, prints the time left
     python examples/digits/train.py --device cuda
@@ -78,6 +80,8 @@ class StageConfig:
     power: float = 1.0
     floor: float = 1e-2
     """Student: p and c of the adaptive weight."""
+    fp32: bool = False
+    """Compute in fp32 even where bf16 is faster."""
 
 
 STAGES = {
@@ -91,6 +95,17 @@ STAGES = {
         endpoint_mass=0.25,
         tangent_warmup=500,
         guidance=1.2,
+    ),
+    "refine": StageConfig(
+        steps=700,
+        lr=1.5e-4,
+        warmup=50,
+        ema=0.995,
+        time_mean=0.4,
+        time_std=1.2,
+        endpoint_mass=0.25,
+        guidance=1.2,
+        fp32=True,
     ),
 }
 SMOKE_STEPS = 6
@@ -279,12 +294,12 @@ def train_teacher(config: StageConfig, run: Run) -> nn.Module | None:
     return train("teacher", config, digits_transformer(), loss_fn, run)
 
 
-def train_student(config: StageConfig, run: Run, teacher: nn.Module) -> nn.Module | None:
+def train_student(
+    name: str, config: StageConfig, run: Run, teacher: nn.Module, student: nn.Module
+) -> nn.Module | None:
     """Consistency distillation of the guided teacher; its guidance costs nothing afterwards."""
     images, labels = (x.to(run.device) for x in digits_data("train"))
     teacher = teacher.to(run.device).eval().requires_grad_(False)
-    student = digits_transformer()
-    student.load_state_dict(teacher.state_dict())
 
     def loss_fn(model: nn.Module, step: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = draw_batch(len(images), config.batch, run, g)
@@ -307,7 +322,13 @@ def train_student(config: StageConfig, run: Run, teacher: nn.Module) -> nn.Modul
             )  # fmt: skip
         return terms.loss, terms.residual.mean()
 
-    return train("student", config, student, loss_fn, run)
+    return train(name, config, student, loss_fn, run)
+
+
+def pipeline_folder(name: str, output: Path) -> Path:
+    """Where a stage's network goes. The unrefined student is kept apart: it does not ship."""
+    folders = {"teacher": "teacher", "student": "checkpoints/student", "refine": "student"}
+    return output / folders[name]
 
 
 def save_pipeline(name: str, model: nn.Module, config: StageConfig, output: Path) -> None:
@@ -321,13 +342,13 @@ def save_pipeline(name: str, model: nn.Module, config: StageConfig, output: Path
     pipeline = DigitsPipeline(
         half.half(), scheduler, default_steps=steps, default_guidance=guidance
     )
-    pipeline.save_pretrained(output / name, safe_serialization=True)
+    pipeline.save_pretrained(pipeline_folder(name, output), safe_serialization=True)
 
 
-def load_teacher(output: Path) -> nn.Module:
-    """The teacher as packaged: the student is distilled from exactly the weights that ship."""
-    path = output / "teacher"
-    return DigitsPipeline.from_pretrained(path, dtype=torch.float32).transformer
+def load_network(name: str, output: Path) -> nn.Module:
+    """A stage's network as saved: what follows is trained from exactly the weights on disk."""
+    folder = pipeline_folder(name, output)
+    return DigitsPipeline.from_pretrained(folder, dtype=torch.float32).transformer
 
 
 def run_stage(name: str, config: StageConfig, run: Run) -> bool:
@@ -341,7 +362,8 @@ def run_stage(name: str, config: StageConfig, run: Run) -> bool:
     if name == "teacher":
         model = train_teacher(config, run)
     else:
-        model = train_student(config, run, load_teacher(run.output))
+        start = load_network("teacher" if name == "student" else "student", run.output)
+        model = train_student(name, config, run, load_network("teacher", run.output), start)
     if model is not None:
         save_pipeline(name, model.cpu(), config, run.output)
     return model is not None
@@ -402,7 +424,8 @@ def main(argv: list[str] | None = None) -> None:
         config = STAGES[name]
         if args.smoke:
             config = replace(config, steps=SMOKE_STEPS, batch=8, warmup=2)
-        if not run_stage(name, overridden(config, args.set), run):
+        config = overridden(config, args.set)
+        if not run_stage(name, config, replace(run, bf16=run.bf16 and not config.fp32)):
             return
     if args.stage == "all":
         # A smoke run only shows that measuring works: one seed, few images and steps.
