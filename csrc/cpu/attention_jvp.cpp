@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "fewstep/check.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/dispatch.h"
 
@@ -187,6 +188,21 @@ void attention_jvp(const TensorView& q, const TensorView& k, const TensorView& v
                    const TensorView* t_q, const TensorView* t_k, const TensorView* t_v,
                    const TensorView& o, const TensorView& t_o, const TensorView& lse,
                    const TensorView& mu, double scale) {
+    const std::int64_t b = q.size(0), h = q.size(1), nq = q.size(2), nk = k.size(2);
+    const std::int64_t d = q.size(3), dv = v.size(3);
+    FEWSTEP_CHECK(d % 8 == 0 && dv % 8 == 0,
+                  "q, v: expected head dims that are multiples of 8, got ", d, " and ", dv);
+    const DType stat = q.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    expect_rows(q, "q", q.dtype, {b, h, nq, d});
+    expect_rows(k, "k", q.dtype, {b, h, nk, d});
+    expect_rows(v, "v", q.dtype, {b, h, nk, dv});
+    if (t_q != nullptr) expect_rows(*t_q, "t_q", q.dtype, {b, h, nq, d});
+    if (t_k != nullptr) expect_rows(*t_k, "t_k", q.dtype, {b, h, nk, d});
+    if (t_v != nullptr) expect_rows(*t_v, "t_v", q.dtype, {b, h, nk, dv});
+    expect_rows(o, "o", q.dtype, {b, h, nq, dv});
+    expect_rows(t_o, "t_o", q.dtype, {b, h, nq, dv});
+    expect_contiguous(lse, "lse", stat, {b, h, nq});
+    expect_contiguous(mu, "mu", stat, {b, h, nq});
     const Call call{q, k, v, t_q, t_k, t_v, o, t_o, lse, mu, scale};
     dispatch_float(q.dtype, "q", [&](auto tag) { attend<decltype(tag)>(call); });
 }

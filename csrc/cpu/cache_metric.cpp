@@ -122,6 +122,7 @@ void finish(const double* partials, std::int64_t rows, std::int64_t chunks, Out*
 void cache_metric(const TensorView& x, const TensorView& y, const TensorView* previous,
                   const TensorView* residual, const TensorView& partials,
                   const TensorView& metric) {
+    check_cache_metric(x, y, previous, residual, partials, metric);
     double* sums = partials.ptr<double>();
     dispatch_float(x.dtype, "x",
                    [&](auto tag) { reduce_chunks<decltype(tag)>(x, y, previous, residual, sums); });

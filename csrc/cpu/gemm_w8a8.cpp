@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "fewstep/check.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/w8a8_tiles.h"
 #include "fewstep/dispatch.h"
@@ -259,9 +260,12 @@ void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView&
     p.N = out.size(1);
     p.K = a.size(1);
     FEWSTEP_CHECK(p.K < kGemmW8A8MaxK, "a: expected K < ", kGemmW8A8MaxK, ", got ", p.K);
-    FEWSTEP_CHECK(packed.numel() == (p.N + 15) / 16 * 16 * ((p.K + 3) / 4 * 4),
-                  "packed: expected the packed form of a [", p.N, ", ", p.K, "] weight, got ",
-                  packed.numel(), " bytes");
+    expect_rows(a, "a", DType::kInt8, {p.M, p.K});
+    expect_contiguous(a_scale, "a_scale", DType::kFloat32, {p.M});
+    expect_contiguous(packed, "packed", DType::kUInt8, {(p.N + 15) / 16 * 16, (p.K + 3) / 4 * 4});
+    expect_contiguous(w_scale, "w_scale", DType::kFloat32, {p.N});
+    if (bias != nullptr) expect_contiguous(*bias, "bias", bias->dtype, {p.N});
+    expect_contiguous(out, "out", out.dtype, {p.M, p.N});
     if (p.M == 0 || p.N == 0) return;
     const std::vector<float> wide_bias = widen(bias);
     p.bias = bias == nullptr ? nullptr : wide_bias.data();

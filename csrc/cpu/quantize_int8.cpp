@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 
+#include "fewstep/check.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/dispatch.h"
 
@@ -103,6 +104,9 @@ void quantize_rows(const TensorView& x, const TensorView& q, const TensorView& s
 }  // namespace
 
 void quantize_int8(const TensorView& x, const TensorView& q, const TensorView& scale) {
+    expect_rows(x, "x", x.dtype, {x.size(0), x.size(1)});
+    expect_contiguous(q, "q", DType::kInt8, {x.size(0), x.size(1)});
+    expect_contiguous(scale, "scale", DType::kFloat32, {x.size(0)});
     switch (x.dtype) {
         case DType::kFloat32: return quantize_rows<float>(x, q, scale);
         case DType::kBFloat16: return quantize_rows<bfloat16>(x, q, scale);

@@ -49,8 +49,10 @@ __global__ void __launch_bounds__(kThreads)
                         Operand<T> residual, std::int64_t elements, std::int64_t columns,
                         double* partials) {
     using Vector = Pack<T, kVec>;
-    const std::int64_t b = blockIdx.y;
-    const std::int64_t begin = blockIdx.x * kCacheMetricChunk;
+    // One axis of blocks: the others hold 65,535, fewer than a batch may.
+    const std::int64_t chunks = (elements + kCacheMetricChunk - 1) / kCacheMetricChunk;
+    const std::int64_t b = blockIdx.x / chunks;
+    const std::int64_t begin = blockIdx.x % chunks * kCacheMetricChunk;
     const std::int64_t end = min(elements, begin + kCacheMetricChunk);
     float change = 0, scale = 0;
     for (std::int64_t i = begin + threadIdx.x * kVec; i < end; i += kThreads * kVec) {
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x < 2) {
         double total = 0;
         for (int warp = 0; warp < kThreads / 32; ++warp) total += shared[threadIdx.x][warp];
-        partials[(b * gridDim.x + blockIdx.x) * 2 + threadIdx.x] = total;
+        partials[blockIdx.x * std::int64_t{2} + threadIdx.x] = total;
     }
 }
 
@@ -108,7 +110,8 @@ template <typename T, int kVec>
 void launch(const TensorView& x, const TensorView& y, const TensorView* previous,
             const TensorView* residual, double* partials, cudaStream_t stream) {
     const std::int64_t elements = x.size(1) * x.size(2);
-    const dim3 grid((elements + kCacheMetricChunk - 1) / kCacheMetricChunk, x.size(0));
+    const std::int64_t chunks = (elements + kCacheMetricChunk - 1) / kCacheMetricChunk;
+    const auto grid = static_cast<unsigned>(chunks * x.size(0));
     cache_metric_kernel<T, kVec><<<grid, kThreads, 0, stream>>>(
         Operand<const T>::from(&x), Operand<const T>::from(&y), Operand<const T>::from(previous),
         Operand<T>::from(residual), elements, x.size(2), partials);
@@ -120,6 +123,7 @@ void launch(const TensorView& x, const TensorView& y, const TensorView* previous
 void cache_metric(const TensorView& x, const TensorView& y, const TensorView* previous,
                   const TensorView* residual, const TensorView& partials, const TensorView& metric,
                   std::uintptr_t stream_handle) {
+    check_cache_metric(x, y, previous, residual, partials, metric);
     const cudaStream_t stream = as_stream(stream_handle);
     const std::int64_t rows = metric.size(0);
     if (rows == 0) return;

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "fewstep/tensor.h"
+
 namespace fewstep::cpu {
 
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -18,7 +20,10 @@ inline Isa best_isa() {
         __builtin_cpu_supports("avx512vnni")) {
         return Isa::kAvx512;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+        return Isa::kAvx2;
+    }
 #endif
     return Isa::kPortable;
 }
@@ -26,10 +31,16 @@ inline Isa best_isa() {
 inline Isa isa() {
     static const Isa best = best_isa();
     const char* wish = std::getenv("FEWSTEP_CPU_ISA");
-    if (wish == nullptr) return best;
+    if (wish == nullptr || *wish == '\0') return best;
     Isa wanted = best;
-    if (std::strcmp(wish, "portable") == 0) wanted = Isa::kPortable;
-    if (std::strcmp(wish, "avx2") == 0) wanted = Isa::kAvx2;
+    if (std::strcmp(wish, "portable") == 0) {
+        wanted = Isa::kPortable;
+    } else if (std::strcmp(wish, "avx2") == 0) {
+        wanted = Isa::kAvx2;
+    } else {
+        FEWSTEP_CHECK(std::strcmp(wish, "avx512") == 0,
+                      "FEWSTEP_CPU_ISA: expected portable, avx2 or avx512, got ", wish);
+    }
     return wanted < best ? wanted : best;
 }
 

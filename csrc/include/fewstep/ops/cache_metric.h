@@ -11,11 +11,27 @@
 // not depend on the number of threads or on scheduling.
 #pragma once
 
+#include "fewstep/check.h"
 #include "fewstep/tensor.h"
 
 namespace fewstep {
 
 constexpr std::int64_t kCacheMetricChunk = 16384;
+
+inline void check_cache_metric(const TensorView& x, const TensorView& y, const TensorView* previous,
+                               const TensorView* residual, const TensorView& partials,
+                               const TensorView& metric) {
+    const std::int64_t batch = x.size(0), rows = x.size(1), columns = x.size(2);
+    const std::int64_t chunks = (rows * columns + kCacheMetricChunk - 1) / kCacheMetricChunk;
+    expect_rows(x, "x", x.dtype, {batch, rows, columns});
+    expect_rows(y, "y", x.dtype, {batch, rows, columns});
+    if (previous != nullptr) expect_rows(*previous, "previous", x.dtype, {batch, rows, columns});
+    if (residual != nullptr) expect_rows(*residual, "residual", x.dtype, {batch, rows, columns});
+    expect_contiguous(partials, "partials", DType::kFloat64, {batch, chunks, 2});
+    const bool wide = x.dtype == DType::kFloat64;
+    expect_contiguous(metric, "metric", wide ? DType::kFloat64 : DType::kFloat32,
+                      {metric.size(0) == 1 ? 1 : batch});
+}
 
 namespace cpu {
 void cache_metric(const TensorView& x, const TensorView& y, const TensorView* previous,

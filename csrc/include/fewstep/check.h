@@ -1,0 +1,43 @@
+// What a kernel asks of a view before it touches memory. Python validates for people, with better
+// words; these checks hold for whoever calls the module or the registered op directly.
+#pragma once
+
+#include <initializer_list>
+
+#include "fewstep/dispatch.h"
+#include "fewstep/tensor.h"
+
+namespace fewstep {
+
+// Refuses a view that is not `dtype` of shape `sizes`, or whose last axis has gaps.
+inline void expect_rows(const TensorView& view, const char* argument, DType dtype,
+                        std::initializer_list<std::int64_t> sizes) {
+    FEWSTEP_CHECK(view.dtype == dtype, argument, ": expected ", name(dtype), ", got ",
+                  name(view.dtype));
+    FEWSTEP_CHECK(view.ndim == static_cast<int>(sizes.size()), argument, ": expected ",
+                  sizes.size(), " axes, got ", view.ndim);
+    int axis = 0;
+    for (const std::int64_t size : sizes) {
+        FEWSTEP_CHECK(view.size(axis) == size, argument, ": expected size ", size, " in axis ",
+                      axis, ", got ", view.size(axis));
+        ++axis;
+    }
+    const int last = view.ndim - 1;
+    FEWSTEP_CHECK(last < 0 || view.size(last) <= 1 || view.stride(last) == 1, argument,
+                  ": expected unit stride in the last axis, got ", view.stride(last));
+}
+
+// As above, and without gaps anywhere.
+inline void expect_contiguous(const TensorView& view, const char* argument, DType dtype,
+                              std::initializer_list<std::int64_t> sizes) {
+    expect_rows(view, argument, dtype, sizes);
+    std::int64_t stride = 1;
+    for (int axis = view.ndim - 1; axis >= 0 && view.numel() > 0; --axis) {
+        FEWSTEP_CHECK(view.size(axis) == 1 || view.stride(axis) == stride, argument,
+                      ": expected a contiguous tensor, got stride ", view.stride(axis), " in axis ",
+                      axis);
+        stride *= view.size(axis);
+    }
+}
+
+}  // namespace fewstep

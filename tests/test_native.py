@@ -1,0 +1,67 @@
+"""What a caller that skips the Python validation meets: an error, never a stray pointer."""
+
+import pytest
+import torch
+
+from fewstep import _native, ops
+
+X, Y, SHORT = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 4)
+PARTIALS, METRIC = torch.empty(2, 1, 2, dtype=torch.float64), torch.empty(2)
+W = torch.ones(5, 8, dtype=torch.int8)
+A, A_SCALE, W_SCALE = torch.ones(3, 8, dtype=torch.int8), torch.ones(3), torch.ones(5)
+PACKED, OUT = ops.module("gemm_w8a8").pack_w8(W), torch.empty(3, 5)
+Q, OUT4 = torch.randn(1, 1, 3, 8), torch.empty(1, 1, 3, 8)
+STAT = torch.empty(1, 1, 3)
+
+
+def put(values, index, value):
+    return [value if i == index else old for i, old in enumerate(values)]
+
+
+CALLS = {
+    "cache_metric": (X, Y, None, None, PARTIALS, METRIC),
+    "quantize_int8": (X[0], torch.empty(3, 8, dtype=torch.int8), torch.empty(3)),
+    "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, OUT),
+    "attention_jvp": (Q, Q, Q, Q, Q, Q, OUT4, OUT4, STAT, STAT, 1.0),
+}
+BAD = [
+    ("cache_metric", 1, SHORT, "y: expected size 8 in axis 2, got 4"),
+    ("cache_metric", 1, Y.half(), "y: expected float32, got float16"),
+    ("cache_metric", 1, Y[0], "y: expected 3 axes, got 2"),
+    ("cache_metric", 1, Y.mT.contiguous().mT, "y: expected unit stride"),
+    ("cache_metric", 2, SHORT, "previous: expected size"),
+    ("cache_metric", 3, SHORT, "residual: expected size"),
+    ("cache_metric", 4, PARTIALS.float(), "partials: expected float64"),
+    ("cache_metric", 5, torch.empty(3), "metric: expected size 2"),
+    ("quantize_int8", 1, torch.empty(3, 8), "q: expected int8, got float32"),
+    ("quantize_int8", 1, torch.empty(8, 3, dtype=torch.int8).t(), "q: expected unit stride"),
+    ("quantize_int8", 2, torch.empty(2), "scale: expected size 3"),
+    ("gemm_w8a8", 0, A.float(), "a: expected int8"),
+    ("gemm_w8a8", 1, torch.ones(2), "a_scale: expected size 3"),
+    ("gemm_w8a8", 2, PACKED[:, :4], "packed: expected size 8"),
+    ("gemm_w8a8", 3, torch.ones(10)[::2], "w_scale: expected unit stride"),
+    ("gemm_w8a8", 4, torch.ones(4), "bias: expected size 5"),
+    ("gemm_w8a8", 5, torch.empty(3, 9)[:, :5], "out: expected a contiguous tensor"),
+    ("attention_jvp", 1, torch.randn(1, 2, 3, 8), "k: expected size 1 in axis 1"),
+    ("attention_jvp", 2, torch.randn(1, 1, 2, 8), "v: expected size 3 in axis 2"),
+    ("attention_jvp", 5, Q.double(), "t_v: expected float32, got float64"),
+    ("attention_jvp", 7, torch.empty(1, 1, 2, 8), "t_o: expected size 3"),
+    ("attention_jvp", 8, STAT.double(), "lse: expected float32"),
+]
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_the_plain_calls_are_accepted(op):
+    _native.call(op, *CALLS[op])
+
+
+@pytest.mark.parametrize(("op", "index", "value", "message"), BAD)
+def test_a_wrong_view_is_refused(op, index, value, message):
+    with pytest.raises(ValueError, match=message):
+        _native.call(op, *put(CALLS[op], index, value))
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CPU_ISA", "avx1024")
+    with pytest.raises(ValueError, match="expected portable, avx2 or avx512, got avx1024"):
+        _native.cpu_isa()
