@@ -39,8 +39,10 @@ def _cache_metric_kernel(
     HAS_PREVIOUS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1).to(tl.int64)
+    # One axis of programs: the others hold 65,535, fewer than a batch may.
+    chunks = tl.cdiv(elements, CHUNK)
+    chunk = (tl.program_id(0) % chunks).to(tl.int64)
+    b = (tl.program_id(0) // chunks).to(tl.int64)
     change = tl.zeros([BLOCK], tl.float32)
     scale = tl.zeros([BLOCK], tl.float32)
     for start in range(0, CHUNK, BLOCK):
@@ -62,7 +64,7 @@ def _cache_metric_kernel(
         if HAS_RESIDUAL:
             out = residual_ptr + b * stride_rb + row * stride_rr + col
             tl.store(out, narrow(r, residual_ptr.dtype.element_ty), mask=mask)
-    out = partials_ptr + (b * tl.num_programs(0) + chunk) * 2
+    out = partials_ptr + (b * chunks + chunk) * 2
     tl.store(out, tl.sum(change, 0).to(tl.float64))
     tl.store(out + 1, tl.sum(scale, 0).to(tl.float64))
 
@@ -97,7 +99,7 @@ def launch_cache_metric(
     if x.numel():
         p = x if previous is None else previous
         r = x if residual is None else residual
-        _cache_metric_kernel[(triton.cdiv(elements, CHUNK), x.shape[0])](
+        _cache_metric_kernel[(triton.cdiv(elements, CHUNK) * x.shape[0],)](
             x,
             y,
             p,

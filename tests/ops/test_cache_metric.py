@@ -73,8 +73,9 @@ def test_zero_over_zero_is_zero_and_division_by_zero_is_inf(impl):
     assert ops.cache_metric(one, zero, impl=impl) == float("inf")
 
 
-def test_empty_batch(impl):
-    x = torch.randn(0, 4, 8)
+@pytest.mark.parametrize("shape", [(0, 4, 8), (0,), (0, 5), (0, 2, 3, 4)], ids=str)
+def test_empty_batch(shape, impl):
+    x = torch.randn(shape)
     metric, residual = ops.cache_metric(x, x, return_residual=True, per_sample=True, impl=impl)
     assert metric.shape == (0,)
     assert residual.shape == x.shape
@@ -100,6 +101,21 @@ def test_every_instruction_set(isa, monkeypatch):
     for dtype in DTYPES:
         x, y, p = inputs((2, 31, 67), dtype)
         check((x, y), p, "native", per_sample=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (2, 0, 4), (2, 3, 0)], ids=str)
+def test_empty_samples(shape, impl):
+    x = torch.randn(shape)
+    metric = ops.cache_metric(x, x, per_sample=True, impl=impl)
+    assert torch.equal(metric, torch.zeros(shape[0]))
+
+
+def test_residual_is_contiguous_as_the_fake_says(impl):
+    # A compiled graph reads the output by the fake's strides.
+    x, y, _ = (t.mT for t in inputs((2, 5, 7), torch.float32))
+    _, residual = ops.cache_metric(x, y, return_residual=True, impl=impl)
+    assert residual.is_contiguous()
+    assert torch.equal(residual, x - y)
 
 
 def test_threads_do_not_change_a_bit():

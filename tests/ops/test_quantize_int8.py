@@ -72,6 +72,13 @@ def test_layouts_do_not_read_padding(layout, dtype, impl):
         assert padding_intact(x)
 
 
+def test_outputs_are_contiguous_as_the_fake_says(impl):
+    # A compiled graph reads the outputs by the fake's strides.
+    q, scale = check_bits(torch.randn(2, 5, 7).permute(2, 0, 1), impl)
+    assert q.is_contiguous()
+    assert scale.is_contiguous()
+
+
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 63, 65, 70])
 def test_native_writes_only_its_outputs(columns):
     x = torch.randn(3, columns)

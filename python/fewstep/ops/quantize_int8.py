@@ -48,6 +48,12 @@ def _run_kernel(launch: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+def _run_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    # Contiguous like every implementation's, whatever the strides of x: `_fake` promises it.
+    q, scale = _reference(x)
+    return q.contiguous(), scale.contiguous()
+
+
 def run_native(x: Tensor) -> tuple[Tensor, Tensor]:
     """Run the native kernel; `gemm_w8a8` calls this too, without another dispatch."""
     return _run_kernel(lambda *views: _native.call("quantize_int8", *views), x)
@@ -65,7 +71,7 @@ IMPLEMENTATIONS = (
         "native", run_native, lambda x: refuse_native("quantize_int8", [x], _KERNEL_DTYPES)
     ),
     Implementation("triton", run_triton, lambda x: refuse_triton([x], _KERNEL_DTYPES)),
-    Implementation("reference", _reference, lambda x: None),
+    Implementation("reference", _run_reference, lambda x: None),
 )
 
 
