@@ -109,7 +109,7 @@ STAGES = {
     ),
 }
 SMOKE_STEPS = 6
-STUDENT_KNOTS = {"1": [1.0], "2": [1.0, 0.8]}
+STUDENT_KNOTS = {"1": [1.0], "2": [1.0, 0.4]}
 
 
 @dataclass
