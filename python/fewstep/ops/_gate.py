@@ -103,6 +103,11 @@ def refusal(op: str, impl: str, device: torch.device) -> str | None:
     return None if verdict == "passed" else f"its gate on this machine failed: {verdict}"
 
 
+# torch.compile asks once, while tracing, instead of tracing into files and child processes. What
+# torch.compiler.assume_constant_result sets; calling that would import the compiler here.
+refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def check(op: str, impl: str, device: torch.device) -> None:
     """Compare `impl` with the reference over the op's gate cases; raise AssertionError if off.
 

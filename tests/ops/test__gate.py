@@ -1,0 +1,53 @@
+"""The gate that a GPU kernel passes before `auto` may use it, with the machine and child faked."""
+
+import pytest
+import torch
+
+from fewstep.ops import _gate
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Fake an sm_90 machine with no committed record; return the gates that were run."""
+    gates = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_gate, "_machine", lambda index: "a machine")
+    monkeypatch.setattr(_gate, "_validated", dict)
+    monkeypatch.setattr(
+        _gate, "run_gate", lambda op, impl, device: gates.append((op, impl)) or gates_verdict(op)
+    )
+    _gate._verdict.cache_clear()
+    yield gates
+    _gate._verdict.cache_clear()
+
+
+def gates_verdict(op):
+    return "passed" if op == "good" else "a wrong sum"
+
+
+def test_a_verdict_is_asked_once_and_kept_on_disk(asked):
+    assert _gate.refusal("good", "triton", CUDA) is None
+    _gate._verdict.cache_clear()  # as a new process
+    assert _gate.refusal("good", "triton", CUDA) is None
+    assert asked == [("good", "triton")]
+
+
+def test_a_failing_kernel_is_refused_with_the_reason(asked):
+    reason = _gate.refusal("bad", "native", CUDA)
+    assert reason == "its gate on this machine failed: a wrong sum"
+
+
+def test_a_committed_record_needs_no_gate(asked, monkeypatch):
+    monkeypatch.setattr(_gate, "_validated", lambda: {"sm_90": ["bad:native"]})
+    assert _gate.refusal("bad", "native", CUDA) is None
+    assert asked == []
+
+
+def test_a_gate_does_not_break_a_compiled_graph(asked):
+    def f(x):
+        return x + 1 if _gate.refusal("good", "native", CUDA) is None else x
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
