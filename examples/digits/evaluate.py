@@ -3,6 +3,8 @@
     python examples/digits/evaluate.py                # three seeds, the table of the card
     python examples/digits/evaluate.py --seeds 5
 
+A measurement that was stopped goes on where it was.
+
 Per seed and sampler: as many images as the real held-out half has, with the same labels, so that
 the Frechet distance's finite-sample bias is the same in every row, the real row included.
 """
@@ -10,9 +12,9 @@ the Frechet distance's finite-sample bias is the same in every row, the real row
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -62,6 +64,18 @@ def measure(images: Tensor, labels: Tensor, classifier: DigitClassifier) -> dict
     }
 
 
+def spread(values: list[float]) -> list[float]:
+    """[mean, standard deviation]; no deviation of a single value."""
+    return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+
+
+def digest(folder: Path) -> str:
+    """Changes with any weight or setting of the models in this folder."""
+    models = [folder / "classifier.safetensors", folder / "teacher", folder / "student"]
+    files = sorted(f for model in models for f in [model, *model.rglob("*")] if f.is_file())
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
+
+
 def evaluate(folder: Path, seeds: int, teacher_steps: int = 50, limit: int | None = None) -> dict:
     """All rows of the table: name -> network evaluations, and mean and spread of each number."""
     classifier = load_classifier(folder / "classifier.safetensors")
@@ -79,27 +93,29 @@ def evaluate(folder: Path, seeds: int, teacher_steps: int = 50, limit: int | Non
         for n in (1, 2, 4)
     ] + [
         (f"teacher, {n} steps", teacher, n * (1 + guided), {"num_inference_steps": n})
-        for n in (2, 4, 8, teacher_steps)
+        for n in (teacher_steps, 2, 4, 8)
     ]
-    labels = reference_labels()[:limit]
+    labels, version = reference_labels()[:limit], digest(folder)
+    # Every finished run is kept: measuring the teacher takes minutes, and may be stopped.
+    cache = folder / "checkpoints" / "measured.json"
+    cache.parent.mkdir(exist_ok=True)
+    done = json.loads(cache.read_text()) if cache.exists() else {}
     with Progress() as progress:
-        task = progress.add_task("evaluating", total=seeds * sum(row[2] for row in plan))
+        task = progress.add_task("measuring", total=seeds * sum(row[2] for row in plan))
         for name, pipeline, evaluations, call in plan:
-            began = time.perf_counter()
             runs = []
             for seed in range(seeds):
-                images = sample(pipeline, labels, 1000 + seed, **call)
-                runs.append(measure(images, labels, classifier))
+                key = f"{version}: {name}, seed {seed}, {len(labels)} images"
+                if key not in done:
+                    images = sample(pipeline, labels, 1000 + seed, **call)
+                    done[key] = measure(images, labels, classifier)
+                    cache.write_text(json.dumps(done, indent=2))
+                runs.append(done[key])
                 progress.update(task, advance=evaluations)
-            numbers = {
-                key: [
-                    statistics.mean(run[key] for run in runs),
-                    statistics.stdev(run[key] for run in runs) if seeds > 1 else 0.0,
-                ]
-                for key in runs[0]
+            rows[name] = {
+                "evaluations": evaluations,
+                **{key: spread([run[key] for run in runs]) for key in runs[0]},
             }
-            seconds = (time.perf_counter() - began) / seeds
-            rows[name] = {"evaluations": evaluations, **numbers, "seconds": seconds}
     return {"seeds": seeds, "images_per_seed": len(labels), "rows": rows}
 
 
@@ -112,10 +128,10 @@ def table(result: dict) -> str:
     for name, row in result["rows"].items():
         if name == "real":
             name = "real digits: training half against held-out half"
-        frechet, spread = row["frechet"]
+        frechet, deviation = row["frechet"]
         accuracy, _ = row["accuracy"]
         lines.append(
-            f"| {name} | {row['evaluations'] or '-'} | {frechet:.2f} ± {spread:.2f} "
+            f"| {name} | {row['evaluations'] or '-'} | {frechet:.2f} ± {deviation:.2f} "
             f"| {100 * accuracy:.1f} % | {row['nearest'][0]:.3f} |"
         )
     return "\n".join(lines)
@@ -164,6 +180,7 @@ the reference.
 
 {training}
 
+Minutes are wall time on shared cores; CPU minutes are the sum over cores.
 Student: continuous-time consistency distillation of the guided teacher
 (`fewstep.distillation.consistency_loss`, exact JVP), two-step grid {knots}.
 All seeds and settings are in `training.json`, the numbers above in `metrics.json`.
@@ -182,24 +199,31 @@ def training_table(record: dict) -> str:
             f"| {name} | {config['steps']} | {config['batch']} | {config['seed']} "
             f"| {stage['seconds'] / 60:.1f} | {stage['cpu_seconds'] / 60:.1f} |"
         )
-    return "\n".join(lines)
+    notes = [f"{name}: {stage['note']}" for name, stage in record.items() if "note" in stage]
+    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
 
 
-def report(folder: Path, seeds: int, teacher_steps: int = 50, limit: int | None = None) -> None:
-    """Measure, print the table, write metrics.json and the card README.md."""
-    result = evaluate(folder, seeds, teacher_steps, limit)
-    (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+def write_card(folder: Path) -> None:
+    """README.md from metrics.json, training.json and the pipelines' configs."""
+    result = json.loads((folder / "metrics.json").read_text())
     record = json.loads((folder / "training.json").read_text())
     scheduler = json.loads((folder / "student/scheduler/scheduler_config.json").read_text())
     card = CARD.format(
         guidance=json.loads((folder / "teacher/model_index.json").read_text())["default_guidance"],
-        seeds=seeds,
+        seeds=result["seeds"],
         images=result["images_per_seed"],
         table=table(result),
         training=training_table(record),
         knots=scheduler["knots"]["2"],
     )
     (folder / "README.md").write_text(card)
+
+
+def report(folder: Path, seeds: int, teacher_steps: int = 50, limit: int | None = None) -> None:
+    """Measure, print the table, write metrics.json and the card README.md."""
+    result = evaluate(folder, seeds, teacher_steps, limit)
+    (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_card(folder)
     print(table(result))
 
 
@@ -210,8 +234,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--teacher-steps", type=int, default=50)
     parser.add_argument("--limit", type=int, default=None, help="fewer images, for a quick look")
+    parser.add_argument("--card-only", action="store_true", help="from the numbers at hand")
     args = parser.parse_args(argv)
-    report(args.folder, args.seeds, args.teacher_steps, args.limit)
+    if args.card_only:
+        write_card(args.folder)
+    else:
+        report(args.folder, args.seeds, args.teacher_steps, args.limit)
 
 
 if __name__ == "__main__":

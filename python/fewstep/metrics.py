@@ -113,7 +113,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 
 def reference_labels() -> Tensor:
-    """Labels of the held-out half, [899]: what to sample for a fair Frechet distance."""
+    """Labels of the held-out half, [898]: what to sample for a fair Frechet distance."""
     from fewstep.assets.digits import digits_data
 
     return digits_data("held_out")[1]
