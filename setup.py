@@ -37,8 +37,8 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            # Under build isolation Ninja lives in a folder that is gone at the next build, and CMake
-            # would take it from its cache.
+            # Under build isolation Ninja lives in a folder that is gone at the next build, and
+            # CMake would take its path from the cache.
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DFEWSTEP_VERSION={self.distribution.get_version()}",
             f"-DFEWSTEP_CUDA={os.environ.get('FEWSTEP_CUDA', 'auto')}",
