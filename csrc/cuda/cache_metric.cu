@@ -50,7 +50,9 @@ __global__ void __launch_bounds__(kThreads)
                         double* partials) {
     using Vector = Pack<T, kVec>;
     // One axis of blocks: the others hold 65,535, fewer than a batch may.
-    const std::int64_t chunks = (elements + kCacheMetricChunk - 1) / kCacheMetricChunk;
+    // 32 bits, because a 64-bit division is a call with a stack frame.
+    const auto chunks =
+        static_cast<unsigned>((elements + kCacheMetricChunk - 1) / kCacheMetricChunk);
     const std::int64_t b = blockIdx.x / chunks;
     const std::int64_t begin = blockIdx.x % chunks * kCacheMetricChunk;
     const std::int64_t end = min(elements, begin + kCacheMetricChunk);

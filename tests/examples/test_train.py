@@ -23,6 +23,7 @@ def train():
         spec.loader.exec_module(module)
         yield module
     finally:
+        torch.set_flush_denormal(False)  # main() sets it for its process
         sys.path.remove(str(EXAMPLE))
         sys.modules.pop("digits_train", None)
 

@@ -162,3 +162,16 @@ def test_bad_input_names_the_argument():
         ops.cache_metric(x, y, impl="cuda")
     with pytest.raises(ops.UnsupportedError, match="expected one of float32"):
         ops.cache_metric(x.double(), y.double(), impl="triton")
+
+
+def test_float16_subnormals_survive_flushing():
+    # A process may flush float32 subnormals; half-precision ones are not among them.
+    tiny = torch.tensor([[[2.0**-24, 3 * 2.0**-24, -(2.0**-20), 2.0**-14]]], dtype=torch.float16)
+    torch.set_flush_denormal(True)
+    try:
+        _, residual = ops.cache_metric(
+            tiny, torch.zeros_like(tiny), return_residual=True, impl="native"
+        )
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(residual, tiny)

@@ -71,13 +71,14 @@ inline float to_acc(bfloat16 value) {
     return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16);
 }
 inline float to_acc(float16 value) {
-    // Branch-free so that it vectorises: the exponent is rebased by one multiplication (exact, also
-    // for subnormals); infinity and NaN are selected afterwards.
+    // Branch-free so that it vectorises, and without float subnormals on the way, which a process
+    // may flush to zero (torch.set_flush_denormal).
     const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000) << 16;
-    const std::uint32_t payload = static_cast<std::uint32_t>(value.bits & 0x7fff) << 13;
-    const float finite = bits_to_float(payload) * 0x1p112f;
-    const bool special = (value.bits & 0x7c00) == 0x7c00;
-    return bits_to_float(sign | (special ? 0x7f800000 | payload : float_to_bits(finite)));
+    const std::uint32_t magnitude = value.bits & 0x7fff;
+    const std::uint32_t rebias = magnitude >= 0x7c00 ? 0x70000000 : 0x38000000;
+    const float subnormal = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;
+    const std::uint32_t normal = (magnitude << 13) + rebias;
+    return bits_to_float(sign | (magnitude < 0x400 ? float_to_bits(subnormal) : normal));
 }
 
 // The accumulation type of a storage type: float64 stays float64, everything else is float32.
