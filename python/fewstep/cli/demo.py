@@ -96,13 +96,19 @@ def choose_threads(pipe: Any) -> int:
     return min(best, key=lambda threads: best[threads])
 
 
-def results_table(scores: Sequence[Score], real: float, samples: int) -> Table:
-    """Return the table of the rows so far."""
+WIDE = 125  # columns of text that the whole table takes
+
+
+def results_table(scores: Sequence[Score], real: float, samples: int, width: int = WIDE) -> Table:
+    """Return the table of the rows so far; narrow screens go without the last ones."""
+    wide = width >= WIDE
     table = Table(title=f"{samples} images per row", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for name in ("evaluations", "ms / image", "speed-up", "Frechet", "ratio", "accuracy", "PSNR"):
+    table.add_column("", overflow="fold")
+    names = ["evaluations", "ms / image", "speed-up", "Frechet", "ratio", "accuracy", "PSNR"]
+    for name in names if wide else ["evals", *names[1:5]]:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("PSNR against", no_wrap=True)
+    if wide:
+        table.add_column("PSNR against", no_wrap=True)
     labels = {s.key: s.label for s in scores}
     head = "\0"
     for s in scores:
@@ -113,9 +119,11 @@ def results_table(scores: Sequence[Score], real: float, samples: int) -> Table:
             table.add_row(label, "[red]not run[/red]")
             continue
         evaluations = f"{s.evaluations:.4g}"
-        if s.full_evaluations < s.evaluations - 0.005:
+        if wide and s.full_evaluations < s.evaluations - 0.005:
             evaluations += f" ({s.full_evaluations:.3g} full)"
         decibels = "" if math.isnan(s.psnr_db) else f"{s.psnr_db:.1f} dB"
+        decibels = "identical" if s.psnr_db == math.inf else decibels
+        last = (f"{s.accuracy:.1%}", decibels, labels.get(s.psnr_against or "", ""))
         table.add_row(
             label,
             evaluations,
@@ -123,9 +131,7 @@ def results_table(scores: Sequence[Score], real: float, samples: int) -> Table:
             f"{s.speedup:.2f}x",
             f"{s.frechet:.3f}" if s.frechet < 100 else f"{s.frechet:.0f}",
             f"{s.frechet_ratio:.2f}",
-            f"{s.accuracy:.1%}",
-            "identical" if s.psnr_db == math.inf else decibels,
-            labels.get(s.psnr_against or "", ""),
+            *(last if wide else ()),
         )
     table.add_section()
     frechet, ratio = f"{real:.3f}", ""
@@ -171,7 +177,8 @@ def run(
             if done > 32:  # a covariance of 32 features needs more samples than that
                 real = real_level(labels[:done])
                 scores = score(list(rows))
-                screen.update(Group(results_table(scores, real, done), progress))
+                table = results_table(scores, real, done, console.width)
+                screen.update(Group(table, progress))
             now = time.perf_counter()
             if not console.is_terminal:
                 console.print(f"batch {index + 1} of {batches}: {now - start:.0f} s")
@@ -199,6 +206,8 @@ def main(
 ) -> int:
     """Run the demo; return 1 if a row could not be run."""
     console = Console()
+    if not console.is_terminal:  # a log or a pipe: no reason to squeeze the table
+        console = Console(width=140)
     try:
         from ..assets.digits import digits_data
         from .demo_plots import samples_picture, tradeoff_picture
@@ -229,7 +238,7 @@ def main(
         torch.set_num_threads(threads_before)
 
     done = len(rows[0].seconds) * batch
-    console.print(results_table(scores, real, done), highlight=False)
+    console.print(results_table(scores, real, done, console.width), highlight=False)
     output.mkdir(parents=True, exist_ok=True)
     good = [s for s in scores if s.failure is None]
     pictures = {r.row.key: torch.cat(r.images) for r in rows if r.images}
@@ -266,7 +275,7 @@ def closing(console: Console, output: Path) -> None:
         "speed-up and ratio are to the first row, in this run. Evaluations are counted by hooks; "
         '"full" counts the blocks that a cache left to run. Frechet distances are of few samples: '
         "compare them with each other and with the real row, not with other runs "
-        "(python examples/digits/evaluate.py takes all 899).",
+        "(python examples/digits/evaluate.py takes all 898).",
         highlight=False,
     )
     for name in ("samples.png", "tradeoff.png", "report.json"):
