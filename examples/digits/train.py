@@ -1,4 +1,4 @@
-"""Train the packaged digits models from nothing: classifier, teacher, one-to-four-step student.
+"""Train the packaged digits models from nothing: classifier, teacher, one- to two-step student.
 
     classifier   cross-entropy on the real training half; its features carry the metrics
     teacher      flow matching, labels dropped at random for guidance

@@ -297,7 +297,7 @@ class DigitsPipeline(DiffusionPipeline):
 
 
 def load_digits_pipeline(name: Literal["teacher", "student"] = "teacher") -> DigitsPipeline:
-    """The packaged pipeline in fp32 on the CPU: the 50-step teacher or the 1-4-step student."""
+    """The packaged pipeline in fp32 on the CPU: the 50-step teacher or the 1-2-step student."""
     if name not in ("teacher", "student"):
         raise ValueError(f"name: expected 'teacher' or 'student', got {name!r}")
     path = DIGITS_PATH / name
