@@ -1,14 +1,18 @@
-// gemm_w8a8 on the CPU. Work is cut into (block of rows) x (panel of 64 columns); a task walks its
-// rows in tiles while the packed panel (64 K bytes) stays in the second-level cache. Every output
-// is computed by one tile in one order, so neither threads nor scheduling change a bit.
+// gemm_w8a8 on the CPU. First the rows: quantised if they are floating, and summed for the offset
+// of the weights. Then the product, in the same parallel region: work is cut into (block of rows) x
+// (panel of 64 columns); a task walks its rows in tiles while the packed panel (64 K bytes) stays
+// in the second-level cache. Every output is computed by one tile in one order, so neither threads
+// nor scheduling change a bit.
 #include "fewstep/ops/gemm_w8a8.h"
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "fewstep/check.h"
 #include "fewstep/cpu/isa.h"
+#include "fewstep/cpu/quantize_row.h"
 #include "fewstep/cpu/w8a8_tiles.h"
 #include "fewstep/dispatch.h"
 
@@ -181,6 +185,11 @@ SumFunction choose_sum(Isa isa) {
     return sum_portable;
 }
 
+// 128 sum_k a_mk modulo 2^32: what w + 128 in the place of w adds to a sum.
+std::int32_t offset_of(SumFunction sum, const std::int8_t* row, std::int64_t n) {
+    return static_cast<std::int32_t>(static_cast<std::uint32_t>(sum(row, n)) * 128u);
+}
+
 struct Operands {
     const std::int8_t* a;
     std::int64_t lda;
@@ -216,8 +225,9 @@ void multiply_panel(const Operands& p, std::int64_t n, std::int64_t begin, std::
     }
 }
 
-template <typename Out>
-void multiply(const Operands& p, Out* out) {
+// Calls prepare(m) for every row, then multiplies.
+template <typename Out, typename Prepare>
+void multiply(const Operands& p, const Prepare& prepare, Out* out) {
     constexpr std::int64_t kWorthThreads = 1 << 18;
     constexpr std::int64_t kBlock = 192;  // rows of a task: a multiple of every tile height
     constexpr std::int64_t kSecondLevel = 512 << 10;
@@ -226,13 +236,70 @@ void multiply(const Operands& p, Out* out) {
     // A weight that fits the second-level cache meets one block of rows after the other; of a
     // larger one, each panel meets all rows before the next.
     const bool fits = p.N * p.K <= kSecondLevel;
-#pragma omp parallel for schedule(dynamic) if (p.M * p.N * p.K > kWorthThreads)
-    for (std::int64_t index = 0; index < panels * blocks; ++index) {
-        const std::int64_t panel = fits ? index % panels : index / blocks;
-        const std::int64_t block = fits ? index / panels : index % blocks;
-        const std::int64_t begin = block * kBlock, end = std::min(p.M, begin + kBlock);
-        multiply_panel(p, panel * kPanel, begin, end, chosen, out);
+#pragma omp parallel if (p.M * p.N * p.K > kWorthThreads)
+    {
+#pragma omp for schedule(static)
+        for (std::int64_t m = 0; m < p.M; ++m) prepare(m);
+#pragma omp for schedule(dynamic)
+        for (std::int64_t index = 0; index < panels * blocks; ++index) {
+            const std::int64_t panel = fits ? index % panels : index / blocks;
+            const std::int64_t block = fits ? index / panels : index % blocks;
+            const std::int64_t begin = block * kBlock, end = std::min(p.M, begin + kBlock);
+            multiply_panel(p, panel * kPanel, begin, end, chosen, out);
+        }
     }
+}
+
+// What the product needs of each row beside its integers; of floating rows, those too.
+struct RowState {
+    std::unique_ptr<std::int8_t[]> quantized;
+    std::unique_ptr<float[]> scales;
+    std::unique_ptr<std::int32_t[]> offsets;
+};
+
+template <typename Prepare>
+void multiply_into(const Operands& p, const Prepare& prepare, const TensorView& out) {
+    switch (out.dtype) {
+        case DType::kFloat32: return multiply(p, prepare, out.ptr<float>());
+        case DType::kBFloat16: return multiply(p, prepare, out.ptr<bfloat16>());
+        case DType::kFloat16: return multiply(p, prepare, out.ptr<float16>());
+        default:
+            FEWSTEP_CHECK(false, "out: expected float32, bfloat16 or float16, got ",
+                          name(out.dtype));
+    }
+}
+
+// Where a row of `a` is integers already.
+void multiply_integers(Operands& p, const TensorView& a, const TensorView& a_scale, RowState& state,
+                       const TensorView& out) {
+    p.a = a.ptr<std::int8_t>();
+    p.lda = a.stride(0);
+    p.a_scale = a_scale.ptr<float>();
+    const SumFunction sum = choose_sum(isa());
+    multiply_into(
+        p, [&](std::int64_t m) { state.offsets[m] = offset_of(sum, p.a + m * p.lda, p.K); }, out);
+}
+
+template <typename T>
+void multiply_floats(Operands& p, const TensorView& a, RowState& state, const TensorView& out) {
+    // Not initialised: every element is written before it is read.
+    state.quantized.reset(new std::int8_t[static_cast<std::size_t>(p.M * p.K)]);
+    state.scales.reset(new float[static_cast<std::size_t>(p.M)]);
+    p.a = state.quantized.get();
+    p.lda = p.K;
+    p.a_scale = state.scales.get();
+    const SumFunction sum = choose_sum(isa());
+    const quantize::RowFunction<T> quantize = quantize::choose_row<T>();
+    const T* rows = a.ptr<T>();
+    const std::int64_t stride = a.stride(0);
+    multiply_into(
+        p,
+        [&](std::int64_t m) {
+            std::int8_t* q = state.quantized.get() + m * p.K;
+            state.scales[m] = quantize(rows + m * stride, q, p.K);
+            state.offsets[m] = offset_of(sum, q, p.K);
+        },
+        out);
 }
 
 std::vector<float> widen(const TensorView* bias) {
@@ -248,20 +315,20 @@ std::vector<float> widen(const TensorView* bias) {
 
 }  // namespace
 
-void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView& packed,
+void gemm_w8a8(const TensorView& a, const TensorView* a_scale, const TensorView& packed,
                const TensorView& w_scale, const TensorView* bias, const TensorView& out) {
     Operands p;
-    p.a = a.ptr<std::int8_t>();
-    p.lda = a.stride(0);
-    p.a_scale = a_scale.ptr<float>();
     p.packed = packed.ptr<std::uint8_t>();
     p.w_scale = w_scale.ptr<float>();
     p.M = out.size(0);
     p.N = out.size(1);
     p.K = a.size(1);
     FEWSTEP_CHECK(p.K < kGemmW8A8MaxK, "a: expected K < ", kGemmW8A8MaxK, ", got ", p.K);
-    expect_rows(a, "a", DType::kInt8, {p.M, p.K});
-    expect_contiguous(a_scale, "a_scale", DType::kFloat32, {p.M});
+    FEWSTEP_CHECK((a.dtype == DType::kInt8) == (a_scale != nullptr),
+                  "a_scale: expected one with int8 a and none with floating a, got ",
+                  a_scale == nullptr ? "none" : "one", " with ", name(a.dtype));
+    expect_rows(a, "a", a.dtype, {p.M, p.K});
+    if (a_scale != nullptr) expect_contiguous(*a_scale, "a_scale", DType::kFloat32, {p.M});
     expect_contiguous(packed, "packed", DType::kUInt8, {(p.N + 15) / 16 * 16, (p.K + 3) / 4 * 4});
     expect_contiguous(w_scale, "w_scale", DType::kFloat32, {p.N});
     if (bias != nullptr) expect_contiguous(*bias, "bias", bias->dtype, {p.N});
@@ -269,21 +336,17 @@ void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView&
     if (p.M == 0 || p.N == 0) return;
     const std::vector<float> wide_bias = widen(bias);
     p.bias = bias == nullptr ? nullptr : wide_bias.data();
-    std::vector<std::int32_t> offsets(static_cast<std::size_t>(p.M));
-    p.offsets = offsets.data();
-    const SumFunction sum = choose_sum(isa());
-#pragma omp parallel for schedule(static) if (p.M * p.K > 1 << 16)
-    for (std::int64_t m = 0; m < p.M; ++m) {
-        const auto times = static_cast<std::uint32_t>(sum(p.a + m * p.lda, p.K)) * 128u;
-        offsets[m] = static_cast<std::int32_t>(times);
-    }
-    switch (out.dtype) {
-        case DType::kFloat32: return multiply(p, out.ptr<float>());
-        case DType::kBFloat16: return multiply(p, out.ptr<bfloat16>());
-        case DType::kFloat16: return multiply(p, out.ptr<float16>());
+    RowState state;
+    state.offsets.reset(new std::int32_t[static_cast<std::size_t>(p.M)]);
+    p.offsets = state.offsets.get();
+    switch (a.dtype) {
+        case DType::kInt8: return multiply_integers(p, a, *a_scale, state, out);
+        case DType::kFloat32: return multiply_floats<float>(p, a, state, out);
+        case DType::kBFloat16: return multiply_floats<bfloat16>(p, a, state, out);
+        case DType::kFloat16: return multiply_floats<float16>(p, a, state, out);
         default:
-            FEWSTEP_CHECK(false, "out: expected float32, bfloat16 or float16, got ",
-                          name(out.dtype));
+            FEWSTEP_CHECK(false, "a: expected int8, float32, bfloat16 or float16, got ",
+                          name(a.dtype));
     }
 }
 

@@ -23,6 +23,7 @@ the layout); without `packed` that kernel packs w in every call.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from .. import _native
 from ..reference.gemm_w8a8 import gemm_w8a8 as _reference
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
-from .quantize_int8 import run_native as _quantize_native
 from .quantize_int8 import run_triton as _quantize_triton
 
 __all__ = ["gemm_w8a8", "pack_w8"]
@@ -83,15 +83,16 @@ def _run_reference(
 
 
 def _flat(
-    a: Tensor, a_scale: Tensor, w: Tensor, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a: Tensor, a_scale: Tensor | None, w: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return a as [M, K], a_scale as [M], and out with a view of it as [M, N]."""
     out = a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
+    if a_scale is not None:
+        a_scale = a_scale.reshape(-1).contiguous()
     if a.dim() == 2:  # saves calls, each of which costs once the caches are full of matrices
-        return _unit_stride(a), a_scale.contiguous(), out, out
-    rows = a_scale.numel()
-    flat = _unit_stride(a.reshape(rows, a.shape[-1])), a_scale.reshape(rows).contiguous()
-    return *flat, out, out.view(rows, w.shape[0])
+        return _unit_stride(a), a_scale, out, out
+    rows = math.prod(a.shape[:-1])
+    return _unit_stride(a.reshape(rows, a.shape[-1])), a_scale, out, out.view(rows, w.shape[0])
 
 
 def _run_native(
@@ -103,8 +104,6 @@ def _run_native(
     packed: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    if a_scale is None:
-        a, a_scale = _quantize_native(a)
     a2, a_scale, out, out2 = _flat(a, a_scale, w, out_dtype)
     packed = pack_w8(w) if packed is None else packed.contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -55,7 +55,7 @@ def _run_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run_native(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the native kernel; `gemm_w8a8` calls this too, without another dispatch."""
+    """Run the native kernel."""
     return _run_kernel(lambda *views: _native.call("quantize_int8", *views), x)
 
 

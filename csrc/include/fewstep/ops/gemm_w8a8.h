@@ -6,7 +6,8 @@
 //
 // Scaling is float32, rounded once to out's dtype at the end; K < kGemmW8A8MaxK.
 // a [M, K] int8, unit stride in K; a_scale [M], w_scale [N] float32 and bias [N] floating,
-// contiguous; out [M, N] float32, bfloat16 or float16, contiguous.
+// contiguous; out [M, N] float32, bfloat16 or float16, contiguous. Or a is floating and a_scale
+// null: its rows are quantised first, to the bit as by quantize_int8.
 //
 // packed: the weight, uint8 [ceil(N / 16) * 16, ceil(K / 4) * 4] bytes holding w + 128 in panels of
 // 64 columns (the last panel narrower, a multiple of 16). A panel of width W is [K / 4][W][4]: the
@@ -22,7 +23,7 @@ namespace fewstep {
 constexpr std::int64_t kGemmW8A8MaxK = std::int64_t{1} << 17;
 
 namespace cpu {
-void gemm_w8a8(const TensorView& a, const TensorView& a_scale, const TensorView& packed,
+void gemm_w8a8(const TensorView& a, const TensorView* a_scale, const TensorView& packed,
                const TensorView& w_scale, const TensorView* bias, const TensorView& out);
 }
 
