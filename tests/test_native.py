@@ -36,7 +36,12 @@ BAD = [
     ("quantize_int8", 1, torch.empty(3, 8), "q: expected int8, got float32"),
     ("quantize_int8", 1, torch.empty(8, 3, dtype=torch.int8).t(), "q: expected unit stride"),
     ("quantize_int8", 2, torch.empty(2), "scale: expected size 3"),
-    ("gemm_w8a8", 0, A.float(), "a_scale: expected one with int8 a and none with floating a, got one"),
+    (
+        "gemm_w8a8",
+        0,
+        A.float(),
+        "a_scale: expected one with int8 a and none with floating a, got one",
+    ),
     ("gemm_w8a8", 1, None, "a_scale: expected one with int8 a.*got none"),
     ("gemm_w8a8", 1, torch.ones(2), "a_scale: expected size 3"),
     ("gemm_w8a8", 2, PACKED[:, :4], "packed: expected size 8"),
