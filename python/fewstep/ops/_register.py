@@ -3,7 +3,8 @@
 Measured on torch 2.13: a registered op without derivative rules returns all-zero tangents under
 `torch.func.jvp`, and an output without a graph in reverse mode. Both look plausible in a loss
 curve. So every op gets a kernel at the Autograd key that raises when an input carries a tangent or
-requires grad, and otherwise redispatches below autograd (docs/adr/0002-forward-mode.md).
+requires grad, and otherwise redispatches below autograd (docs/adr/0002-forward-mode.md). An op that
+declares its derivative (`_autograd.py`) raises only where that derivative can't be taken.
 """
 
 from __future__ import annotations
@@ -14,19 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._autograd import Derivative, DerivativeError, has_tangent, is_differentiated, new_function
+from ._autograd import transform as active_transform
 from ._select import Implementation, by_name
 
 NAMESPACE = "fewstep"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-class DerivativeError(RuntimeError):
-    """An op was about to lose a derivative: it has no rule for the mode that reached it."""
-
-
-def has_tangent(x: Tensor) -> bool:
-    """Return whether `x` carries a forward-mode tangent at the current level."""
-    return torch._VF._unpack_dual(x, level=0)[1] is not None  # type: ignore[attr-defined]
+def any_tangent(args: Sequence[Any]) -> bool:
+    """Return whether any tensor in `args` carries a tangent at the current level."""
+    return any(isinstance(x, Tensor) and x.is_floating_point() and has_tangent(x) for x in args)
 
 
 def refuse_derivatives(op: str, args: Sequence[Any]) -> None:
@@ -41,8 +40,8 @@ def refuse_derivatives(op: str, args: Sequence[Any]) -> None:
             )
         if torch.is_grad_enabled() and value.requires_grad:
             raise DerivativeError(
-                f"fewstep.ops.{op} has no backward: an input requires grad, and its gradient would "
-                "be lost. Call it under torch.no_grad() or on detached inputs"
+                f"fewstep.ops.{op} has no backward here: an input requires grad, and its gradient "
+                "would be lost. Call it under torch.no_grad() or on detached inputs"
             )
 
 
@@ -51,24 +50,44 @@ def register(
     schema: str,
     implementations: Sequence[Implementation],
     fake: Callable[..., Any],
+    derivative: Derivative | None = None,
 ) -> Callable[..., Any]:
-    """Define `fewstep::<op>` and return its overload.
+    """Define `fewstep::<op>` and return what the public function calls.
 
     `schema` is "(Tensor x, ..., str impl) -> ..."; its last argument names the implementation,
-    which the public function has selected. `fake` takes the same arguments.
+    which the public function has selected. `fake` takes the same arguments. Without `derivative`
+    the op raises DerivativeError wherever it is differentiated.
     """
 
     def kernel(*args: Any) -> Any:
         *arguments, impl = args
         return by_name(implementations, impl).run(*arguments)
 
-    def guard(keyset: Any, *args: Any) -> Any:
-        refuse_derivatives(op, args)
+    def at_autograd(keyset: Any, *args: Any) -> Any:
+        wants_gradient = torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in args
+        )
+        if function is None or active_transform() is not None or any_tangent(args):
+            refuse_derivatives(op, args)
+        elif wants_gradient:
+            return function.apply(*args)
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     _library.define(f"{op}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(getattr(torch.ops, NAMESPACE), op).default
     _library.impl(op, kernel, "CompositeExplicitAutograd")
-    _library.impl(op, guard, "Autograd", with_keyset=True)
+    _library.impl(op, at_autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_library)
-    return overload
+    function = None
+    if derivative is None:
+        return overload
+
+    def call(*args: Any) -> Any:
+        # While torch.compile traces, a Function with a jvp rule would be refused or inlined; the
+        # bare op stays whole, and its kernel above brings the Function to AOTAutograd.
+        if torch.compiler.is_compiling() or not is_differentiated(args):
+            return overload(*args)
+        return function.apply(*args)
+
+    function = new_function(op, overload, call, derivative)
+    return call

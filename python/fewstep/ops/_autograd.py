@@ -1,0 +1,202 @@
+"""How a registered op gets its derivatives, and why it is not done with register_autograd.
+
+`register(..., derivative=Derivative(setup_context, backward))` gives an op a backward. What the op
+then answers to, and by which way (docs/adr/0002-forward-mode.md):
+
+    eager, nothing differentiable       the bare op
+    eager, anything differentiable      an autograd.Function around the bare op: plain autograd,
+                                        torch.func.grad, vjp, vmap, jacrev, duals if `jvp` is given
+    traced by torch.compile             the bare op; its kernel at the Autograd key applies the same
+                                        Function, and AOTAutograd traces forward and backward
+    the bare op under torch.func        DerivativeError, where a derivative would be lost
+
+An op's file needs about ten lines:
+
+    def _setup(ctx, inputs, output):            # inputs as in the schema, impl last
+        x, weight, eps, _ = inputs
+        ctx.save_for_backward(x, weight)        # and ctx.save_for_forward(...) if there is a jvp
+        ctx.eps = eps
+
+    def _backward(ctx, d_y):                    # gradients of the leading inputs; the rest is None
+        x, weight = ctx.saved_tensors
+        return norm_backward(d_y, x, weight, eps=ctx.eps)
+
+    _op = register("norm", SCHEMA, IMPLEMENTATIONS, _fake, Derivative(_setup, _backward))
+
+`_backward` calls the public function of another op, which may have a derivative of its own: that is
+all there is to double backward. An op without a fused backward declares `composite(formula)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+class DerivativeError(RuntimeError):
+    """An op was about to lose a derivative: it has no rule for the mode that reached it."""
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """The rules of an op, as the methods of torch.autograd.Function of the same names.
+
+    setup_context   (ctx, inputs, output); inputs as the schema lists them
+    backward        (ctx, *cotangents) -> gradients of the inputs, in order; missing ones are None
+    vmap            (info, in_dims, *inputs) -> (output, out_dims); None: one call per element
+    jvp             (ctx, saved, *tangents) -> tangents of the outputs, where saved is what
+                    ctx.save_for_forward was given; None: a tangent raises
+    """
+
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None]
+    backward: Callable[..., Any]
+    vmap: Callable[..., tuple[Any, Any]] | None = None
+    jvp: Callable[..., Any] | None = None
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Return whether `x` carries a forward-mode tangent at the current level."""
+    return torch._VF._unpack_dual(x, level=0)[1] is not None  # type: ignore[attr-defined]
+
+
+def transform() -> Any:
+    """Return the innermost torch.func transform around the caller, or None."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return None if interpreter is None else interpreter.key()
+
+
+def is_differentiated(args: Sequence[Any]) -> bool:
+    """Return whether a call with `args` is one that someone may differentiate or batch."""
+    active = transform()
+    if active is not None:
+        # functionalize has no rule for Functions; below it the bare op comes to its own kernel.
+        return active != torch._C._functorch.TransformType.Functionalize
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    return forward_ad._current_level >= 0 and any(map(has_tangent, tensors))
+
+
+def new_function(op: str, overload: Any, call: Callable[..., Any], rules: Derivative) -> Any:
+    """Return the autograd.Function of an op: `overload` is the bare op, `call` the public way."""
+    count = len(overload._schema.arguments)
+
+    class _Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            rules.setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+            gradients = rules.backward(ctx, *cotangents)
+            if not isinstance(gradients, tuple):
+                gradients = (gradients,)
+            return (*gradients, *[None] * (count - len(gradients)))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            if rules.jvp is None:
+                raise DerivativeError(
+                    f"fewstep.ops.{op} has no forward-mode rule: an input carries a tangent, which "
+                    "would be lost. Detach the input, or use an op that takes tangents explicitly"
+                )
+            # torch turns forward mode off around this call, for outer levels too, whose tangents
+            # would silently be zero (nested torch.func.jvp, torch 2.13); on again, the saved inputs
+            # carry this level's tangent, which has to come off.
+            with forward_ad._set_fwd_grad_enabled(True):
+                saved = [
+                    x if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors
+                ]
+                return rules.jvp(ctx, saved, *tangents)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+            if rules.vmap is not None:
+                return rules.vmap(info, in_dims, *args)
+            return loop_vmap(call, info, in_dims, *args)
+
+    _Function.__name__ = _Function.__qualname__ = op.title().replace("_", "")
+    return _Function
+
+
+def loop_vmap(
+    call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Any, Any]:
+    """Batch `call` by calling it once per element: the vmap rule of last resort."""
+    if info.batch_size == 0:
+        raise ValueError("vmap: expected a batch of at least one element, got 0")
+    results = [
+        call(
+            *(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True))
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(x) for x in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def composite(formula: Callable[..., Any]) -> Derivative:
+    """Return rules that differentiate `formula`, which computes the op with torch's own operators.
+
+    `formula` takes the op's arguments and returns its outputs in shape and dtype. It is evaluated
+    again for each derivative, and is differentiable to any order. For ops without a fused form.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        del output
+        tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.set_materialize_grads(False)
+
+    def function_of(
+        ctx: Any, saved: Sequence[Tensor | None], wanted: Sequence[int]
+    ) -> tuple[Any, ...]:
+        """Return the formula as a function of the inputs at the positions `wanted`, and those."""
+        given = [rest if x is None else x for x, rest in zip(saved, ctx.rest, strict=True)]
+
+        def function(*values: Tensor) -> tuple[Tensor, ...]:
+            arguments = list(given)
+            for i, value in zip(wanted, values, strict=True):
+                arguments[i] = value
+            outputs = formula(*arguments)
+            return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+        return function, *(given[i] for i in wanted)
+
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+        outputs, pull = torch.func.vjp(*function_of(ctx, ctx.saved_tensors, wanted))
+        found = pull(
+            tuple(
+                torch.zeros_like(o) if c is None else c
+                for o, c in zip(outputs, cotangents, strict=True)
+            )
+        )
+        gradients: list[Any] = [None] * len(ctx.rest)
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+        return tuple(gradients)
+
+    def jvp(ctx: Any, saved: Sequence[Tensor | None], *tangents: Tensor | None) -> Any:
+        wanted = [i for i, t in enumerate(tangents) if t is not None]
+        # The pullback u -> J^T u is linear, so its own pullback is t -> J t. torch.func.jvp can't
+        # be entered inside a level of dual numbers, which is where this may be called.
+        outputs, pull = torch.func.vjp(*function_of(ctx, saved, wanted))
+        _, push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
+        (found,) = push(tuple(t for t in tangents if t is not None))
+        return found if len(found) > 1 else found[0]
+
+    return Derivative(setup_context, backward, None, jvp)
