@@ -34,6 +34,34 @@ def test_a_verdict_is_asked_once_and_kept_on_disk(asked):
     assert asked == [("good", "triton")]
 
 
+def test_an_edited_kernel_is_asked_again(asked, monkeypatch):
+    assert _gate.refusal("good", "triton", CUDA) is None
+    monkeypatch.setattr(_gate, "fingerprint", lambda impl: "another")
+    _gate._verdict.cache_clear()
+    assert _gate.refusal("good", "triton", CUDA) is None
+    assert asked == [("good", "triton")] * 2
+
+
+def test_fingerprints_cover_the_files():
+    assert len({_gate.fingerprint(impl) for impl in ("triton", "native")}) == 2
+
+
+def test_the_reason_is_the_whole_message():
+    stderr = """Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+AssertionError: Tensor-likes are not close!
+
+Mismatched elements: 3 / 9 (33.3%)
+The failure occurred for item [1]
+"""
+    assert _gate.last_error(stderr) == (
+        "AssertionError: Tensor-likes are not close! Mismatched elements: 3 / 9 (33.3%) "
+        "The failure occurred for item [1]"
+    )
+    assert _gate.last_error("Fatal: killed") == "Fatal: killed"
+    assert _gate.last_error("") == ""
+
+
 def test_a_failing_kernel_is_refused_with_the_reason(asked):
     reason = _gate.refusal("bad", "native", CUDA)
     assert reason == "its gate on this machine failed: a wrong sum"

@@ -24,8 +24,8 @@ def bind(op):
 
 
 def has_backward(op):
-    """Say whether the op declared a derivative: its module then doesn't call the bare overload."""
-    return not isinstance(ops.module(op)._op, torch._ops.OpOverload)
+    """Say whether the op declared a derivative."""
+    return ops.module(op)._op.derivative is not None
 
 
 def check_gradient(op, gradient_of):
@@ -328,3 +328,36 @@ def test_vmap_over_nothing_says_so(inputs):
     x, w = inputs
     with pytest.raises(ValueError, match="at least one element"):
         torch.vmap(declared)(x[:0], w[:0])
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Collects the names of the ops that pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_short_way_is_taken_only_where_nobody_looks():
+    """A plain eager call skips torch's dispatcher; modes, the profiler and views of -x do not."""
+    x = torch.randn(4, 8)
+    want = ops.quantize_int8(x)
+    with Seen() as seen:
+        ops.quantize_int8(x)
+    assert "fewstep::quantize_int8" in seen.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.quantize_int8(x)
+    assert any(event.key == "fewstep::quantize_int8" for event in profile.key_averages())
+    negated = torch.complex(torch.zeros(4, 8), -x).conj().imag
+    assert negated.is_neg()
+    for got, exact in zip(ops.quantize_int8(negated), want, strict=True):
+        assert torch.equal(got, exact)
+    meta = ops.quantize_int8(x.to("meta"), impl="reference")
+    assert meta[0].is_meta
+    assert meta[0].dtype == torch.int8
+    with torch.inference_mode():
+        assert ops.quantize_int8(x)[0].is_inference()

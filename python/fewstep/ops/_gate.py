@@ -3,15 +3,19 @@
 At once, on an architecture whose passing record is committed (`validated.json`, drawn from
 benchmarks/results/). Anywhere else the kernel first passes its own gate here: the op's `gate_cases`
 against the reference, in a child process so that a fault can't poison the caller, once per device,
-driver and version. The verdict is cached; a kernel that fails is refused with the reason.
+driver, version of torch and Triton, and state of the kernels' files. The verdict is cached; a
+kernel that fails is refused with the reason.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +50,28 @@ def _machine(index: int) -> str:
         ).stdout.split("\n")[0]
     except (OSError, subprocess.TimeoutExpired):
         driver = "unknown"
-    name = torch.cuda.get_device_name(index)
-    return f"{name} | driver {driver} | torch {torch.__version__} | fewstep {__version__}"
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return (
+        f"{torch.cuda.get_device_name(index)} | driver {driver} | torch {torch.__version__} | "
+        f"triton {triton} | fewstep {__version__}"
+    )
+
+
+@functools.cache
+def fingerprint(impl: str) -> str:
+    """Return a digest of the files that hold the kernels: an edited kernel is another kernel."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    files = sorted(package.glob("_C*"))
+    if impl == "triton":
+        kernels = importlib.import_module("fewstep.kernels")
+        files = sorted(path for root in kernels.__path__ for path in Path(root).glob("*.py"))
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _load() -> dict[str, Any]:
@@ -79,13 +103,20 @@ def run_gate(op: str, impl: str, device: torch.device) -> str:
         return f"did not finish within {TIMEOUT_SECONDS} s"
     if child.returncode == 0:
         return "passed"
-    lines = child.stderr.strip().splitlines()
-    return lines[-1] if lines else f"the child process ended with status {child.returncode}"
+    return last_error(child.stderr) or f"the child process ended with status {child.returncode}"
+
+
+def last_error(stderr: str) -> str:
+    """Return the message of the last exception in a traceback, its lines joined; "" if none."""
+    lines = stderr.strip().splitlines()
+    starts = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    message = " ".join(line.strip() for line in lines[starts[-1] if starts else -1 :])
+    return re.sub(r"\s+", " ", message)[:400]
 
 
 @functools.cache
 def _verdict(op: str, impl: str, index: int) -> str:
-    machine, key = _machine(index), f"{op}:{impl}"
+    machine, key = _machine(index), f"{op}:{impl}:{fingerprint(impl)}"
     cached = _load().get(machine, {}).get(key)
     if cached is None:
         cached = run_gate(op, impl, torch.device("cuda", index))

@@ -20,6 +20,8 @@ from ._autograd import transform as active_transform
 from ._select import Implementation, by_name
 
 NAMESPACE = "fewstep"
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN_DEVICES = ("cpu", "cuda")
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -43,6 +45,27 @@ def refuse_derivatives(op: str, args: Sequence[Any]) -> None:
                 f"fewstep.ops.{op} has no backward here: an input requires grad, and its gradient "
                 "would be lost. Call it under torch.no_grad() or on detached inputs"
             )
+
+
+def is_plain(args: Sequence[Any]) -> bool:
+    """Return whether nothing stands between this call and its kernel but torch's dispatcher.
+
+    The way through it, with two kernels in Python, costs 20 us a call: as much as the arithmetic of
+    a small layer. Nobody may want to see the op pass (modes, tracing, the profiler), and the
+    tensors must hold their own numbers.
+    """
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    return all(
+        type(x) in _PLAIN_TYPES and x.device.type in _PLAIN_DEVICES and not x.is_neg()
+        for x in args
+        if isinstance(x, Tensor)
+    )
 
 
 def register(
@@ -79,15 +102,20 @@ def register(
     _library.impl(op, at_autograd, "Autograd", with_keyset=True)
     torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_library)
     function = None
-    if derivative is None:
-        return overload
 
     def call(*args: Any) -> Any:
         # While torch.compile traces, a Function with a jvp rule would be refused or inlined; the
         # bare op stays whole, and its kernel above brings the Function to AOTAutograd.
-        if torch.compiler.is_compiling() or not is_differentiated(args):
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        differentiated = is_differentiated(args)
+        if not differentiated and is_plain(args):
+            return kernel(*args)
+        if function is None or not differentiated:
             return overload(*args)
         return function.apply(*args)
 
-    function = new_function(op, overload, call, derivative)
+    if derivative is not None:
+        function = new_function(op, overload, call, derivative)
+    call.derivative = derivative  # type: ignore[attr-defined]
     return call

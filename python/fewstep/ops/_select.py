@@ -118,10 +118,12 @@ def select(
     if impl not in NAMES:
         raise ValueError(f"impl: expected one of {', '.join(NAMES)}, got {impl!r}")
     if impl == "auto":
+        x = first_tensor(args)
+        for candidate in implementations:
+            if candidate.refuse(*args, **kwargs) is None and _refuse_auto(op, candidate, x) is None:
+                return candidate.name
         explanation = explain_choice(op, implementations, args, kwargs)
-        if explanation.choice is None:
-            raise UnsupportedError(f"{op}: no implementation can run: {explanation}")
-        return explanation.choice
+        raise UnsupportedError(f"{op}: no implementation can run: {explanation}")
     for candidate in implementations:
         if candidate.name == impl:
             reason = candidate.refuse(*args, **kwargs)
