@@ -61,3 +61,19 @@ def test_wheel_from_sdist_runs_outside_the_checkout(built, tmp_path):
     )
     site = str(tmp_path / "site")
     run(sys.executable, "-c", code, site, cwd=tmp_path, env={**os.environ, "PYTHONPATH": site})
+
+
+@pytest.mark.slow
+def test_an_unpacked_sdist_builds_again(built, tmp_path):
+    """What the first build leaves behind neither breaks nor enters the second."""
+    with tarfile.open(built[0]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    env = {**os.environ, "FEWSTEP_CUDA": "off"}
+    contents = []
+    for attempt in ("first", "second"):
+        out = tmp_path / attempt
+        run(sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(tree), env=env)
+        with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+            contents.append(sorted(archive.namelist()))
+    assert contents[0] == contents[1]

@@ -130,6 +130,12 @@ def test_packed_weight_gives_the_same_bits(impl):
     assert torch.equal(plain, packed)
 
 
+def test_packing_names_a_wrong_weight():
+    for w in (torch.randn(4, 4), torch.ones(4, dtype=torch.int8)):
+        with pytest.raises(ValueError, match=r"w: expected torch.int8 \[N, K\]"):
+            pack_w8(w)
+
+
 def test_packed_layout_is_as_documented():
     w = torch.randint(-128, 128, (150, 10), dtype=torch.int8)
     packed = pack_w8(w)

@@ -48,12 +48,21 @@ def packed_shape(w: Tensor) -> tuple[int, int]:
     return -(-w.shape[0] // 16) * 16, -(-w.shape[1] // 4) * 4
 
 
+def _expect_weight(w: Tensor) -> None:
+    if w.dim() != 2 or w.dtype != torch.int8:
+        raise ValueError(f"w: expected torch.int8 [N, K], got {w.dtype} {list(w.shape)}")
+
+
 def pack_w8(w: Tensor) -> Tensor:
     """Return the weight [N, K] int8 as the CPU kernel reads it, uint8; opaque otherwise.
 
     w + 128 in panels of 64 columns of the product, the four k of a group side by side:
     [ceil(N / 64)][K / 4][64][4], the last panel only as wide as N needs in steps of 16.
+
+    Raises:
+        ValueError: w is not int8 [N, K].
     """
+    _expect_weight(w)
     rows, columns = packed_shape(w)
     padded = w.new_zeros((rows, columns))
     padded[: w.shape[0], : w.shape[1]] = w
@@ -185,8 +194,7 @@ def _validate(
     if a.dim() == 0 or a.dtype not in ((torch.int8,) if a_scale is not None else _FLOATS):
         wanted = "torch.int8 [..., M, K]" if a_scale is not None else "floating [..., M, K]"
         raise ValueError(f"a: expected {wanted}, got {a.dtype} {list(a.shape)}")
-    if w.dim() != 2 or w.dtype != torch.int8:
-        raise ValueError(f"w: expected torch.int8 [N, K], got {w.dtype} {list(w.shape)}")
+    _expect_weight(w)
     _expect("w", w, (w.shape[0], a.shape[-1]), (torch.int8,))
     if a_scale is not None:
         _expect("a_scale", a_scale, tuple(a.shape[:-1]), (torch.float32,))
