@@ -174,13 +174,14 @@ CASES: dict[str, Case] = {
         _SANA_WM_CONSTANTS,
         attention="sdpa+linear",
         budget=2**-9,
-        note="its softmax blocks round fp32 queries, keys and values to bf16: one bf16 rounding",
+        note="softmax blocks round fp32 queries, keys and values to bf16: bound 2^-9, one rounding",
     ),
     "SanaWMTransformer3DModel (linear blocks)": Case(
         {**_SANA_WM, "softmax_every_n": 0},
         _SANA_WM_PRIMALS,
         _SANA_WM_CONSTANTS,
         attention="sdpa+linear",
+        note="casts its time steps to integers: differentiated along the sample",
     ),
     "MiniMaxH3Transformer3DModel": Case(
         {

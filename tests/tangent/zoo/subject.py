@@ -8,6 +8,8 @@ import torch
 
 from .oracle import plain_attention
 
+HOW = "plain `torch.func.jvp` with attention as matmul and softmax"
+
 
 def forward_jvp(
     function: Callable[..., torch.Tensor],

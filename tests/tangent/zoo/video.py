@@ -217,6 +217,7 @@ CASES: dict[str, Case] = {
         },
         call=_sparse,
         attention="sdpa+flex",
+        note="the block mask is chosen by the data: its choice has no derivative",
     ),
     "Kandinsky6Transformer3DModel": Case(
         {
@@ -257,6 +258,7 @@ CASES: dict[str, Case] = {
         },
         {"hidden_states": N(1, 2, 8, 8, 5), "timestep": at(2.5)},
         attention="flex",
+        note="the block mask is chosen by the data: its choice has no derivative",
     ),
     "LatteTransformer3DModel": Case(
         {
