@@ -361,3 +361,25 @@ def test_the_short_way_is_taken_only_where_nobody_looks():
     assert meta[0].dtype == torch.int8
     with torch.inference_mode():
         assert ops.quantize_int8(x)[0].is_inference()
+
+
+WRAPPED = {
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+    "vmap": lambda f, x: torch.vmap(f)(x[None])[0],
+    "the old vmap": lambda f, x: torch._vmap_internals._vmap(f)(x[None])[0],
+    "jvp that has ended": lambda f, x: f(escaped(x)),
+    "efficient zeros": lambda f, x: f(x) + f(torch._efficientzerotensor(x.shape)),
+}
+
+
+def escaped(x):
+    kept = []
+    torch.func.jvp(lambda y: kept.append(y) or y, (x,), (x,))
+    return kept[0]
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_tensors_without_memory_do_not_take_the_short_way(name):
+    x = torch.randn(4, 8)
+    got = WRAPPED[name](lambda x: ops.quantize_int8(x)[0].float(), x)
+    assert torch.equal(got, ops.quantize_int8(x)[0].float())

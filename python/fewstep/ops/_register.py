@@ -21,7 +21,11 @@ from ._select import Implementation, by_name
 
 NAMESPACE = "fewstep"
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_PLAIN_DEVICES = ("cpu", "cuda")
+_PLAIN_KEYS = frozenset(
+    ["ADInplaceOrView"]
+    + [kind + device for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA")]
+)
+_plain_keys: dict[int, bool] = {}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -62,10 +66,22 @@ def is_plain(args: Sequence[Any]) -> bool:
     ):
         return False
     return all(
-        type(x) in _PLAIN_TYPES and x.device.type in _PLAIN_DEVICES and not x.is_neg()
-        for x in args
-        if isinstance(x, Tensor)
+        type(x) in _PLAIN_TYPES and _holds_its_numbers(x) for x in args if isinstance(x, Tensor)
     )
+
+
+def _holds_its_numbers(x: Tensor) -> bool:
+    """Return whether `x` is a tensor with memory on a CPU or CUDA device, and nothing else.
+
+    Views of -x, efficient zeros, and the wrappers of vmap, functionalize and of ended transforms
+    are torch.Tensors too, most without memory of their own.
+    """
+    keys = torch._C._dispatch_keys(x)
+    plain = _plain_keys.get(keys.raw_repr())
+    if plain is None:
+        names = str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
+        _plain_keys[keys.raw_repr()] = plain = _PLAIN_KEYS.issuperset(names)
+    return plain
 
 
 def register(
