@@ -1,0 +1,101 @@
+// modulate_jvp on the CPU: memory-bound, each input read once and each output written once. A task
+// is kRowsPerTask rows of one batch item. The kernel is modulate_jvp_body.h.
+#include "fewstep/ops/modulate_jvp.h"
+
+#include "fewstep/check.h"
+#include "fewstep/cpu/isa.h"
+#include "fewstep/cpu/rows.h"
+#include "fewstep/dispatch.h"
+
+namespace fewstep::cpu {
+namespace {
+
+template <typename T>
+struct ModulateTask {
+    Rows<const T> x, y, gate, t_x, t_y, t_gate;
+    Rows<T> out, t_out;
+    std::int64_t count, columns;
+};
+
+// The scratch of one thread, each a row; `ones` and `zeros` stand for what is absent.
+template <typename Acc>
+struct ModulateWorkspace {
+    static constexpr std::int64_t kRows = 9;
+    Acc *x, *y, *gate, *t_x, *t_y, *t_gate, *out, *ones, *zeros;
+    std::int64_t padded;
+
+    // `base` holds zeros.
+    ModulateWorkspace(Acc* base, std::int64_t columns) : padded(pad_up(columns)) {
+        for (Acc** row : {&x, &y, &gate, &t_x, &t_y, &t_gate, &out, &ones, &zeros}) {
+            *row = base;
+            base += padded;
+        }
+        std::fill_n(ones, padded, Acc(1));
+    }
+};
+
+}  // namespace
+}  // namespace fewstep::cpu
+
+#define FEWSTEP_ISA_BODY "fewstep/cpu/modulate_jvp_body.h"
+#include "fewstep/cpu/foreach_isa.h"
+
+namespace fewstep::cpu {
+namespace {
+
+template <typename T>
+using Kernel = void (*)(const ModulateTask<T>&, const ModulateWorkspace<acc_t<T>>&);
+
+template <typename T>
+Kernel<T> choose_kernel() {
+#if defined(__x86_64__)
+    if (isa() == Isa::kAvx512) return avx512::modulate_rows<T>;
+    if (isa() == Isa::kAvx2) return avx2::modulate_rows<T>;
+#endif
+    return portable::modulate_rows<T>;
+}
+
+}  // namespace
+
+void modulate_jvp(const TensorView& x, const TensorView& y, const TensorView* gate,
+                  const TensorView* t_x, const TensorView* t_y, const TensorView* t_gate,
+                  const TensorView& out, const TensorView& t_out) {
+    FEWSTEP_CHECK(x.ndim == 3, "x: expected 3 axes, got ", x.ndim);
+    const std::int64_t batch = x.size(0), rows = x.size(1), columns = x.size(2);
+    const auto expect = [&](const TensorView* view, const char* argument) {
+        if (view != nullptr) expect_rows(*view, argument, x.dtype, {batch, rows, columns});
+    };
+    expect(&x, "x");
+    expect(&y, "y");
+    expect(gate, "gate");
+    expect(t_x, "t_x");
+    expect(t_y, "t_y");
+    expect(t_gate, "t_gate");
+    expect(&out, "out");
+    expect(&t_out, "t_out");
+    dispatch_float(x.dtype, "x", [&](auto tag) {
+        using T = decltype(tag);
+        using Acc = acc_t<T>;
+        const Kernel<T> kernel = choose_kernel<T>();
+        const std::int64_t elements = ModulateWorkspace<Acc>::kRows * pad_up(columns);
+        for_each_task<Acc>(batch, rows, elements, [&](Acc* base) {
+            const ModulateWorkspace<Acc> workspace(base, columns);
+            return [=, &x, &y, &out, &t_out](std::int64_t b, std::int64_t first,
+                                             std::int64_t count) {
+                const ModulateTask<T> task{rows_of<const T>(&x, b, first),
+                                           rows_of<const T>(&y, b, first),
+                                           rows_of<const T>(gate, b, first),
+                                           rows_of<const T>(t_x, b, first),
+                                           rows_of<const T>(t_y, b, first),
+                                           rows_of<const T>(t_gate, b, first),
+                                           rows_of<T>(&out, b, first),
+                                           rows_of<T>(&t_out, b, first),
+                                           count,
+                                           columns};
+                kernel(task, workspace);
+            };
+        });
+    });
+}
+
+}  // namespace fewstep::cpu
