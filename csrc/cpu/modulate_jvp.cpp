@@ -80,20 +80,20 @@ void modulate_jvp(const TensorView& x, const TensorView& y, const TensorView* ga
         const std::int64_t elements = ModulateWorkspace<Acc>::kRows * pad_up(columns);
         for_each_task<Acc>(batch, rows, elements, [&](Acc* base) {
             const ModulateWorkspace<Acc> workspace(base, columns);
-            return [=, &x, &y, &out, &t_out](std::int64_t b, std::int64_t first,
-                                             std::int64_t count) {
-                const ModulateTask<T> task{rows_of<const T>(&x, b, first),
-                                           rows_of<const T>(&y, b, first),
-                                           rows_of<const T>(gate, b, first),
-                                           rows_of<const T>(t_x, b, first),
-                                           rows_of<const T>(t_y, b, first),
-                                           rows_of<const T>(t_gate, b, first),
-                                           rows_of<T>(&out, b, first),
-                                           rows_of<T>(&t_out, b, first),
-                                           count,
-                                           columns};
-                kernel(task, workspace);
-            };
+            return
+                [=, &x, &y, &out, &t_out](std::int64_t b, std::int64_t first, std::int64_t count) {
+                    const ModulateTask<T> task{rows_of<const T>(&x, b, first),
+                                               rows_of<const T>(&y, b, first),
+                                               rows_of<const T>(gate, b, first),
+                                               rows_of<const T>(t_x, b, first),
+                                               rows_of<const T>(t_y, b, first),
+                                               rows_of<const T>(t_gate, b, first),
+                                               rows_of<T>(&out, b, first),
+                                               rows_of<T>(&t_out, b, first),
+                                               count,
+                                               columns};
+                    kernel(task, workspace);
+                };
         });
     });
 }

@@ -1,7 +1,7 @@
-// modulate_jvp_backward on the CPU: memory-bound, one pass. A task is kRowsPerTask rows of one batch
-// item; its part of what is summed over rows is a partial sum of its own, so the result depends
-// neither on the number of threads nor on scheduling. The caller adds the partial sums. The kernel
-// is modulate_jvp_backward_body.h.
+// modulate_jvp_backward on the CPU: memory-bound, one pass. A task is kRowsPerTask rows of one
+// batch item; its part of what is summed over rows is a partial sum of its own, so the result
+// depends neither on the number of threads nor on scheduling. The caller adds the partial sums. The
+// kernel is modulate_jvp_backward_body.h.
 #include "fewstep/ops/modulate_jvp_backward.h"
 
 #include "fewstep/check.h"

@@ -1,7 +1,7 @@
 // norm_jvp on the CPU: memory-bound, each input read once and each output written once. A task is
-// kRowsPerTask rows of one batch item, so a modulation that is broadcast along the tokens is widened
-// once per task. Rows are independent: the result depends neither on the number of threads nor on
-// scheduling. The kernel is norm_jvp_body.h.
+// kRowsPerTask rows of one batch item, so a modulation that is broadcast along the tokens is
+// widened once per task. Rows are independent: the result depends neither on the number of threads
+// nor on scheduling. The kernel is norm_jvp_body.h.
 #include "fewstep/ops/norm_jvp.h"
 
 #include <cmath>
@@ -35,8 +35,8 @@ struct NormWorkspace {
     NormWorkspace(Acc* base, std::int64_t columns, const TensorView* weight_view,
                   const TensorView* bias_view)
         : padded(pad_up(columns)) {
-        for (Acc** row : {&n, &t, &out, &factor, &shift, &t_scale, &t_shift, &weight, &bias, &ones,
-                          &zeros}) {
+        for (Acc** row :
+             {&n, &t, &out, &factor, &shift, &t_scale, &t_shift, &weight, &bias, &ones, &zeros}) {
             *row = base;
             base += padded;
         }

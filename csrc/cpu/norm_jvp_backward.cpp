@@ -1,7 +1,7 @@
 // norm_jvp_backward on the CPU: memory-bound, one pass. A task is kRowsPerTask rows of one batch
 // item; it adds what is summed over rows in scratch and writes it as a partial sum of its own, so
-// the result depends neither on the number of threads nor on scheduling. The caller adds the partial
-// sums. The kernel is norm_jvp_backward_body.h.
+// the result depends neither on the number of threads nor on scheduling. The caller adds the
+// partial sums. The kernel is norm_jvp_backward_body.h.
 #include "fewstep/ops/norm_jvp_backward.h"
 
 #include "fewstep/check.h"

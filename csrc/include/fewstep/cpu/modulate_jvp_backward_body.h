@@ -41,15 +41,17 @@ void modulate_backward_rows(const ModulateBackwardTask<T>& x,
             sum_of_products(gate, dt_out, w.zeros, w.zeros, w.padded, w.out);
             narrow_row(w.out, x.columns, x.d_t_y[row]);
         }
-        if (x.d_gate || gate_sums != nullptr) {
-            const Acc* y = operand(x.y, w.y, w.zeros);
+        const bool wants_gate = x.d_gate || gate_sums != nullptr;
+        const bool wants_t_gate = x.d_t_gate || t_gate_sums != nullptr;
+        if (!wants_gate && !wants_t_gate) continue;
+        const Acc* y = operand(x.y, w.y, w.zeros);
+        if (wants_gate) {
             const Acc* t_y = operand(x.t_y, w.t_y, w.zeros);
             sum_of_products(d_out, y, dt_out, t_y, w.padded, w.out);
             if (x.d_gate) narrow_row(w.out, x.columns, x.d_gate[row]);
             if (gate_sums != nullptr) add_row(w.out, x.columns, gate_sums);
         }
-        if (x.d_t_gate || t_gate_sums != nullptr) {
-            const Acc* y = operand(x.y, w.y, w.zeros);
+        if (wants_t_gate) {
             sum_of_products(dt_out, y, w.zeros, w.zeros, w.padded, w.out);
             if (x.d_t_gate) narrow_row(w.out, x.columns, x.d_t_gate[row]);
             if (t_gate_sums != nullptr) add_row(w.out, x.columns, t_gate_sums);

@@ -22,7 +22,8 @@ void modulate_rows(const ModulateTask<T>& x, const ModulateWorkspace<acc_t<T>>& 
         }
         narrow_row(w.out, x.columns, x.out[row]);
         for (std::int64_t i = 0; i < w.padded; i += kWidth) {
-            const Vec<Acc> t_gated = load(gate + i) * load(t_y + i) + load(t_gate + i) * load(y + i);
+            const Vec<Acc> t_gated =
+                load(gate + i) * load(t_y + i) + load(t_gate + i) * load(y + i);
             store(w.out + i, load(t_x + i) + t_gated);
         }
         narrow_row(w.out, x.columns, x.t_out[row]);

@@ -1,5 +1,5 @@
-// The kernel of norm_jvp for the rows of one task; a body of foreach_isa.h. Each step is a loop over
-// the row in scratch, which stays in the first-level cache. The primal is finished before the
+// The kernel of norm_jvp for the rows of one task; a body of foreach_isa.h. Each step is a loop
+// over the row in scratch, which stays in the first-level cache. The primal is finished before the
 // tangent starts and never sees it, so its bits don't depend on it.
 
 #include "fewstep/cpu/row_body.h"

@@ -1,0 +1,111 @@
+"""Tensors as rows, for ops over the last axis with operands that are broadcast along the others.
+
+Kernels see x as [B, N, C] with unit stride in C, and an operand that is broadcast against x as a
+view of that shape with stride 0 where it is broadcast: nothing is expanded in memory. Its gradient
+comes back as one row per token, or as sums over the tokens where it has one row for all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which rows of x are computed."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _lift(v: Tensor, dim: int) -> Tensor:
+    """View v with leading axes of size 1, at least three and at least `dim` in all."""
+    return v[(None,) * (max(dim, 3) - v.dim())]
+
+
+def _unit_stride(v: Tensor) -> Tensor:
+    return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
+
+
+def fold(x: Tensor | None) -> Tensor | None:
+    """View x [..., C] as [B, N, C] with unit stride in C; copies only if no such view exists."""
+    if x is None:
+        return None
+    return _unit_stride(_lift(x, 3).flatten(1, -2))
+
+
+def is_shared(v: Tensor, x: Tensor) -> bool:
+    """Return whether v has one row for all tokens of a batch item of x."""
+    return all(size == 1 for size in _lift(v, x.dim()).shape[1:-1])
+
+
+def fold_broadcast(v: Tensor | None, x: Tensor) -> Tensor | None:
+    """View v, which broadcasts against x, as `fold(x)`, with stride 0 where it is broadcast."""
+    if v is None:
+        return None
+    shared = is_shared(v, x)
+    v, x = _lift(v, x.dim()), _lift(x, 3)
+    middle = x.shape[1:-1]
+    if not shared:
+        v = v.expand(v.shape[0], *middle, v.shape[-1])
+    return _unit_stride(v.flatten(1, -2)).expand(x.shape[0], middle.numel(), -1)
+
+
+def unfold_rows(gradient: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of v from one of each row, [B, N, C]."""
+    lifted = _lift(x, 3).shape
+    return gradient.view(lifted).sum_to_size(_lift(v, x.dim()).shape).view(v.shape).to(v.dtype)
+
+
+def unfold_sums(sums: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of a shared v from sums over some tokens each, [B, parts, C]."""
+    batch = _lift(v, x.dim()).shape[0]
+    summed = sums.sum(1) if batch == sums.shape[0] else sums.sum((0, 1))
+    return summed.to(v.dtype).reshape(v.shape)
+
+
+def expect_rows(name: str, x: Tensor) -> None:
+    """Refuse an x that has no rows, or no floating dtype."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected [..., C] with C at least 1, got {list(x.shape)}")
+
+
+def _expect_kind(name: str, v: Tensor, of: str, x: Tensor) -> None:
+    if v.dtype != x.dtype:
+        raise ValueError(f"{name}: expected the dtype of {of}, {x.dtype}, got {v.dtype}")
+    if v.device != x.device:
+        raise ValueError(f"{name}: expected the device of {of}, {x.device}, got {v.device}")
+
+
+def expect_like(name: str, v: Tensor | None, of: str, x: Tensor) -> None:
+    """Refuse a v that has not the shape, dtype and device of x, the argument `of`."""
+    if v is None:
+        return
+    if v.shape != x.shape:
+        raise ValueError(
+            f"{name}: expected the shape of {of}, {list(x.shape)}, got {list(v.shape)}"
+        )
+    _expect_kind(name, v, of, x)
+
+
+def expect_broadcast(name: str, v: Tensor | None, of: str, x: Tensor) -> None:
+    """Refuse a v that does not broadcast against x with a last axis as long as that of x."""
+    if v is None:
+        return
+    sizes = list(zip(v.shape[::-1], x.shape[::-1], strict=False))
+    fits = 1 <= v.dim() <= x.dim() and v.shape[-1] == x.shape[-1]
+    if not fits or any(a not in (1, b) for a, b in sizes):
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts against {of}, {list(x.shape)}, with all of "
+            f"its last axis, got {list(v.shape)}"
+        )
+    _expect_kind(name, v, of, x)
+
+
+def expect_primal(name: str, tangent: Tensor | None, primal: Tensor | None) -> None:
+    """Refuse the tangent of an operand that is not there."""
+    if tangent is not None and primal is None:
+        raise ValueError(f"{name}: expected {name[2:]} to be given with its tangent, got None")

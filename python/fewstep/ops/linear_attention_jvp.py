@@ -1,0 +1,158 @@
+"""ReLU linear attention and its directional derivative, in two passes over the tokens.
+
+    f(x) = relu(x)                          t_f(x) = [x > 0] t_x
+    A  = sum_j f(k_j)^T [v_j, 1]            tA = sum_j t_f(k_j)^T [v_j, 1] + f(k_j)^T [t_v_j, 0]
+    [num, den] = f(q) A                     [t_num, t_den] = t_f(q) A + f(q) tA
+    o = num / (den + eps)                   t_o = (t_num - o t_den) / (den + eps)
+
+q, t_q              [B, H, Nq, D]           t_x: tangent of x
+k, t_k              [B, H, Nk, D]
+v, t_v              [B, H, Nk, Dv]
+o, t_o              [B, H, Nq, Dv], in q's dtype and its axis order (heads inside tokens stay inside)
+state A, t_state tA [B, H, D, Dv + 1], float32 (float64 for float64); what the backward needs
+
+This is SANA's self-attention as diffusers' SanaLinearAttnProcessor2_0 computes it. float32,
+bfloat16, float16; float64 too on the CPU and in the reference. D and Dv multiples of 8 up to 128,
+any Nq and Nk. Any strides with unit stride in the last axis, without a copy. Sums are in float32
+(float64 for float64). A tangent that is None is zero and its products are not computed.
+
+Derivation, layout and error: docs/ops/linear_attention_jvp.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..reference.linear_attention_jvp import linear_attention_jvp as _reference
+from ._linear_attention import (
+    DTYPES,
+    KERNEL_DTYPES,
+    new_like_rows,
+    new_states,
+    unit_stride,
+    validate,
+)
+from ._register import register
+from ._select import Implementation, refuse_native, refuse_triton, select
+
+__all__ = ["linear_attention_jvp"]
+
+
+def _new_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    o, t_o = (new_like_rows(q, q.shape[2], v.shape[-1]) for _ in range(2))
+    return o, t_o, *new_states(q, v)
+
+
+def _run_reference(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *tangents, eps = rest
+    outputs = _new_outputs(q, v)
+    for out, value in zip(outputs, _reference(q, k, v, *tangents, eps=eps), strict=True):
+        out.copy_(value)
+    return outputs
+
+
+def _run_kernel(
+    launch: Callable[..., None], q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *tangents, eps = rest
+    outputs = _new_outputs(q, v)
+    launch(*(unit_stride(x) for x in (q, k, v, *tangents)), *outputs, eps)
+    return outputs
+
+
+def _run_native(*args: Any) -> tuple[Tensor, ...]:
+    return _run_kernel(lambda *views: _native.call("linear_attention_jvp", *views), *args)
+
+
+def _run_triton(*args: Any) -> tuple[Tensor, ...]:
+    from ..kernels.linear_attention_jvp import launch_linear_attention_jvp
+
+    return _run_kernel(launch_linear_attention_jvp, *args)
+
+
+def _refuse_native(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return refuse_native("linear_attention_jvp", [q], DTYPES)
+
+
+IMPLEMENTATIONS = (
+    Implementation("native", _run_native, _refuse_native),
+    Implementation(
+        "triton", _run_triton, lambda q, *args, **kwargs: refuse_triton([q], KERNEL_DTYPES)
+    ),
+    Implementation("reference", _run_reference, lambda *args, **kwargs: None),
+)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _new_outputs(q, v)
+
+
+_op = register(
+    "linear_attention_jvp",
+    "(Tensor q, Tensor k, Tensor v, Tensor? t_q, Tensor? t_k, Tensor? t_v, float eps, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    IMPLEMENTATIONS,
+    _fake,
+)
+
+
+def linear_attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t_q: Tensor | None = None,
+    t_k: Tensor | None = None,
+    t_v: Tensor | None = None,
+    *,
+    eps: float = 1e-15,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Return (o, t_o): ReLU linear attention of q, k, v and its derivative along the tangents.
+
+    Args:
+        q: queries [B, H, Nq, D].
+        k: keys [B, H, Nk, D].
+        v: values [B, H, Nk, Dv].
+        t_q: tangent of q, its shape, dtype and device; None is zero and costs nothing.
+        t_k: tangent of k, likewise.
+        t_v: tangent of v, likewise.
+        eps: added to the denominator.
+        return_state: also return state and t_state, which the backward takes.
+        impl: "auto", "reference", "native" or "triton".
+
+    Returns:
+        (o, t_o), or (o, t_o, state, t_state). o has the same bits whatever the tangents are.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ, or a head dim is not offered.
+        UnsupportedError: `impl` can't serve these tensors.
+        DerivativeError: an input carries a tangent or requires grad.
+    """
+    validate(q, k, v, {"t_q": t_q, "t_k": t_k, "t_v": t_v})
+    chosen = select("linear_attention_jvp", impl, IMPLEMENTATIONS, q)
+    outputs = _op(q, k, v, t_q, t_k, t_v, eps, chosen)
+    return tuple(outputs) if return_state else tuple(outputs[:2])
+
+
+def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return (args, kwargs, rtol, atol) for the gate on a new machine; see `_gate.check`."""
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    # One rounding of values of order one; products with the state are three of TF32 for one of
+    # float32 on a GPU, 2^-21 each, and state elements are sums of up to 700 terms of order one.
+    bounds = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+    for dtype, bound in bounds.items():
+        for nq, nk, d, dv in ((77, 130, 32, 32), (33, 700, 112, 112), (130, 33, 72, 40)):
+            shapes = [(2, 2, nq, d), (2, 2, nk, d), (2, 2, nk, dv)] * 2
+            args = tuple(
+                torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes
+            )
+            cases.append((args, {"return_state": True}, bound, 10 * bound))
+            cases.append(((*args[:4], None, None), {}, bound, bound))
+    return cases

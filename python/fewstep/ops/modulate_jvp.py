@@ -1,0 +1,145 @@
+"""Gated residual and its directional derivative, in one pass.
+
+    out = x + gate y                        t_out = t_x + gate t_y + t_gate y
+
+x, y, t_x, t_y, out, t_out  [..., C]        t_v: tangent of v
+gate, t_gate                [..., C], broadcast against x; not expanded in memory; None is one
+
+This is what ends a branch of a diffusion transformer's block: y is the output of attention or of
+the feed-forward layer, gate comes from the timestep. float32, bfloat16, float16; float64 too on the
+CPU and in the reference; computed in float32 (float64) and rounded once. A tangent that is None is
+zero and costs nothing. Layout and error: docs/ops/modulate_jvp.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..reference.modulate_jvp import modulate_jvp as _reference
+from ._register import register
+from ._rows import (
+    DTYPES,
+    KERNEL_DTYPES,
+    expect_broadcast,
+    expect_like,
+    expect_primal,
+    expect_rows,
+    fold,
+    fold_broadcast,
+)
+from ._select import Implementation, refuse_native, refuse_triton, select
+
+__all__ = ["modulate_jvp"]
+
+
+
+def _run_kernel(launch: Callable[..., None], *inputs: Any) -> tuple[Tensor, Tensor]:
+    x, y, gate, t_x, t_y, t_gate = inputs
+    out, t_out = x.new_empty(x.shape), x.new_empty(x.shape)
+    if x.numel():
+        operands = (fold(x), fold(y), fold_broadcast(gate, x), fold(t_x), fold(t_y))
+        launch(*operands, fold_broadcast(t_gate, x), fold(out), fold(t_out))
+    return out, t_out
+
+
+def _run_native(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return _run_kernel(lambda *views: _native.call("modulate_jvp", *views), *inputs)
+
+
+def _run_triton(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels.modulate_jvp import launch_modulate_jvp
+
+    return _run_kernel(launch_modulate_jvp, *inputs)
+
+
+def _run_reference(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    out, t_out = (x.new_empty(x.shape).copy_(value) for value in _reference(x, *others))
+    return out, t_out
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "native", _run_native, lambda x, *args, **kwargs: refuse_native("modulate_jvp", [x], DTYPES)
+    ),
+    Implementation(
+        "triton", _run_triton, lambda x, *args, **kwargs: refuse_triton([x], KERNEL_DTYPES)
+    ),
+    Implementation("reference", _run_reference, lambda *args, **kwargs: None),
+)
+
+
+def _fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+_op = register(
+    "modulate_jvp",
+    "(Tensor x, Tensor y, Tensor? gate, Tensor? t_x, Tensor? t_y, Tensor? t_gate, str impl)"
+    " -> (Tensor, Tensor)",
+    IMPLEMENTATIONS,
+    _fake,
+)
+
+
+def modulate_jvp(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    t_x: Tensor | None = None,
+    t_y: Tensor | None = None,
+    t_gate: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return (out, t_out): x + gate * y and its derivative along the tangents.
+
+    Args:
+        x: [..., C], floating.
+        y: x's shape, dtype and device.
+        gate: broadcasts against x, as [C], [B, 1, C] or [B, N, C]; x's dtype; None is one.
+        t_x: tangent of x, like x; None is zero and costs nothing.
+        t_y: tangent of y, likewise.
+        t_gate: tangent of gate, any shape that gate may have.
+        impl: "auto", "reference", "native" or "triton".
+
+    Returns:
+        (out, t_out) in x's shape. out has the same bits whatever the tangents are.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        UnsupportedError: `impl` can't serve these tensors.
+        DerivativeError: an input carries a tangent or requires grad.
+    """
+    expect_rows("x", x)
+    for name, v in {"y": y, "t_x": t_x, "t_y": t_y}.items():
+        expect_like(name, v, "x", x)
+    expect_broadcast("gate", gate, "x", x)
+    expect_broadcast("t_gate", t_gate, "x", x)
+    expect_primal("t_gate", t_gate, gate)
+    chosen = select("modulate_jvp", impl, IMPLEMENTATIONS, x)
+    out, t_out = _op(x, y, gate, t_x, t_y, t_gate, chosen)
+    return out, t_out
+
+
+def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return (args, kwargs, rtol, atol) for the gate on a new machine; see `_gate.check`."""
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    # One rounding of sums of up to three products of order one; with fused multiply-adds or
+    # without, which may push it to either side.
+    bounds = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+    for dtype, bound in bounds.items():
+        for b, n, c in ((2, 77, 72), (3, 33, 1152)):
+            whole, shared = (b, n, c), (b, 1, c)
+            args = tuple(
+                torch.randn(shape, generator=generator).to(device, dtype)
+                for shape in (whole, whole, shared, whole, whole, shared)
+            )
+            cases.append((args, {}, bound, bound))
+            cases.append(((*args[:2], None, *args[3:5], None), {}, bound, bound))
+    return cases

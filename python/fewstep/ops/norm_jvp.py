@@ -1,0 +1,236 @@
+"""LayerNorm or RMSNorm with its modulation, and the directional derivative of both, in one pass.
+
+    u = x - mean(x)                         t_u = t_x - mean(t_x)            kind "layer"
+    u = x                                   t_u = t_x                        kind "rms"
+    rstd = (mean(u^2) + eps)^-1/2           a = mean(n t_u)
+    n = rstd u                              t_n = rstd (t_u - n a)
+    z = n weight + bias                     t_z = t_n weight
+    y = z (1 + scale) + shift               t_y = (1 + scale) t_z + t_scale z + t_shift
+
+x, t_x, y, t_y          [..., C], means over C     t_v: tangent of v
+weight, bias            [C], constant along the direction
+scale, shift, t_...     [..., C], broadcast against x; not expanded in memory
+stats                   [..., 4]: mean(x), rstd, mean(t_x), a (means 0 for "rms"), float32 (float64
+                        for float64); what the backward needs
+
+This is the adaLN of diffusion transformers (its 1 + scale included), LayerNorm and RMSNorm alone
+where there is no modulation, and the norms of queries and keys. float32, bfloat16, float16; float64
+too on the CPU and in the reference; sums and all steps in float32 (float64), y and t_y rounded
+once. What is None is zero (weight: one) and costs nothing.
+
+Derivation, layout and error: docs/ops/norm_jvp.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..reference.norm_jvp import norm_jvp as _reference
+from ._register import register
+from ._rows import (
+    DTYPES,
+    KERNEL_DTYPES,
+    acc_dtype,
+    expect_broadcast,
+    expect_like,
+    expect_primal,
+    expect_rows,
+    fold,
+    fold_broadcast,
+)
+from ._select import Implementation, refuse_native, refuse_triton, select
+
+__all__ = ["norm_jvp"]
+
+KINDS = ("layer", "rms")
+MAX_TRITON_COLUMNS = 16384  # a row is held in registers
+
+
+def _new_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    stats = x.new_empty((*x.shape[:-1], 4), dtype=acc_dtype(x))
+    return x.new_empty(x.shape), x.new_empty(x.shape), stats
+
+
+def parameter(v: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return weight or bias as kernels read them: contiguous, in the accumulation dtype."""
+    return None if v is None else v.to(acc_dtype(x)).contiguous()
+
+
+def refuse_triton_rows(x: Tensor) -> str | None:
+    """Return why the Triton kernels can't take x: their conditions, or too many columns."""
+    if x.shape[-1] > MAX_TRITON_COLUMNS:
+        return f"expected at most {MAX_TRITON_COLUMNS} columns, got {x.shape[-1]}"
+    return refuse_triton([x], KERNEL_DTYPES)
+
+
+def _run_kernel(
+    launch: Callable[..., None],
+    x: Tensor,
+    t_x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *modulation, centred, eps = rest
+    y, t_y, stats = _new_outputs(x)
+    if x.numel():
+        views = [fold(v) for v in (y, t_y, stats)]
+        operands = [fold_broadcast(v, x) for v in modulation]
+        parameters = (parameter(v, x) for v in (weight, bias))
+        launch(fold(x), fold(t_x), *parameters, *operands, *views, centred, eps)
+    return y, t_y, stats
+
+
+def _run_native(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _run_kernel(lambda *views: _native.call("norm_jvp", *views), *args)
+
+
+def _run_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.norm_jvp import launch_norm_jvp
+
+    return _run_kernel(launch_norm_jvp, *args)
+
+
+def _run_reference(x: Tensor, t_x: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias, scale, shift, t_scale, t_shift, centred, eps = rest
+    outputs = _new_outputs(x)
+    values = _reference(
+        x,
+        t_x,
+        weight=weight,
+        bias=bias,
+        scale=scale,
+        shift=shift,
+        t_scale=t_scale,
+        t_shift=t_shift,
+        kind="layer" if centred else "rms",
+        eps=eps,
+    )
+    for out, value in zip(outputs, values, strict=True):
+        out.copy_(value)
+    return outputs
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "native", _run_native, lambda x, *args, **kwargs: refuse_native("norm_jvp", [x], DTYPES)
+    ),
+    Implementation("triton", _run_triton, lambda x, *args, **kwargs: refuse_triton_rows(x)),
+    Implementation("reference", _run_reference, lambda *args, **kwargs: None),
+)
+
+
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_outputs(x)
+
+
+_op = register(
+    "norm_jvp",
+    "(Tensor x, Tensor? t_x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift,"
+    " Tensor? t_scale, Tensor? t_shift, bool centred, float eps, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+    IMPLEMENTATIONS,
+    _fake,
+)
+
+
+def validate(
+    x: Tensor,
+    t_x: Tensor | None,
+    parameters: dict[str, Tensor | None],
+    modulation: dict[str, Tensor | None],
+    kind: str,
+) -> None:
+    """Refuse what neither `norm_jvp` nor its backward takes; the message names the argument."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected 'layer' or 'rms', got {kind!r}")
+    expect_rows("x", x)
+    expect_like("t_x", t_x, "x", x)
+    for name, v in parameters.items():
+        if v is None:
+            continue
+        if v.shape != x.shape[-1:]:
+            raise ValueError(f"{name}: expected [C] = [{x.shape[-1]}], got {list(v.shape)}")
+        if v.dtype not in (x.dtype, acc_dtype(x)):
+            raise ValueError(
+                f"{name}: expected {x.dtype} as x has, or {acc_dtype(x)}, got {v.dtype}"
+            )
+        if v.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {v.device}")
+    for name, v in modulation.items():
+        expect_broadcast(name, v, "x", x)
+    for name in ("scale", "shift"):
+        expect_primal(f"t_{name}", modulation[f"t_{name}"], modulation[name])
+
+
+def norm_jvp(
+    x: Tensor,
+    t_x: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    t_scale: Tensor | None = None,
+    t_shift: Tensor | None = None,
+    kind: str = "layer",
+    eps: float = 1e-6,
+    return_stats: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Return (y, t_y): the modulated norm of x and its derivative along the tangents.
+
+    Args:
+        x: [..., C], floating.
+        t_x: tangent of x, its shape, dtype and device; None is zero and costs nothing.
+        weight: [C], x's dtype or float32; None is one.
+        bias: [C], likewise; None is zero.
+        scale: broadcasts against x, as [C], [B, 1, C] or [B, N, C]; x's dtype; 1 is added to it.
+        shift: likewise.
+        t_scale: tangent of scale, any shape that scale may have.
+        t_shift: tangent of shift, likewise.
+        kind: "layer" (subtracts the mean) or "rms".
+        eps: added to the mean square.
+        return_stats: also return stats [..., 4], which the backward takes.
+        impl: "auto", "reference", "native" or "triton".
+
+    Returns:
+        (y, t_y), or (y, t_y, stats). y has the same bits whatever the tangents are.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        UnsupportedError: `impl` can't serve these tensors.
+        DerivativeError: an input carries a tangent or requires grad.
+    """
+    parameters = {"weight": weight, "bias": bias}
+    modulation = {"scale": scale, "shift": shift, "t_scale": t_scale, "t_shift": t_shift}
+    validate(x, t_x, parameters, modulation, kind)
+    chosen = select("norm_jvp", impl, IMPLEMENTATIONS, x)
+    outputs = _op(x, t_x, weight, bias, *modulation.values(), kind == "layer", eps, chosen)
+    return tuple(outputs) if return_stats else tuple(outputs[:2])
+
+
+def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return (args, kwargs, rtol, atol) for the gate on a new machine; see `_gate.check`."""
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    # One rounding to the storage type, half a unit of the value, which may fall to either side
+    # where float32 sums differ in their last bits; values are of order one to ten.
+    bounds = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+    for dtype, bound in bounds.items():
+        for b, n, c, kind in ((2, 77, 72, "rms"), (3, 33, 1152, "layer"), (1, 5, 3000, "layer")):
+
+            def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.randn(shape, generator=generator).to(device, dtype)
+
+            options: dict[str, Any] = {"kind": kind, "return_stats": True}
+            cases.append(((draw(b, n, c), draw(b, n, c)), {"weight": draw(c), **options}, bound, bound))
+            names = ("scale", "shift", "t_scale", "t_shift")
+            options |= {name: draw(b, 1, c) for name in names} | {"bias": draw(c)}
+            cases.append(((draw(b, n, c), draw(b, n, c)), options, bound, bound))
+    return cases
