@@ -7,6 +7,8 @@ comes back as one row per token, or as sums over the tokens where it has one row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -109,3 +111,31 @@ def expect_primal(name: str, tangent: Tensor | None, primal: Tensor | None) -> N
     """Refuse the tangent of an operand that is not there."""
     if tangent is not None and primal is None:
         raise ValueError(f"{name}: expected {name[2:]} to be given with its tangent, got None")
+
+
+def expect_wanted(wanted: Sequence[str] | None, primals: dict[str, Tensor | None]) -> int:
+    """Return `wanted` as bits in the order of `primals`; None is all that are there."""
+    names = list(primals)
+    if wanted is None:
+        wanted = [name for name, v in primals.items() if v is not None]
+    for name in wanted:
+        if primals.get(name) is None:
+            raise ValueError(
+                f"wanted: expected names of given tensors among {', '.join(names)}, got {name!r}"
+            )
+    return sum(1 << names.index(name) for name in set(wanted))
+
+
+def names_in(asked: int, names: Sequence[str]) -> list[str]:
+    """Return the names that the bits of `asked` stand for."""
+    return [name for i, name in enumerate(names) if asked >> i & 1]
+
+
+def pack(found: dict[str, Tensor], names: Sequence[str], x: Tensor) -> tuple[Tensor, ...]:
+    """Return one tensor per name, empty where there is none: a registered op returns no None."""
+    return tuple(found[name] if name in found else x.new_empty(0) for name in names)
+
+
+def unpack(outputs: Sequence[Tensor], asked: int) -> tuple[Tensor | None, ...]:
+    """Undo `pack`."""
+    return tuple(x if asked >> i & 1 else None for i, x in enumerate(outputs))

@@ -8,7 +8,7 @@
 q, t_q              [B, H, Nq, D]           t_x: tangent of x
 k, t_k              [B, H, Nk, D]
 v, t_v              [B, H, Nk, Dv]
-o, t_o              [B, H, Nq, Dv], in q's dtype and its axis order (heads inside tokens stay inside)
+o, t_o              [B, H, Nq, Dv], in q's dtype and axis order (heads inside tokens stay there)
 state A, t_state tA [B, H, D, Dv + 1], float32 (float64 for float64); what the backward needs
 
 This is SANA's self-attention as diffusers' SanaLinearAttnProcessor2_0 computes it. float32,
@@ -21,7 +21,7 @@ Derivation, layout and error: docs/ops/linear_attention_jvp.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,11 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.linear_attention_jvp import linear_attention_jvp as _reference
+from ._autograd import Derivative
 from ._linear_attention import (
     DTYPES,
     KERNEL_DTYPES,
+    NAMES,
     new_like_rows,
     new_states,
     unit_stride,
@@ -39,6 +41,7 @@ from ._linear_attention import (
 )
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
+from .linear_attention_jvp_backward import linear_attention_jvp_backward
 
 __all__ = ["linear_attention_jvp"]
 
@@ -92,12 +95,63 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _new_outputs(q, v)
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _through_states(
+    d_state: Tensor | None, d_t_state: Tensor | None, saved: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Return the gradients of k, v, t_k and t_v through the states alone.
+
+    For a double backward, or a loss on the states; those through o are the kernels' business.
+    """
+    _, k, v, _, t_k, t_v, state, _ = saved
+    zeros = torch.zeros_like(state)
+    d_state, d_t_state = (zeros if d is None else d for d in (d_state, d_t_state))
+    k, v = k.to(state.dtype), v.to(state.dtype)
+    t_k, t_v = (0 * x if t is None else t.to(state.dtype) for x, t in ((k, t_k), (v, t_v)))
+    positive = k > 0
+    f, t_f = k.relu(), torch.where(positive, t_k, 0)
+    one = torch.ones_like(v[..., :1])
+    ones, zero = torch.cat([v, one], -1), torch.cat([t_v, 0 * one], -1)
+    d_t_k = torch.where(positive, ones @ d_t_state.mT, 0)
+    d_k = torch.where(positive, ones @ d_state.mT + zero @ d_t_state.mT, 0)
+    d_t_v = (f @ d_t_state)[..., :-1]
+    d_v = (f @ d_state + t_f @ d_t_state)[..., :-1]
+    return d_k, d_v, d_t_k, d_t_v
+
+
+def _backward(
+    ctx: Any,
+    d_o: Tensor | None,
+    dt_o: Tensor | None,
+    d_state: Tensor | None,
+    d_t_state: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    wanted = [name for name, need in zip(NAMES, ctx.needs_input_grad, strict=False) if need]
+    gradients = linear_attention_jvp_backward(
+        d_o, dt_o, *saved, eps=ctx.eps, wanted=wanted, impl=ctx.impl
+    )
+    if d_state is None and d_t_state is None:
+        return gradients
+    d_q, d_k, d_v, d_t_q, d_t_k, d_t_v = gradients
+    more = _through_states(d_state, d_t_state, saved)
+    both = zip((d_k, d_v, d_t_k, d_t_v), more, strict=True)
+    d_k, d_v, d_t_k, d_t_v = (None if g is None else g + extra.to(g.dtype) for g, extra in both)
+    return d_q, d_k, d_v, d_t_q, d_t_k, d_t_v
+
+
 _op = register(
     "linear_attention_jvp",
     "(Tensor q, Tensor k, Tensor v, Tensor? t_q, Tensor? t_k, Tensor? t_v, float eps, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
+    Derivative(_setup, _backward),
 )
 
 
@@ -127,12 +181,13 @@ def linear_attention_jvp(
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        (o, t_o), or (o, t_o, state, t_state). o has the same bits whatever the tangents are.
+        (o, t_o), or (o, t_o, state, t_state). o has the same bits whatever the tangents are. All
+        are differentiable in reverse mode, to any order in eager mode.
 
     Raises:
         ValueError: shapes, dtypes or devices differ, or a head dim is not offered.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: an input carries a tangent or requires grad.
+        DerivativeError: an input carries a tangent: pass it as t_q, t_k or t_v.
     """
     validate(q, k, v, {"t_q": t_q, "t_k": t_k, "t_v": t_v})
     chosen = select("linear_attention_jvp", impl, IMPLEMENTATIONS, q)
@@ -150,8 +205,10 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
     for dtype, bound in bounds.items():
         for nq, nk, d, dv in ((77, 130, 32, 32), (33, 700, 112, 112), (130, 33, 72, 40)):
             shapes = [(2, 2, nq, d), (2, 2, nk, d), (2, 2, nk, dv)] * 2
+            # No element of q and k within 0.1 of relu's kink, across which a derivative jumps.
             args = tuple(
-                torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes
+                (x + 0.1 * x.sign()).to(device, dtype)
+                for x in (torch.randn(shape, generator=generator) for shape in shapes)
             )
             cases.append((args, {"return_state": True}, bound, 10 * bound))
             cases.append(((*args[:4], None, None), {}, bound, bound))

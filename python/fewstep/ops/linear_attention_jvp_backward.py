@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..reference.linear_attention_jvp import linear_attention_jvp as _forward
 from ..reference.linear_attention_jvp_backward import linear_attention_jvp_backward as _reference
+from ._autograd import Derivative, composite
 from ._linear_attention import (
     DTYPES,
     KERNEL_DTYPES,
@@ -38,43 +40,52 @@ from ._linear_attention import (
     validate,
 )
 from ._register import register
+from ._rows import names_in, pack, unpack
 from ._select import Implementation, refuse_native, refuse_triton, select
-from .linear_attention_jvp import linear_attention_jvp
 
 __all__ = ["linear_attention_jvp_backward"]
 
 
-def _new_gradients(q: Tensor, k: Tensor, v: Tensor, asked: Sequence[bool]) -> list[Tensor | None]:
-    """Allocate the gradients asked for, in the axis orders of q, k and v; None for the others."""
-    primals = (q, k, v, q, k, v)
-    return [
-        new_like_rows(x, *x.shape[2:]) if ask else None
-        for x, ask in zip(primals, asked, strict=True)
-    ]
+def _new_gradients(q: Tensor, k: Tensor, v: Tensor, asked: int) -> dict[str, Tensor]:
+    """Allocate the gradients asked for, in the axis orders of q, k and v."""
+    primals = dict(zip(NAMES, (q, k, v, q, k, v), strict=True))
+    return {
+        name: new_like_rows(primals[name], *primals[name].shape[2:])
+        for name in names_in(asked, NAMES)
+    }
 
 
-def _run_reference(*args: Any) -> list[Tensor]:
+def _formula(*args: Any) -> tuple[Tensor, ...]:
+    """Return what the op returns but for strides, in differentiable torch operators."""
     *inputs, eps, asked = args
-    gradients = _new_gradients(*inputs[2:5], asked)
-    for out, value in zip(gradients, _reference(*inputs, eps=eps), strict=True):
-        if out is not None:
-            out.copy_(value)
-    return [out for out in gradients if out is not None]
+    q = inputs[2]
+    found = dict(zip(NAMES, _reference(*inputs, eps=eps), strict=True))
+    return pack({name: found[name].to(q.dtype) for name in names_in(asked, NAMES)}, NAMES, q)
 
 
-def _run_kernel(launch: Callable[..., None], *args: Any) -> list[Tensor]:
+def _run_reference(*args: Any) -> tuple[Tensor, ...]:
+    q, k, v = args[2:5]
+    gradients = _new_gradients(q, k, v, args[-1])
+    for name, value in zip(NAMES, _formula(*args), strict=True):
+        if name in gradients:
+            gradients[name].copy_(value)
+    return pack(gradients, NAMES, q)
+
+
+def _run_kernel(launch: Callable[..., None], *args: Any) -> tuple[Tensor, ...]:
     *inputs, state, t_state, eps, asked = args
-    gradients = _new_gradients(*inputs[2:5], asked)
+    q, k, v = inputs[2:5]
+    gradients = _new_gradients(q, k, v, asked)
     states = (state.contiguous(), t_state.contiguous())
-    launch(*(unit_stride(x) for x in inputs), *states, *gradients, eps)
-    return [out for out in gradients if out is not None]
+    launch(*(unit_stride(x) for x in inputs), *states, *map(gradients.get, NAMES), eps)
+    return pack(gradients, NAMES, q)
 
 
-def _run_native(*args: Any) -> list[Tensor]:
+def _run_native(*args: Any) -> tuple[Tensor, ...]:
     return _run_kernel(lambda *views: _native.call("linear_attention_jvp_backward", *views), *args)
 
 
-def _run_triton(*args: Any) -> list[Tensor]:
+def _run_triton(*args: Any) -> tuple[Tensor, ...]:
     from ..kernels.linear_attention_jvp_backward import launch_linear_attention_jvp_backward
 
     return _run_kernel(launch_linear_attention_jvp_backward, *args)
@@ -93,17 +104,21 @@ IMPLEMENTATIONS = (
 )
 
 
-def _fake(*args: Any) -> list[Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, ...]:
     *inputs, _, asked, _ = args
-    return [out for out in _new_gradients(*inputs[2:5], asked) if out is not None]
+    q, k, v = inputs[2:5]
+    return pack(_new_gradients(q, k, v, asked), NAMES, q)
 
 
-op = register(
+_rules = composite(lambda *args: _formula(*args[:-1]))
+_op = register(
     "linear_attention_jvp_backward",
     "(Tensor? d_o, Tensor? dt_o, Tensor q, Tensor k, Tensor v, Tensor? t_q, Tensor? t_k,"
-    " Tensor? t_v, Tensor state, Tensor t_state, float eps, bool[] wanted, str impl) -> Tensor[]",
+    " Tensor? t_v, Tensor state, Tensor t_state, float eps, int wanted, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
+    Derivative(_rules.setup_context, _rules.backward),
 )
 
 
@@ -122,8 +137,8 @@ def linear_attention_jvp_backward(
     eps: float = 1e-15,
     wanted: Sequence[str] = NAMES,
     impl: str = "auto",
-) -> dict[str, Tensor]:
-    """Return the gradients of `linear_attention_jvp` as {name of the input: gradient}.
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of q, k, v, t_q, t_k and t_v.
 
     Args:
         d_o: cotangent of o, [B, H, Nq, Dv] in q's dtype; None is zero.
@@ -141,10 +156,13 @@ def linear_attention_jvp_backward(
             also where the tangent is None.
         impl: "auto", "reference", "native" or "triton".
 
+    Returns:
+        Six gradients in this order, None where one is not wanted.
+
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: an input carries a tangent or requires grad.
+        DerivativeError: an input carries a tangent.
     """
     validate(q, k, v, {"t_q": t_q, "t_k": t_k, "t_v": t_v})
     out_shape = (*q.shape[:-1], v.shape[-1])
@@ -167,9 +185,9 @@ def linear_attention_jvp_backward(
         if name not in NAMES:
             raise ValueError(f"wanted: expected names among {', '.join(NAMES)}, got {name!r}")
     chosen = select("linear_attention_jvp_backward", impl, IMPLEMENTATIONS, q)
-    asked = [name in wanted for name in NAMES]
-    gradients = op(d_o, dt_o, q, k, v, t_q, t_k, t_v, state, t_state, eps, asked, chosen)
-    return dict(zip([name for name in NAMES if name in wanted], gradients, strict=True))
+    asked = sum(1 << NAMES.index(name) for name in set(wanted))
+    outputs = _op(d_o, dt_o, q, k, v, t_q, t_k, t_v, state, t_state, eps, asked, chosen)
+    return unpack(outputs, asked)
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
@@ -186,7 +204,7 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
                 return torch.randn(shape, generator=generator).to(device, dtype)
 
             inputs = [draw(2, 2, *shape) for shape in ((nq, d), (nk, d), (nk, dv)) * 2]
-            outputs = linear_attention_jvp(*inputs, return_state=True, impl="reference")
+            *_, state, t_state = _forward(*inputs)
             cotangents = (draw(2, 2, nq, dv), draw(2, 2, nq, dv))
-            cases.append(((*cotangents, *inputs, *outputs[2:]), {}, bound, bound))
+            cases.append(((*cotangents, *inputs, state, t_state), {}, bound, bound))
     return cases

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.modulate_jvp import modulate_jvp as _reference
+from ._autograd import Derivative
 from ._register import register
 from ._rows import (
     DTYPES,
@@ -33,9 +34,9 @@ from ._rows import (
     fold_broadcast,
 )
 from ._select import Implementation, refuse_native, refuse_triton, select
+from .modulate_jvp_backward import modulate_jvp_backward
 
 __all__ = ["modulate_jvp"]
-
 
 
 def _run_kernel(launch: Callable[..., None], *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -77,12 +78,34 @@ def _fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, y, gate, _, t_y, t_gate, ctx.impl = inputs
+    # A residual without gate passes cotangents through and needs no tensor.
+    ctx.save_for_backward(*([] if gate is None else [y, gate, t_y, t_gate]))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_out: Tensor | None, dt_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    if not ctx.saved_tensors:
+        return d_out, d_out, None, dt_out, dt_out, None
+    y, gate, t_y, t_gate = ctx.saved_tensors
+    needs = dict(
+        zip(("x", "y", "gate", "t_x", "t_y", "t_gate"), ctx.needs_input_grad, strict=False)
+    )
+    wanted = [name for name in ("y", "gate", "t_y", "t_gate") if needs[name]]
+    d_y, d_gate, d_t_y, d_t_gate = modulate_jvp_backward(
+        d_out, dt_out, y, gate, t_y, t_gate, wanted=wanted, impl=ctx.impl
+    )
+    return d_out, d_y, d_gate, dt_out, d_t_y, d_t_gate
+
+
 _op = register(
     "modulate_jvp",
     "(Tensor x, Tensor y, Tensor? gate, Tensor? t_x, Tensor? t_y, Tensor? t_gate, str impl)"
     " -> (Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
+    Derivative(_setup, _backward),
 )
 
 
@@ -108,12 +131,13 @@ def modulate_jvp(
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        (out, t_out) in x's shape. out has the same bits whatever the tangents are.
+        (out, t_out) in x's shape. out has the same bits whatever the tangents are. Both are
+        differentiable in reverse mode, to any order in eager mode.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: an input carries a tangent or requires grad.
+        DerivativeError: an input carries a tangent: pass it as t_x, t_y or t_gate.
     """
     expect_rows("x", x)
     for name, v in {"y": y, "t_x": t_x, "t_y": t_y}.items():

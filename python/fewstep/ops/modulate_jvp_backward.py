@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.modulate_jvp_backward import modulate_jvp_backward as _reference
+from ._autograd import Derivative, composite
 from ._register import register
 from ._rows import (
     DTYPES,
@@ -30,11 +31,15 @@ from ._rows import (
     expect_like,
     expect_primal,
     expect_rows,
+    expect_wanted,
     fold,
     fold_broadcast,
     is_shared,
+    names_in,
+    pack,
     unfold_rows,
     unfold_sums,
+    unpack,
 )
 from ._select import Implementation, refuse_native, refuse_triton, select
 
@@ -50,13 +55,13 @@ def _run_kernel(
     d_out: Tensor | None,
     dt_out: Tensor | None,
     *rest: Any,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     *inputs, asked = rest
     primals = dict(zip(NAMES, inputs, strict=True))
     y, gate, t_y, t_gate = inputs
-    wanted = [name for name, ask in zip(NAMES, asked, strict=True) if ask]
+    wanted = names_in(asked, NAMES)
     if y.numel() == 0 or not wanted:
-        return [torch.zeros_like(primals[name]) for name in wanted]
+        return pack({name: torch.zeros_like(primals[name]) for name in wanted}, NAMES, y)
     batch, tokens, columns = fold(y).shape
     parts = -(-tokens // rows_per_sum)
     rows: dict[str, Tensor] = {}
@@ -82,28 +87,34 @@ def _run_kernel(
             return unfold_sums(sums[name], primals[name], y)
         return unfold_rows(fold(rows[name]), primals[name], y)
 
-    return [gradient(name).contiguous() for name in wanted]
+    return pack({name: gradient(name).contiguous() for name in wanted}, NAMES, y)
 
 
-def _run_native(*args: Any) -> list[Tensor]:
+def _run_native(*args: Any) -> tuple[Tensor, ...]:
     def launch(*views: Any) -> None:
         _native.call("modulate_jvp_backward", *views)
 
     return _run_kernel(launch, NATIVE_ROWS_PER_SUM, *args)
 
 
-def _run_triton(*args: Any) -> list[Tensor]:
+def _run_triton(*args: Any) -> tuple[Tensor, ...]:
     from ..kernels.modulate_jvp_backward import ROWS_PER_SUM, launch_modulate_jvp_backward
 
     return _run_kernel(launch_modulate_jvp_backward, ROWS_PER_SUM, *args)
 
 
-def _run_reference(d_out: Tensor | None, dt_out: Tensor | None, *rest: Any) -> list[Tensor]:
+def _formula(d_out: Tensor | None, dt_out: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """Return what the op returns, in differentiable torch operators."""
     *inputs, asked = rest
     primals = dict(zip(NAMES, inputs, strict=True))
-    wanted = [name for name, ask in zip(NAMES, asked, strict=True) if ask]
-    gradients = _reference(d_out, dt_out, *inputs, wanted=wanted)
-    return [primals[name].new_empty(primals[name].shape).copy_(gradients[name]) for name in wanted]
+    found = _reference(d_out, dt_out, *inputs, wanted=names_in(asked, NAMES))
+    packed = {name: v.to(primals[name].dtype) for name, v in found.items()}
+    return pack(packed, NAMES, primals["y"])
+
+
+def _run_reference(*args: Any) -> tuple[Tensor, ...]:
+    # Clones: with no gate the gradient of t_y is the very cotangent.
+    return tuple(v.clone(memory_format=torch.contiguous_format) for v in _formula(*args))
 
 
 def _refuse_native(y: Tensor, *args: Any, **kwargs: Any) -> str | None:
@@ -119,17 +130,21 @@ IMPLEMENTATIONS = (
 )
 
 
-def _fake(d_out: Tensor | None, dt_out: Tensor | None, *rest: Any) -> list[Tensor]:
+def _fake(d_out: Tensor | None, dt_out: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *inputs, asked, _ = rest
-    return [v.new_empty(v.shape) for v, ask in zip(inputs, asked, strict=True) if ask]
+    primals = dict(zip(NAMES, inputs, strict=True))
+    found = {name: primals[name].new_empty(primals[name].shape) for name in names_in(asked, NAMES)}
+    return pack(found, NAMES, primals["y"])
 
 
-op = register(
+_rules = composite(lambda *args: _formula(*args[:-1]))
+_op = register(
     "modulate_jvp_backward",
     "(Tensor? d_out, Tensor? dt_out, Tensor y, Tensor? gate, Tensor? t_y, Tensor? t_gate,"
-    " bool[] wanted, str impl) -> Tensor[]",
+    " int wanted, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
+    Derivative(_rules.setup_context, _rules.backward),
 )
 
 
@@ -143,8 +158,8 @@ def modulate_jvp_backward(
     *,
     wanted: Sequence[str] | None = None,
     impl: str = "auto",
-) -> dict[str, Tensor]:
-    """Return the gradients of `modulate_jvp` as {name: gradient}, those of x and t_x aside.
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of y, gate, t_y and t_gate; those of x and t_x are the cotangents.
 
     Args:
         d_out: cotangent of out, like y; None is zero.
@@ -156,10 +171,13 @@ def modulate_jvp_backward(
         wanted: names among y, gate, t_y and t_gate; None is all that are given.
         impl: "auto", "reference", "native" or "triton".
 
+    Returns:
+        Four gradients in this order, None where one is not wanted.
+
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: an input carries a tangent or requires grad.
+        DerivativeError: an input carries a tangent.
     """
     expect_rows("y", y)
     for name, v in {"d_out": d_out, "dt_out": dt_out, "t_y": t_y}.items():
@@ -168,17 +186,9 @@ def modulate_jvp_backward(
     expect_broadcast("t_gate", t_gate, "y", y)
     expect_primal("t_gate", t_gate, gate)
     primals = dict(zip(NAMES, (y, gate, t_y, t_gate), strict=True))
-    if wanted is None:
-        wanted = [name for name, v in primals.items() if v is not None]
-    for name in wanted:
-        if primals.get(name) is None:
-            raise ValueError(
-                f"wanted: expected names of given tensors among {', '.join(NAMES)}, got {name!r}"
-            )
+    asked = expect_wanted(wanted, primals)
     chosen = select("modulate_jvp_backward", impl, IMPLEMENTATIONS, y)
-    asked = [name in wanted for name in NAMES]
-    gradients = op(d_out, dt_out, y, gate, t_y, t_gate, asked, chosen)
-    return dict(zip([name for name in NAMES if name in wanted], gradients, strict=True))
+    return unpack(_op(d_out, dt_out, y, gate, t_y, t_gate, asked, chosen), asked)
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:

@@ -31,41 +31,19 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.norm_jvp import norm_jvp as _reference
+from ._autograd import Derivative
+from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._register import register
-from ._rows import (
-    DTYPES,
-    KERNEL_DTYPES,
-    acc_dtype,
-    expect_broadcast,
-    expect_like,
-    expect_primal,
-    expect_rows,
-    fold,
-    fold_broadcast,
-)
-from ._select import Implementation, refuse_native, refuse_triton, select
+from ._rows import DTYPES, acc_dtype, fold, fold_broadcast
+from ._select import Implementation, refuse_native, select
+from .norm_jvp_backward import norm_jvp_backward
 
 __all__ = ["norm_jvp"]
-
-KINDS = ("layer", "rms")
-MAX_TRITON_COLUMNS = 16384  # a row is held in registers
 
 
 def _new_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     stats = x.new_empty((*x.shape[:-1], 4), dtype=acc_dtype(x))
     return x.new_empty(x.shape), x.new_empty(x.shape), stats
-
-
-def parameter(v: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return weight or bias as kernels read them: contiguous, in the accumulation dtype."""
-    return None if v is None else v.to(acc_dtype(x)).contiguous()
-
-
-def refuse_triton_rows(x: Tensor) -> str | None:
-    """Return why the Triton kernels can't take x: their conditions, or too many columns."""
-    if x.shape[-1] > MAX_TRITON_COLUMNS:
-        return f"expected at most {MAX_TRITON_COLUMNS} columns, got {x.shape[-1]}"
-    return refuse_triton([x], KERNEL_DTYPES)
 
 
 def _run_kernel(
@@ -129,6 +107,47 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _new_outputs(x)
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, centred, _, impl = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.kind, ctx.impl = "layer" if centred else "rms", impl
+    ctx.set_materialize_grads(False)
+
+
+def _through_stats(
+    d_stats: Tensor, x: Tensor, t_x: Tensor | None, stats: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and t_x through stats, which a double backward asks for.
+
+    d mean = d rstd = 0 along a row but for  d mean / dx = 1 / C,  d rstd / dx = -rstd^2 n / C,
+    da / d t_x = n / C,  da / dx = t_n / C.
+    """
+    mean, rstd, t_mean, a = stats.split(1, -1)
+    d_mean, d_rstd, d_t_mean, d_a = (d_stats / x.shape[-1]).split(1, -1)
+    if kind == "rms":  # both means are the constant 0
+        d_mean, d_t_mean = 0 * d_mean, 0 * d_t_mean
+    n = rstd * (x - mean)
+    t_n = rstd * ((0 if t_x is None else t_x) - t_mean - n * a)
+    return d_mean - d_rstd * rstd**2 * n + d_a * t_n, d_t_mean + d_a * n
+
+
+def _backward(
+    ctx: Any, d_y: Tensor | None, dt_y: Tensor | None, d_stats: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, t_x, *operands, stats = ctx.saved_tensors
+    wanted = [name for name, need in zip(NAMES, ctx.needs_input_grad, strict=False) if need]
+    options = dict(zip(NAMES[2:], operands, strict=True))
+    gradients = norm_jvp_backward(
+        d_y, dt_y, x, t_x, stats, **options, wanted=wanted, kind=ctx.kind, impl=ctx.impl
+    )
+    if d_stats is None:
+        return gradients
+    more = _through_stats(d_stats, x, t_x, stats, ctx.kind)
+    both = zip(gradients[:2], more, strict=True)
+    added = [None if g is None else g + extra.to(g.dtype) for g, extra in both]
+    return (*added, *gradients[2:])
+
+
 _op = register(
     "norm_jvp",
     "(Tensor x, Tensor? t_x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift,"
@@ -136,36 +155,8 @@ _op = register(
     " -> (Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
+    Derivative(_setup, _backward),
 )
-
-
-def validate(
-    x: Tensor,
-    t_x: Tensor | None,
-    parameters: dict[str, Tensor | None],
-    modulation: dict[str, Tensor | None],
-    kind: str,
-) -> None:
-    """Refuse what neither `norm_jvp` nor its backward takes; the message names the argument."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected 'layer' or 'rms', got {kind!r}")
-    expect_rows("x", x)
-    expect_like("t_x", t_x, "x", x)
-    for name, v in parameters.items():
-        if v is None:
-            continue
-        if v.shape != x.shape[-1:]:
-            raise ValueError(f"{name}: expected [C] = [{x.shape[-1]}], got {list(v.shape)}")
-        if v.dtype not in (x.dtype, acc_dtype(x)):
-            raise ValueError(
-                f"{name}: expected {x.dtype} as x has, or {acc_dtype(x)}, got {v.dtype}"
-            )
-        if v.device != x.device:
-            raise ValueError(f"{name}: expected the device of x, {x.device}, got {v.device}")
-    for name, v in modulation.items():
-        expect_broadcast(name, v, "x", x)
-    for name in ("scale", "shift"):
-        expect_primal(f"t_{name}", modulation[f"t_{name}"], modulation[name])
 
 
 def norm_jvp(
@@ -200,18 +191,18 @@ def norm_jvp(
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        (y, t_y), or (y, t_y, stats). y has the same bits whatever the tangents are.
+        (y, t_y), or (y, t_y, stats). y has the same bits whatever the tangents are. All are
+        differentiable in reverse mode, to any order in eager mode.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: an input carries a tangent or requires grad.
+        DerivativeError: an input carries a tangent: pass it as t_x, t_scale or t_shift.
     """
-    parameters = {"weight": weight, "bias": bias}
-    modulation = {"scale": scale, "shift": shift, "t_scale": t_scale, "t_shift": t_shift}
-    validate(x, t_x, parameters, modulation, kind)
+    inputs = (x, t_x, weight, bias, scale, shift, t_scale, t_shift)
+    validate(dict(zip(NAMES, inputs, strict=True)), kind)
     chosen = select("norm_jvp", impl, IMPLEMENTATIONS, x)
-    outputs = _op(x, t_x, weight, bias, *modulation.values(), kind == "layer", eps, chosen)
+    outputs = _op(*inputs, kind == "layer", eps, chosen)
     return tuple(outputs) if return_stats else tuple(outputs[:2])
 
 
@@ -229,7 +220,9 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
                 return torch.randn(shape, generator=generator).to(device, dtype)
 
             options: dict[str, Any] = {"kind": kind, "return_stats": True}
-            cases.append(((draw(b, n, c), draw(b, n, c)), {"weight": draw(c), **options}, bound, bound))
+            cases.append(
+                ((draw(b, n, c), draw(b, n, c)), {"weight": draw(c), **options}, bound, bound)
+            )
             names = ("scale", "shift", "t_scale", "t_shift")
             options |= {name: draw(b, 1, c) for name in names} | {"bias": draw(c)}
             cases.append(((draw(b, n, c), draw(b, n, c)), options, bound, bound))

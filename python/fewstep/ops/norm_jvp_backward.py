@@ -28,31 +28,36 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ..reference.norm_jvp import norm_jvp as _forward
 from ..reference.norm_jvp_backward import norm_jvp_backward as _reference
+from ._autograd import Derivative, composite
+from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._register import register
 from ._rows import (
     DTYPES,
     acc_dtype,
     expect_like,
+    expect_wanted,
     fold,
     fold_broadcast,
     is_shared,
+    names_in,
+    pack,
     unfold_rows,
     unfold_sums,
+    unpack,
 )
 from ._select import Implementation, refuse_native, select
-from .norm_jvp import norm_jvp, parameter, refuse_triton_rows, validate
 
 __all__ = ["norm_jvp_backward"]
 
-NAMES = ("x", "t_x", "weight", "bias", "scale", "shift", "t_scale", "t_shift")
 # What the kernels sum over tokens, in the order of their bits.
 SUMMED = ("weight", "bias", "scale", "shift", "t_scale", "t_shift")
 NATIVE_ROWS_PER_SUM = 64  # kNormJvpBackwardRows
 
 
-def _primals(*inputs: Tensor | None) -> dict[str, Tensor | None]:
-    return dict(zip(NAMES, inputs, strict=True))
+def _primals(x: Tensor, t_x: Tensor | None, *operands: Tensor | None) -> dict[str, Tensor | None]:
+    return dict(zip(NAMES, (x, t_x, *operands), strict=True))
 
 
 def _run_kernel(
@@ -64,12 +69,12 @@ def _run_kernel(
     t_x: Tensor | None,
     stats: Tensor,
     *rest: Any,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     *operands, asked, centred = rest
     primals = _primals(x, t_x, *operands)
-    wanted = [name for name, ask in zip(NAMES, asked, strict=True) if ask]
+    wanted = names_in(asked, NAMES)
     if x.numel() == 0:
-        return [torch.zeros_like(primals[name]) for name in wanted]
+        return pack({name: torch.zeros_like(primals[name]) for name in wanted}, NAMES, x)
     batch, tokens, columns = fold(x).shape
     cotangents = {"shift": d_y, "t_shift": dt_y}
     summed = [
@@ -116,37 +121,43 @@ def _run_kernel(
             return torch.zeros_like(primal)
         return unfold_rows(fold(cotangent).clone(memory_format=torch.contiguous_format), primal, x)
 
-    return [gradient(name).contiguous() for name in wanted]
+    return pack({name: gradient(name).contiguous() for name in wanted}, NAMES, x)
 
 
-def _run_native(*args: Any) -> list[Tensor]:
+def _run_native(*args: Any) -> tuple[Tensor, ...]:
     def launch(*views: Any) -> None:
         _native.call("norm_jvp_backward", *views)
 
     return _run_kernel(launch, NATIVE_ROWS_PER_SUM, *args)
 
 
-def _run_triton(*args: Any) -> list[Tensor]:
+def _run_triton(*args: Any) -> tuple[Tensor, ...]:
     from ..kernels.norm_jvp_backward import ROWS_PER_SUM, launch_norm_jvp_backward
 
     return _run_kernel(launch_norm_jvp_backward, ROWS_PER_SUM, *args)
 
 
-def _run_reference(
+def _formula(
     d_y: Tensor | None,
     dt_y: Tensor | None,
     x: Tensor,
     t_x: Tensor | None,
     stats: Tensor,
     *rest: Any,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
+    """Return what the op returns, in differentiable torch operators."""
     *operands, asked, centred = rest
     primals = _primals(x, t_x, *operands)
-    wanted = [name for name, ask in zip(NAMES, asked, strict=True) if ask]
-    others = {name: primals[name] for name in NAMES[2:]}
+    wanted = names_in(asked, NAMES)
     kind = "layer" if centred else "rms"
-    gradients = _reference(d_y, dt_y, x, t_x, stats, **others, wanted=wanted, kind=kind)
-    return [_empty_like(primals[name]).copy_(gradients[name]) for name in wanted]
+    others = dict(zip(NAMES[2:], operands, strict=True))
+    found = _reference(d_y, dt_y, x, t_x, stats, **others, wanted=wanted, kind=kind)
+    return pack({name: v.to(primals[name].dtype) for name, v in found.items()}, NAMES, x)
+
+
+def _run_reference(*args: Any) -> tuple[Tensor, ...]:
+    # Clones: the gradient of shift may be the very cotangent.
+    return tuple(v.clone(memory_format=torch.contiguous_format) for v in _formula(*args))
 
 
 IMPLEMENTATIONS = (
@@ -160,10 +171,6 @@ IMPLEMENTATIONS = (
 )
 
 
-def _empty_like(v: Tensor) -> Tensor:
-    return v.new_empty(v.shape)
-
-
 def _fake(
     d_y: Tensor | None,
     dt_y: Tensor | None,
@@ -171,43 +178,23 @@ def _fake(
     t_x: Tensor | None,
     stats: Tensor,
     *rest: Any,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     *operands, asked, _, _ = rest
     primals = _primals(x, t_x, *operands)
-    return [_empty_like(primals[name]) for name, ask in zip(NAMES, asked, strict=True) if ask]
+    found = {name: primals[name].new_empty(primals[name].shape) for name in names_in(asked, NAMES)}
+    return pack(found, NAMES, x)
 
 
-op = register(
+_rules = composite(lambda *args: _formula(*args[:-1]))
+_op = register(
     "norm_jvp_backward",
     "(Tensor? d_y, Tensor? dt_y, Tensor x, Tensor? t_x, Tensor stats, Tensor? weight, Tensor? bias,"
-    " Tensor? scale, Tensor? shift, Tensor? t_scale, Tensor? t_shift, bool[] wanted, bool centred,"
-    " str impl) -> Tensor[]",
+    " Tensor? scale, Tensor? shift, Tensor? t_scale, Tensor? t_shift, int wanted, bool centred,"
+    " str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
+    Derivative(_rules.setup_context, _rules.backward),
 )
-
-
-def _validate(
-    cotangents: dict[str, Tensor | None],
-    x: Tensor,
-    stats: Tensor,
-    primals: dict[str, Tensor | None],
-    wanted: Sequence[str],
-) -> None:
-    for name, v in cotangents.items():
-        expect_like(name, v, "x", x)
-    if tuple(stats.shape) != (*x.shape[:-1], 4) or stats.dtype != acc_dtype(x):
-        raise ValueError(
-            f"stats: expected {acc_dtype(x)} {[*x.shape[:-1], 4]} as norm_jvp returns, got "
-            f"{stats.dtype} {list(stats.shape)}"
-        )
-    if stats.device != x.device:
-        raise ValueError(f"stats: expected the device of x, {x.device}, got {stats.device}")
-    for name in wanted:
-        if name not in NAMES:
-            raise ValueError(f"wanted: expected names among {', '.join(NAMES)}, got {name!r}")
-        if primals[name] is None:
-            raise ValueError(f"wanted: expected names of given tensors, got {name!r}")
 
 
 def norm_jvp_backward(
@@ -226,8 +213,8 @@ def norm_jvp_backward(
     wanted: Sequence[str] | None = None,
     kind: str = "layer",
     impl: str = "auto",
-) -> dict[str, Tensor]:
-    """Return the gradients of `norm_jvp` as {name of the input: gradient}.
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, t_x, weight, bias, scale, shift, t_scale and t_shift.
 
     Args:
         d_y: cotangent of y, [..., C] in x's dtype; None is zero.
@@ -245,23 +232,30 @@ def norm_jvp_backward(
         kind: as given to `norm_jvp`.
         impl: "auto", "reference", "native" or "triton".
 
+    Returns:
+        Eight gradients in this order, None where one is not wanted.
+
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: an input carries a tangent or requires grad.
+        DerivativeError: an input carries a tangent.
     """
-    parameters = {"weight": weight, "bias": bias}
-    modulation = {"scale": scale, "shift": shift, "t_scale": t_scale, "t_shift": t_shift}
-    validate(x, t_x, parameters, modulation, kind)
-    operands = (*parameters.values(), *modulation.values())
+    operands = (weight, bias, scale, shift, t_scale, t_shift)
     primals = _primals(x, t_x, *operands)
-    if wanted is None:
-        wanted = [name for name, v in primals.items() if v is not None]
-    _validate({"d_y": d_y, "dt_y": dt_y}, x, stats, primals, wanted)
+    validate(primals, kind)
+    for name, v in {"d_y": d_y, "dt_y": dt_y}.items():
+        expect_like(name, v, "x", x)
+    if tuple(stats.shape) != (*x.shape[:-1], 4) or stats.dtype != acc_dtype(x):
+        raise ValueError(
+            f"stats: expected {acc_dtype(x)} {[*x.shape[:-1], 4]} as norm_jvp returns, got "
+            f"{stats.dtype} {list(stats.shape)}"
+        )
+    if stats.device != x.device:
+        raise ValueError(f"stats: expected the device of x, {x.device}, got {stats.device}")
+    asked = expect_wanted(wanted, primals)
     chosen = select("norm_jvp_backward", impl, IMPLEMENTATIONS, x)
-    asked = [name in wanted for name in NAMES]
-    gradients = op(d_y, dt_y, x, t_x, stats, *operands, asked, kind == "layer", chosen)
-    return dict(zip([name for name in NAMES if name in wanted], gradients, strict=True))
+    outputs = _op(d_y, dt_y, x, t_x, stats, *operands, asked, kind == "layer", chosen)
+    return unpack(outputs, asked)
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
@@ -281,7 +275,7 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
             options: dict[str, Any] = {name: draw(b, 1, c) for name in names}
             options |= {"weight": draw(c), "bias": draw(c), "kind": kind}
             x, t_x = draw(b, n, c), draw(b, n, c)
-            *_, stats = norm_jvp(x, t_x, **options, return_stats=True, impl="reference")
+            *_, stats = _forward(x, t_x, kind=kind)
             args = (draw(b, n, c), draw(b, n, c), x, t_x, stats)
             cases.append((args, options, bound, 10 * bound))
     return cases

@@ -30,8 +30,7 @@ def linear_attention_jvp(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     t_q, t_k, t_v = (
-        torch.zeros_like(x) if t is None else t.to(dtype)
-        for x, t in ((q, t_q), (k, t_k), (v, t_v))
+        torch.zeros_like(x) if t is None else t.to(dtype) for x, t in ((q, t_q), (k, t_k), (v, t_v))
     )
     one = torch.ones_like(v[..., :1])
     v, t_v = torch.cat([v, one], -1), torch.cat([t_v, 0 * one], -1)

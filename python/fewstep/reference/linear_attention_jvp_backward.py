@@ -39,8 +39,7 @@ def linear_attention_jvp_backward(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v, state, t_state = (x.to(dtype) for x in (q, k, v, state, t_state))
     t_q, t_k, t_v = (
-        torch.zeros_like(x) if t is None else t.to(dtype)
-        for x, t in ((q, t_q), (k, t_k), (v, t_v))
+        torch.zeros_like(x) if t is None else t.to(dtype) for x, t in ((q, t_q), (k, t_k), (v, t_v))
     )
     zeros = torch.zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype, device=q.device)
     d_o, dt_o = (zeros if d is None else d.to(dtype) for d in (d_o, dt_o))

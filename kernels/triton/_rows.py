@@ -1,0 +1,34 @@
+"""Tiles of rows of a [B, N, C] view: any strides in B and N (0 included), unit stride in C."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from ._common import narrow
+
+
+@triton.jit
+def load_tile(ptr, stride_b, stride_n, b, n, cols, mask):
+    """Return [rows, columns] of items b and tokens n in float32, zero outside of the mask."""
+    pointers = ptr + (b * stride_b + n * stride_n)[:, None] + cols[None, :]
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(ptr, stride_b, stride_n, b, n, cols, value, mask):
+    """Store a float32 tile, rounded to the dtype of `ptr`."""
+    pointers = ptr + (b * stride_b + n * stride_n)[:, None] + cols[None, :]
+    tl.store(pointers, narrow(value, ptr.dtype.element_ty), mask=mask)
+
+
+def strides_of(*tensors: Tensor | None) -> list[int]:
+    """Return the strides in B and N of each tensor; those of what is absent are not used."""
+    return [stride for x in tensors for stride in ((0, 0) if x is None else x.stride()[:2])]
+
+
+def present(default: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Return the tensors, with some tensor in the place of absent ones: kernels take no None."""
+    return [default if x is None else x for x in tensors]
