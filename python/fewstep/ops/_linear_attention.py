@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._rows import DTYPES, KERNEL_DTYPES, acc_dtype
+from ._rows import DTYPES, acc_dtype
 
 HEAD_DIMS = range(8, 129, 8)
 NAMES = ("q", "k", "v", "t_q", "t_k", "t_v")
-
-__all__ = ["DTYPES", "HEAD_DIMS", "KERNEL_DTYPES", "NAMES", "acc_dtype"]
 
 
 def unit_stride(x: Tensor | None) -> Tensor | None:

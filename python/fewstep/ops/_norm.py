@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._rows import KERNEL_DTYPES, acc_dtype, expect_broadcast, expect_like, expect_primal
-from ._rows import expect_rows as expect_floating_rows
+from ._rows import (
+    KERNEL_DTYPES,
+    acc_dtype,
+    expect_broadcast,
+    expect_like,
+    expect_primal,
+    expect_rows,
+)
 from ._select import refuse_triton
 
 KINDS = ("layer", "rms")
@@ -25,13 +31,11 @@ def refuse_triton_rows(x: Tensor) -> str | None:
     return refuse_triton([x], KERNEL_DTYPES)
 
 
-def validate(inputs: dict[str, Tensor | None], kind: str) -> None:
+def validate(x: Tensor, inputs: dict[str, Tensor | None], kind: str) -> None:
     """Refuse what neither op takes; `inputs` maps NAMES, the message names the argument."""
     if kind not in KINDS:
         raise ValueError(f"kind: expected 'layer' or 'rms', got {kind!r}")
-    x = inputs["x"]
-    assert x is not None
-    expect_floating_rows("x", x)
+    expect_rows("x", x)
     expect_like("t_x", inputs["t_x"], "x", x)
     for name in ("weight", "bias"):
         v = inputs[name]

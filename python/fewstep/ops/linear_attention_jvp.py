@@ -30,16 +30,9 @@ from torch import Tensor
 from .. import _native
 from ..reference.linear_attention_jvp import linear_attention_jvp as _reference
 from ._autograd import Derivative
-from ._linear_attention import (
-    DTYPES,
-    KERNEL_DTYPES,
-    NAMES,
-    new_like_rows,
-    new_states,
-    unit_stride,
-    validate,
-)
+from ._linear_attention import NAMES, new_like_rows, new_states, unit_stride, validate
 from ._register import register
+from ._rows import DTYPES, KERNEL_DTYPES
 from ._select import Implementation, refuse_native, refuse_triton, select
 from .linear_attention_jvp_backward import linear_attention_jvp_backward
 

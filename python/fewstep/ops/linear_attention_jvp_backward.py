@@ -30,17 +30,9 @@ from .. import _native
 from ..reference.linear_attention_jvp import linear_attention_jvp as _forward
 from ..reference.linear_attention_jvp_backward import linear_attention_jvp_backward as _reference
 from ._autograd import Derivative, composite
-from ._linear_attention import (
-    DTYPES,
-    KERNEL_DTYPES,
-    NAMES,
-    acc_dtype,
-    new_like_rows,
-    unit_stride,
-    validate,
-)
+from ._linear_attention import NAMES, new_like_rows, unit_stride, validate
 from ._register import register
-from ._rows import names_in, pack, unpack
+from ._rows import DTYPES, KERNEL_DTYPES, acc_dtype, names_in, pack, unpack
 from ._select import Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["linear_attention_jvp_backward"]

@@ -119,13 +119,12 @@ def _through_stats(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and t_x through stats, which a double backward asks for.
 
-    d mean = d rstd = 0 along a row but for  d mean / dx = 1 / C,  d rstd / dx = -rstd^2 n / C,
-    da / d t_x = n / C,  da / dx = t_n / C.
+    By x: of mean 1 / C, of rstd -rstd^2 n / C, of a t_n / C. By t_x: of t_mean 1 / C, of a n / C.
     """
     mean, rstd, t_mean, a = stats.split(1, -1)
     d_mean, d_rstd, d_t_mean, d_a = (d_stats / x.shape[-1]).split(1, -1)
     if kind == "rms":  # both means are the constant 0
-        d_mean, d_t_mean = 0 * d_mean, 0 * d_t_mean
+        d_mean, d_t_mean = torch.zeros_like(d_mean), torch.zeros_like(d_t_mean)
     n = rstd * (x - mean)
     t_n = rstd * ((0 if t_x is None else t_x) - t_mean - n * a)
     return d_mean - d_rstd * rstd**2 * n + d_a * t_n, d_t_mean + d_a * n
@@ -200,7 +199,7 @@ def norm_jvp(
         DerivativeError: an input carries a tangent: pass it as t_x, t_scale or t_shift.
     """
     inputs = (x, t_x, weight, bias, scale, shift, t_scale, t_shift)
-    validate(dict(zip(NAMES, inputs, strict=True)), kind)
+    validate(x, dict(zip(NAMES, inputs, strict=True)), kind)
     chosen = select("norm_jvp", impl, IMPLEMENTATIONS, x)
     outputs = _op(*inputs, kind == "layer", eps, chosen)
     return tuple(outputs) if return_stats else tuple(outputs[:2])
@@ -219,11 +218,10 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
             def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
                 return torch.randn(shape, generator=generator).to(device, dtype)
 
-            options: dict[str, Any] = {"kind": kind, "return_stats": True}
-            cases.append(
-                ((draw(b, n, c), draw(b, n, c)), {"weight": draw(c), **options}, bound, bound)
-            )
             names = ("scale", "shift", "t_scale", "t_shift")
-            options |= {name: draw(b, 1, c) for name in names} | {"bias": draw(c)}
-            cases.append(((draw(b, n, c), draw(b, n, c)), options, bound, bound))
+            modulation = {name: draw(b, 1, c) for name in names} | {"bias": draw(c)}
+            for options in ({"weight": draw(c)}, modulation):
+                args = (draw(b, n, c), draw(b, n, c))
+                options |= {"kind": kind, "return_stats": True}
+                cases.append((args, options, bound, bound))
     return cases

@@ -242,7 +242,7 @@ def norm_jvp_backward(
     """
     operands = (weight, bias, scale, shift, t_scale, t_shift)
     primals = _primals(x, t_x, *operands)
-    validate(primals, kind)
+    validate(x, primals, kind)
     for name, v in {"d_y": d_y, "dt_y": dt_y}.items():
         expect_like(name, v, "x", x)
     if tuple(stats.shape) != (*x.shape[:-1], 4) or stats.dtype != acc_dtype(x):

@@ -4,7 +4,8 @@
 #include "fewstep/cpu/dual_matmul_body.h"
 
 // f = relu(x) and t_f = [x > 0] t_x of `count` rows; NaN passes, as through torch's relu. Without
-// t_x, t_f is not touched.
+// t_x, t_f is not touched. The padding is zeroed each time: a NaN in the tile before may have
+// reached it.
 template <typename T, typename Acc>
 void load_features(const Rows<const T>& x, const Rows<const T>& t_x, std::int64_t first,
                    std::int64_t count, std::int64_t d, std::int64_t d_pad, Acc* f, Acc* t_f) {
@@ -15,6 +16,7 @@ void load_features(const Rows<const T>& x, const Rows<const T>& t_x, std::int64_
             const Acc value = to_acc(from[i]);
             to[i] = value <= 0 ? 0 : value;
         }
+        std::fill(to + d, to + d_pad, Acc(0));
         if (!t_x) continue;
         const T* t_from = t_x[first + row];
         Acc* t_to = t_f + row * d_pad;
@@ -22,6 +24,7 @@ void load_features(const Rows<const T>& x, const Rows<const T>& t_x, std::int64_
             const Acc t_value = to_acc(t_from[i]);
             t_to[i] = to_acc(from[i]) <= 0 ? 0 : t_value;
         }
+        std::fill(t_to + d, t_to + d_pad, Acc(0));
     }
 }
 
@@ -33,6 +36,7 @@ void load_values(const Rows<const T>& x, std::int64_t first, std::int64_t count,
     for (std::int64_t row = 0; row < count; ++row) {
         const T* from = x[first + row];
         for (std::int64_t i = 0; i < d; ++i) to[row * d_pad + i] = to_acc(from[i]);
+        std::fill(to + row * d_pad + d, to + (row + 1) * d_pad, Acc(0));
     }
 }
 

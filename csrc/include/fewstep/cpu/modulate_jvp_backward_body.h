@@ -27,7 +27,7 @@ void modulate_backward_rows(const ModulateBackwardTask<T>& x,
     Acc* t_gate_sums = static_cast<Acc*>(x.t_gate_sums);
     for (std::int64_t row = 0; row < x.count; ++row) {
         const auto operand = [&](const Rows<const T>& from, Acc* scratch, const Acc* absent) {
-            return modulation_row<T, Acc>(from, row, x.columns, 0, scratch, absent);
+            return modulation_row<T, Acc>(from, row, x.columns, w.padded, 0, scratch, absent);
         };
         const Acc* gate = operand(x.gate, w.gate, w.ones);
         const Acc* t_gate = operand(x.t_gate, w.t_gate, w.zeros);

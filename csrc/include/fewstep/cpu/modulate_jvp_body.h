@@ -9,7 +9,7 @@ void modulate_rows(const ModulateTask<T>& x, const ModulateWorkspace<acc_t<T>>& 
     constexpr std::int64_t kWidth = Lanes<Acc>::kCount;
     for (std::int64_t row = 0; row < x.count; ++row) {
         const auto operand = [&](const Rows<const T>& from, Acc* scratch, const Acc* absent) {
-            return modulation_row<T, Acc>(from, row, x.columns, 0, scratch, absent);
+            return modulation_row<T, Acc>(from, row, x.columns, w.padded, 0, scratch, absent);
         };
         const Acc* gate = operand(x.gate, w.gate, w.ones);
         const Acc* t_gate = operand(x.t_gate, w.t_gate, w.zeros);

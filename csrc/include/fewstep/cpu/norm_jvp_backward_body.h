@@ -9,11 +9,11 @@ void rebuild_row(const NormBackwardTask<T>& x, const NormBackwardWorkspace<Acc>&
                  std::int64_t row, const Acc* stats) {
     constexpr std::int64_t kWidth = Lanes<Acc>::kCount;
     const Acc rstd = stats[1], a = stats[3];
-    widen_row(x.x[row], x.columns, w.n);
+    widen_row(x.x[row], x.columns, w.padded, w.n);
     subtract_row(w.n, stats[0], x.columns, w.padded);
     scale_row(w.n, rstd, w.padded);
     if (!x.t_x) return;  // t_n stays zero
-    widen_row(x.t_x[row], x.columns, w.t_n);
+    widen_row(x.t_x[row], x.columns, w.padded, w.t_n);
     subtract_row(w.t_n, stats[2], x.columns, w.padded);
     for (std::int64_t i = 0; i < w.padded; i += kWidth) {
         store(w.t_n + i, rstd * (load(w.t_n + i) - load(w.n + i) * a));
@@ -75,11 +75,13 @@ void norm_backward_rows(const NormBackwardTask<T>& x, const NormBackwardWorkspac
     using Acc = acc_t<T>;
     for (std::int64_t row = 0; row < x.count; ++row) {
         const Acc* stats = static_cast<const Acc*>(x.stats) + row * 4;
-        const Acc* factor = modulation_row<T, Acc>(x.scale, row, x.columns, 1, w.factor, w.ones);
+        const Acc* factor =
+            modulation_row<T, Acc>(x.scale, row, x.columns, w.padded, 1, w.factor, w.ones);
         const Acc* t_scale =
-            modulation_row<T, Acc>(x.t_scale, row, x.columns, 0, w.t_scale, w.zeros);
-        const Acc* d_y = modulation_row<T, Acc>(x.d_y, row, x.columns, 0, w.d_y, w.zeros);
-        const Acc* dt_y = modulation_row<T, Acc>(x.dt_y, row, x.columns, 0, w.dt_y, w.zeros);
+            modulation_row<T, Acc>(x.t_scale, row, x.columns, w.padded, 0, w.t_scale, w.zeros);
+        const Acc* d_y = modulation_row<T, Acc>(x.d_y, row, x.columns, w.padded, 0, w.d_y, w.zeros);
+        const Acc* dt_y =
+            modulation_row<T, Acc>(x.dt_y, row, x.columns, w.padded, 0, w.dt_y, w.zeros);
         rebuild_row(x, w, row, stats);
         pull_back_modulation(w, d_y, dt_y, factor, t_scale);
         if (x.d_scale) narrow_row(w.d_scale, x.columns, x.d_scale[row]);

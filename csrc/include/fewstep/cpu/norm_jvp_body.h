@@ -34,9 +34,11 @@ void norm_rows(const NormTask<T>& x, const NormWorkspace<acc_t<T>>& w) {
     using Acc = acc_t<T>;
     const Acc columns = static_cast<Acc>(x.columns);
     for (std::int64_t row = 0; row < x.count; ++row) {
-        const Acc* factor = modulation_row<T, Acc>(x.scale, row, x.columns, 1, w.factor, w.ones);
-        const Acc* shift = modulation_row<T, Acc>(x.shift, row, x.columns, 0, w.shift, w.zeros);
-        widen_row(x.x[row], x.columns, w.n);
+        const Acc* factor =
+            modulation_row<T, Acc>(x.scale, row, x.columns, w.padded, 1, w.factor, w.ones);
+        const Acc* shift =
+            modulation_row<T, Acc>(x.shift, row, x.columns, w.padded, 0, w.shift, w.zeros);
+        widen_row(x.x[row], x.columns, w.padded, w.n);
         const Acc mean = x.centred ? sum_row(w.n, w.padded) / columns : 0;
         if (x.centred) subtract_row(w.n, mean, x.columns, w.padded);
         const Acc variance = dot_row(w.n, w.n, w.padded) / columns;
@@ -47,16 +49,16 @@ void norm_rows(const NormTask<T>& x, const NormWorkspace<acc_t<T>>& w) {
 
         Acc t_mean = 0, a = 0;
         if (x.t_x) {
-            widen_row(x.t_x[row], x.columns, w.t);
+            widen_row(x.t_x[row], x.columns, w.padded, w.t);
             t_mean = x.centred ? sum_row(w.t, w.padded) / columns : 0;
             if (x.centred) subtract_row(w.t, t_mean, x.columns, w.padded);
             a = dot_row(w.n, w.t, w.padded) / columns;
         }
         if (x.t_y) {
             const Acc* t_scale =
-                modulation_row<T, Acc>(x.t_scale, row, x.columns, 0, w.t_scale, w.zeros);
+                modulation_row<T, Acc>(x.t_scale, row, x.columns, w.padded, 0, w.t_scale, w.zeros);
             const Acc* t_shift =
-                modulation_row<T, Acc>(x.t_shift, row, x.columns, 0, w.t_shift, w.zeros);
+                modulation_row<T, Acc>(x.t_shift, row, x.columns, w.padded, 0, w.t_shift, w.zeros);
             if (x.t_x && x.t_scale) {
                 modulate_tangent<true, true>(w, rstd, a, factor, t_scale, t_shift);
             } else if (x.t_x) {

@@ -3,10 +3,12 @@
 
 #include "fewstep/cpu/vector_body.h"
 
-// The row as accumulation-type values; the padding of `to` stays as it was.
+// The row as accumulation-type values. The padding is zeroed each time: a NaN in the row before may
+// have reached it.
 template <typename T, typename Acc>
-void widen_row(const T* from, std::int64_t n, Acc* to) {
+void widen_row(const T* from, std::int64_t n, std::int64_t padded, Acc* to) {
     for (std::int64_t i = 0; i < n; ++i) to[i] = to_acc(from[i]);
+    for (std::int64_t i = n; i < padded; ++i) to[i] = 0;
 }
 
 template <typename T, typename Acc>
@@ -65,11 +67,11 @@ void scale_row(Acc* x, Acc factor, std::int64_t padded) {
 // Row `row` of an operand that may be absent or broadcast, widened, plus `offset`: in `scratch`,
 // which still holds it where the row is the one before; `absent` where there is none.
 template <typename T, typename Acc>
-const Acc* modulation_row(const Rows<const T>& from, std::int64_t row, std::int64_t n, Acc offset,
-                          Acc* scratch, const Acc* absent) {
+const Acc* modulation_row(const Rows<const T>& from, std::int64_t row, std::int64_t n,
+                          std::int64_t padded, Acc offset, Acc* scratch, const Acc* absent) {
     if (!from) return absent;
     if (row == 0 || from.stride != 0) {
-        widen_row(from[row], n, scratch);
+        widen_row(from[row], n, padded, scratch);
         if (offset != 0) {
             for (std::int64_t i = 0; i < n; ++i) scratch[i] += offset;
         }
