@@ -19,17 +19,18 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from ._common import narrow
 from ._linear_attention import (
-    BLOCK,
     TOKENS,
+    features,
     load_rows,
     load_state,
     new_partials,
-    padded,
     product,
     store_rows,
     store_state,
     strides_of,
+    tiles,
 )
 
 
@@ -76,16 +77,16 @@ def _linear_attention_jvp_state_kernel(
         offs = chunk * TOKENS + start + tl.arange(0, BLOCK)
         k = load_rows(k_ptr + b * stride_kb + h * stride_kh, stride_kn, offs, nk, cols, D)
         v = load_rows(v_ptr + b * stride_vb + h * stride_vh, stride_vn, offs, nk, cols_v, DV)
-        # A select rather than maximum, so that NaN passes.
-        f = tl.where(k <= 0, 0.0, k).to(k.dtype)
+        f = features(k, k)
+        vector += tl.sum(f, 0)
+        f = narrow(f, v.dtype)
         matrix = product(tl.trans(f), v, matrix)
-        vector += tl.sum(f.to(tl.float32), 0)
         if HAS_TK:
             t_k_base = t_k_ptr + b * stride_tkb + h * stride_tkh
             t_k = load_rows(t_k_base, stride_tkn, offs, nk, cols, D)
-            t_f = tl.where(k <= 0, 0.0, t_k).to(k.dtype)
-            t_matrix = product(tl.trans(t_f), v, t_matrix)
-            t_vector += tl.sum(t_f.to(tl.float32), 0)
+            t_f = features(k, t_k)
+            t_vector += tl.sum(t_f, 0)
+            t_matrix = product(tl.trans(narrow(t_f, v.dtype)), v, t_matrix)
         if HAS_TV:
             t_v_base = t_v_ptr + b * stride_tvb + h * stride_tvh
             t_v = load_rows(t_v_base, stride_tvn, offs, nk, cols_v, DV)
@@ -140,8 +141,7 @@ def _linear_attention_jvp_kernel(
     for start in range(0, TOKENS, BLOCK):
         offs = chunk * TOKENS + start + tl.arange(0, BLOCK)
         q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qn, offs, nq, cols, D)
-        q = q.to(tl.float32)
-        f = tl.where(q <= 0, 0.0, q)
+        f = features(q, q)
         zeros = tl.zeros([BLOCK, DV_PAD], tl.float32)
         den = (tl.sum(f * vector[None, :], 1) + eps)[:, None]
         o = product(f, matrix, zeros) / den
@@ -151,8 +151,8 @@ def _linear_attention_jvp_kernel(
         t_den = tl.zeros([BLOCK], tl.float32)
         if HAS_TQ:
             t_q_base = t_q_ptr + b * stride_tqb + h * stride_tqh
-            t_q = load_rows(t_q_base, stride_tqn, offs, nq, cols, D).to(tl.float32)
-            t_f = tl.where(q <= 0, 0.0, t_q)
+            t_q = load_rows(t_q_base, stride_tqn, offs, nq, cols, D)
+            t_f = features(q, t_q)
             t_num = product(t_f, matrix, t_num)
             t_den += tl.sum(t_f * vector[None, :], 1)
         if HAS_TSTATE:
@@ -181,7 +181,7 @@ def launch_linear_attention_jvp(
     nk, dv = v.shape[2:]
     if batch * heads == 0:
         return
-    sizes = {"D": d, "DV": dv, "D_PAD": padded(d), "DV_PAD": padded(dv)}
+    options = tiles(d, dv)
     partials = new_partials(q, v, nk)
     if nk:
         _linear_attention_jvp_state_kernel[(batch * heads * partials.shape[0],)](
@@ -194,9 +194,7 @@ def launch_linear_attention_jvp(
             batch,
             heads,
             nk,
-            TOKENS=TOKENS,
-            BLOCK=BLOCK,
-            **sizes,
+            **options,
             HAS_TK=t_k is not None,
             HAS_TV=t_v is not None,
         )
@@ -216,9 +214,7 @@ def launch_linear_attention_jvp(
         heads,
         nq,
         eps,
-        TOKENS=TOKENS,
-        BLOCK=BLOCK,
-        **sizes,
+        **options,
         HAS_TQ=t_q is not None,
         HAS_TSTATE=t_k is not None or t_v is not None,
     )

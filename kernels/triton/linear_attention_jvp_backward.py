@@ -21,17 +21,16 @@ import triton.language as tl
 
 from ._linear_attention import (
     TOKENS,
+    features,
     load_rows,
     load_state,
     new_partials,
-    padded,
     product,
     store_rows,
     store_state,
     strides_of,
+    tiles,
 )
-
-BLOCK = 32
 
 
 @triton.jit
@@ -94,12 +93,12 @@ def _linear_attention_jvp_backward_queries_kernel(
         offs = chunk * TOKENS + start + tl.arange(0, BLOCK)
         q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qn, offs, nq, cols, D)
         q = q.to(tl.float32)
-        f = tl.where(q <= 0, 0.0, q)
+        f = features(q, q)
         t_f = tl.zeros([BLOCK, D_PAD], tl.float32)
         if HAS_TQ:
             t_q_base = t_q_ptr + b * stride_tqb + h * stride_tqh
-            t_q = load_rows(t_q_base, stride_tqn, offs, nq, cols, D).to(tl.float32)
-            t_f = tl.where(q <= 0, 0.0, t_q)
+            t_q = load_rows(t_q_base, stride_tqn, offs, nq, cols, D)
+            t_f = features(q, t_q)
         zeros = tl.zeros([BLOCK, DV_PAD], tl.float32)
         d_o, dt_o = zeros, zeros
         if HAS_DO:
@@ -127,13 +126,13 @@ def _linear_attention_jvp_backward_queries_kernel(
         d_vector += tl.sum(f * r_last + t_f * s_last, 0)
         if HAS_DTQ:
             d_t_q = product(s, tl.trans(matrix), s_last * vector[None, :])
-            d_t_q = tl.where(q <= 0, 0.0, d_t_q)
+            d_t_q = features(q, d_t_q)
             d_t_q_base = d_t_q_ptr + b * stride_dtqb + h * stride_dtqh
             store_rows(d_t_q_base, stride_dtqn, offs, nq, cols, D, d_t_q)
         if HAS_DQ:
             d_q = r_last * vector[None, :] + s_last * t_vector[None, :]
             d_q = product(s, tl.trans(t_matrix), product(r, tl.trans(matrix), d_q))
-            d_q = tl.where(q <= 0, 0.0, d_q)
+            d_q = features(q, d_q)
             d_q_base = d_q_ptr + b * stride_dqb + h * stride_dqh
             store_rows(d_q_base, stride_dqn, offs, nq, cols, D, d_q)
     out = partials_ptr + (chunk * 2 * batch * heads + head) * size
@@ -210,7 +209,7 @@ def _linear_attention_jvp_backward_keys_kernel(
         zeros = tl.zeros([BLOCK, D_PAD], tl.float32)
         if HAS_DTK:
             d_t_k = product(v, tl.trans(d_t_matrix), zeros + d_t_vector[None, :])
-            d_t_k = tl.where(k <= 0, 0.0, d_t_k)
+            d_t_k = features(k, d_t_k)
             d_t_k_base = d_t_k_ptr + b * stride_dtkb + h * stride_dtkh
             store_rows(d_t_k_base, stride_dtkn, offs, nk, cols, D, d_t_k)
         if HAS_DK:
@@ -219,10 +218,10 @@ def _linear_attention_jvp_backward_keys_kernel(
                 t_v_base = t_v_ptr + b * stride_tvb + h * stride_tvh
                 t_v = load_rows(t_v_base, stride_tvn, offs, nk, cols_v, DV).to(tl.float32)
                 d_k = product(t_v, tl.trans(d_t_matrix), d_k)
-            d_k = tl.where(k <= 0, 0.0, d_k)
+            d_k = features(k, d_k)
             d_k_base = d_k_ptr + b * stride_dkb + h * stride_dkh
             store_rows(d_k_base, stride_dkn, offs, nk, cols, D, d_k)
-        f = tl.where(k <= 0, 0.0, k)
+        f = features(k, k)
         zeros_v = tl.zeros([BLOCK, DV_PAD], tl.float32)
         if HAS_DTV:
             d_t_v_base = d_t_v_ptr + b * stride_dtvb + h * stride_dtvh
@@ -232,8 +231,8 @@ def _linear_attention_jvp_backward_keys_kernel(
             d_v = product(f, d_matrix, zeros_v)
             if HAS_TK:
                 t_k_base = t_k_ptr + b * stride_tkb + h * stride_tkh
-                t_k = load_rows(t_k_base, stride_tkn, offs, nk, cols, D).to(tl.float32)
-                d_v = product(tl.where(k <= 0, 0.0, t_k), d_t_matrix, d_v)
+                t_k = load_rows(t_k_base, stride_tkn, offs, nk, cols, D)
+                d_v = product(features(k, t_k), d_t_matrix, d_v)
             d_v_base = d_v_ptr + b * stride_dvb + h * stride_dvh
             store_rows(d_v_base, stride_dvn, offs, nk, cols_v, DV, d_v)
 
@@ -262,8 +261,7 @@ def launch_linear_attention_jvp_backward(
     nk, dv = v.shape[2:]
     if batch * heads == 0:
         return
-    shared = {"TOKENS": TOKENS, "BLOCK": BLOCK, "D": d, "DV": dv}
-    shared |= {"D_PAD": padded(d), "DV_PAD": padded(dv)}
+    options = tiles(d, dv)
     partials = new_partials(q, v, nq)
 
     def present(*tensors: Tensor | None) -> list[Tensor]:
@@ -278,7 +276,7 @@ def launch_linear_attention_jvp_backward(
             heads,
             nq,
             eps,
-            **shared,
+            **options,
             HAS_DO=d_o is not None,
             HAS_DTO=dt_o is not None,
             HAS_TQ=t_q is not None,
@@ -295,7 +293,7 @@ def launch_linear_attention_jvp_backward(
         batch,
         heads,
         nk,
-        **shared,
+        **options,
         HAS_TK=t_k is not None,
         HAS_TV=t_v is not None,
         HAS_DK=d_k is not None,

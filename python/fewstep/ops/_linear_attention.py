@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._rows import DTYPES, acc_dtype
+from ._rows import DTYPES, KERNEL_DTYPES, acc_dtype
+from ._select import refuse_triton
 
 HEAD_DIMS = range(8, 129, 8)
+MAX_GPU_DIM = 64  # the states of wider heads don't fit in shared memory
 NAMES = ("q", "k", "v", "t_q", "t_k", "t_v")
+
+
+def refuse_triton_heads(*args: Any, **kwargs: Any) -> str | None:
+    """Return why the Triton kernels can't run: their conditions, or too wide a head on a GPU."""
+    heads = [x for x in args[:5] if isinstance(x, Tensor)]  # in either op, q and v are among these
+    widest = max(x.shape[-1] for x in heads)
+    if heads[0].device.type == "cuda" and widest > MAX_GPU_DIM:
+        return f"expected head dims up to {MAX_GPU_DIM} on a GPU, got {widest}"
+    return refuse_triton(args, KERNEL_DTYPES)
 
 
 def unit_stride(x: Tensor | None) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ._rows import (
@@ -12,7 +14,7 @@ from ._rows import (
     expect_primal,
     expect_rows,
 )
-from ._select import refuse_triton
+from ._select import first_tensor, refuse_triton
 
 KINDS = ("layer", "rms")
 NAMES = ("x", "t_x", "weight", "bias", "scale", "shift", "t_scale", "t_shift")
@@ -24,11 +26,12 @@ def parameter(v: Tensor | None, x: Tensor) -> Tensor | None:
     return None if v is None else v.to(acc_dtype(x)).contiguous()
 
 
-def refuse_triton_rows(x: Tensor) -> str | None:
-    """Return why the Triton kernels can't take x: their conditions, or too many columns."""
-    if x.shape[-1] > MAX_TRITON_COLUMNS:
-        return f"expected at most {MAX_TRITON_COLUMNS} columns, got {x.shape[-1]}"
-    return refuse_triton([x], KERNEL_DTYPES)
+def refuse_triton_rows(*args: Any, **kwargs: Any) -> str | None:
+    """Return why the Triton kernels can't run: their conditions, or too many columns."""
+    columns = first_tensor(args).shape[-1]
+    if columns > MAX_TRITON_COLUMNS:
+        return f"expected at most {MAX_TRITON_COLUMNS} columns, got {columns}"
+    return refuse_triton(args, KERNEL_DTYPES)
 
 
 def validate(x: Tensor, inputs: dict[str, Tensor | None], kind: str) -> None:

@@ -30,10 +30,17 @@ from torch import Tensor
 from .. import _native
 from ..reference.linear_attention_jvp import linear_attention_jvp as _reference
 from ._autograd import Derivative
-from ._linear_attention import NAMES, new_like_rows, new_states, unit_stride, validate
+from ._linear_attention import (
+    NAMES,
+    new_like_rows,
+    new_states,
+    refuse_triton_heads,
+    unit_stride,
+    validate,
+)
 from ._register import register
 from ._rows import DTYPES, KERNEL_DTYPES
-from ._select import Implementation, refuse_native, refuse_triton, select
+from ._select import Implementation, refuse_native, select
 from .linear_attention_jvp_backward import linear_attention_jvp_backward
 
 __all__ = ["linear_attention_jvp"]
@@ -71,15 +78,13 @@ def _run_triton(*args: Any) -> tuple[Tensor, ...]:
     return _run_kernel(launch_linear_attention_jvp, *args)
 
 
-def _refuse_native(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    return refuse_native("linear_attention_jvp", [q], DTYPES)
+def _refuse_native(*args: Any, **kwargs: Any) -> str | None:
+    return refuse_native("linear_attention_jvp", args, DTYPES)
 
 
 IMPLEMENTATIONS = (
     Implementation("native", _run_native, _refuse_native),
-    Implementation(
-        "triton", _run_triton, lambda q, *args, **kwargs: refuse_triton([q], KERNEL_DTYPES)
-    ),
+    Implementation("triton", _run_triton, refuse_triton_heads),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
 
@@ -183,7 +188,7 @@ def linear_attention_jvp(
         DerivativeError: an input carries a tangent: pass it as t_q, t_k or t_v.
     """
     validate(q, k, v, {"t_q": t_q, "t_k": t_k, "t_v": t_v})
-    chosen = select("linear_attention_jvp", impl, IMPLEMENTATIONS, q)
+    chosen = select("linear_attention_jvp", impl, IMPLEMENTATIONS, q, v)
     outputs = _op(q, k, v, t_q, t_k, t_v, eps, chosen)
     return tuple(outputs) if return_state else tuple(outputs[:2])
 

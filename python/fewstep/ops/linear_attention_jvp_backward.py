@@ -30,10 +30,10 @@ from .. import _native
 from ..reference.linear_attention_jvp import linear_attention_jvp as _forward
 from ..reference.linear_attention_jvp_backward import linear_attention_jvp_backward as _reference
 from ._autograd import Derivative, composite
-from ._linear_attention import NAMES, new_like_rows, unit_stride, validate
+from ._linear_attention import NAMES, new_like_rows, refuse_triton_heads, unit_stride, validate
 from ._register import register
-from ._rows import DTYPES, KERNEL_DTYPES, acc_dtype, names_in, pack, unpack
-from ._select import Implementation, refuse_native, refuse_triton, select
+from ._rows import DTYPES, acc_dtype, names_in, pack, unpack
+from ._select import Implementation, refuse_native, select
 
 __all__ = ["linear_attention_jvp_backward"]
 
@@ -83,15 +83,13 @@ def _run_triton(*args: Any) -> tuple[Tensor, ...]:
     return _run_kernel(launch_linear_attention_jvp_backward, *args)
 
 
-def _refuse_native(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    return refuse_native("linear_attention_jvp_backward", [q], DTYPES)
+def _refuse_native(*args: Any, **kwargs: Any) -> str | None:
+    return refuse_native("linear_attention_jvp_backward", args, DTYPES)
 
 
 IMPLEMENTATIONS = (
     Implementation("native", _run_native, _refuse_native),
-    Implementation(
-        "triton", _run_triton, lambda q, *args, **kwargs: refuse_triton([q], KERNEL_DTYPES)
-    ),
+    Implementation("triton", _run_triton, refuse_triton_heads),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
 
@@ -176,7 +174,7 @@ def linear_attention_jvp_backward(
     for name in wanted:
         if name not in NAMES:
             raise ValueError(f"wanted: expected names among {', '.join(NAMES)}, got {name!r}")
-    chosen = select("linear_attention_jvp_backward", impl, IMPLEMENTATIONS, q)
+    chosen = select("linear_attention_jvp_backward", impl, IMPLEMENTATIONS, q, v)
     asked = sum(1 << NAMES.index(name) for name in set(wanted))
     outputs = _op(d_o, dt_o, q, k, v, t_q, t_k, t_v, state, t_state, eps, asked, chosen)
     return unpack(outputs, asked)

@@ -65,10 +65,10 @@ def _run_reference(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 IMPLEMENTATIONS = (
     Implementation(
-        "native", _run_native, lambda x, *args, **kwargs: refuse_native("modulate_jvp", [x], DTYPES)
+        "native", _run_native, lambda *args, **kwargs: refuse_native("modulate_jvp", args, DTYPES)
     ),
     Implementation(
-        "triton", _run_triton, lambda x, *args, **kwargs: refuse_triton([x], KERNEL_DTYPES)
+        "triton", _run_triton, lambda *args, **kwargs: refuse_triton(args, KERNEL_DTYPES)
     ),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )

@@ -117,14 +117,14 @@ def _run_reference(*args: Any) -> tuple[Tensor, ...]:
     return tuple(v.clone(memory_format=torch.contiguous_format) for v in _formula(*args))
 
 
-def _refuse_native(y: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    return refuse_native("modulate_jvp_backward", [y], DTYPES)
+def _refuse_native(*args: Any, **kwargs: Any) -> str | None:
+    return refuse_native("modulate_jvp_backward", args, DTYPES)
 
 
 IMPLEMENTATIONS = (
     Implementation("native", _run_native, _refuse_native),
     Implementation(
-        "triton", _run_triton, lambda y, *args, **kwargs: refuse_triton([y], KERNEL_DTYPES)
+        "triton", _run_triton, lambda *args, **kwargs: refuse_triton(args, KERNEL_DTYPES)
     ),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )

@@ -96,9 +96,9 @@ def _run_reference(x: Tensor, t_x: Tensor | None, *rest: Any) -> tuple[Tensor, T
 
 IMPLEMENTATIONS = (
     Implementation(
-        "native", _run_native, lambda x, *args, **kwargs: refuse_native("norm_jvp", [x], DTYPES)
+        "native", _run_native, lambda *args, **kwargs: refuse_native("norm_jvp", args, DTYPES)
     ),
-    Implementation("triton", _run_triton, lambda x, *args, **kwargs: refuse_triton_rows(x)),
+    Implementation("triton", _run_triton, refuse_triton_rows),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
 

@@ -164,9 +164,9 @@ IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda x, *args, **kwargs: refuse_native("norm_jvp_backward", [x], DTYPES),
+        lambda *args, **kwargs: refuse_native("norm_jvp_backward", args, DTYPES),
     ),
-    Implementation("triton", _run_triton, lambda x, *args, **kwargs: refuse_triton_rows(x)),
+    Implementation("triton", _run_triton, refuse_triton_rows),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
 
