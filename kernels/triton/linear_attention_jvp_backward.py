@@ -32,6 +32,8 @@ from ._linear_attention import (
     tiles,
 )
 
+BLOCK = 16
+
 
 @triton.jit
 def _linear_attention_jvp_backward_queries_kernel(
@@ -261,7 +263,7 @@ def launch_linear_attention_jvp_backward(
     nk, dv = v.shape[2:]
     if batch * heads == 0:
         return
-    options = tiles(d, dv)
+    options = tiles(d, dv, BLOCK)
     partials = new_partials(q, v, nq)
 
     def present(*tensors: Tensor | None) -> list[Tensor]:

@@ -343,7 +343,7 @@ for module in (forward, backward):
     for name, kernel in vars(module).items():
         if not name.endswith("_kernel"):
             continue
-        options = module.tiles(d, d)
+        options = module.tiles(d, d, getattr(module, "BLOCK", 64))
         constants = {n: value for n, value in options.items() if n in kernel.arg_names}
         options = {n: options[n] for n in ("num_warps", "num_stages")}
         constants |= {n: True for n in kernel.arg_names if n.startswith("HAS_")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ._rows import DTYPES, KERNEL_DTYPES, acc_dtype

@@ -39,7 +39,7 @@ from ._linear_attention import (
     validate,
 )
 from ._register import register
-from ._rows import DTYPES, KERNEL_DTYPES
+from ._rows import DTYPES
 from ._select import Implementation, refuse_native, select
 from .linear_attention_jvp_backward import linear_attention_jvp_backward
 
