@@ -73,7 +73,8 @@ def _linear_attention_jvp_state_kernel(
     t_matrix = tl.zeros([D_PAD, DV_PAD], tl.float32)
     vector = tl.zeros([D_PAD], tl.float32)
     t_vector = tl.zeros([D_PAD], tl.float32)
-    for start in range(0, TOKENS, BLOCK):
+    count = tl.minimum(nk - chunk * TOKENS, TOKENS)
+    for start in range(0, count, BLOCK):
         offs = chunk * TOKENS + start + tl.arange(0, BLOCK)
         k = load_rows(k_ptr + b * stride_kb + h * stride_kh, stride_kn, offs, nk, cols, D)
         v = load_rows(v_ptr + b * stride_vb + h * stride_vh, stride_vn, offs, nk, cols_v, DV)
@@ -138,7 +139,8 @@ def _linear_attention_jvp_kernel(
     matrix, vector = load_state(state_ptr + head * size, D, DV, D_PAD, DV_PAD)
     if HAS_TSTATE:
         t_matrix, t_vector = load_state(t_state_ptr + head * size, D, DV, D_PAD, DV_PAD)
-    for start in range(0, TOKENS, BLOCK):
+    count = tl.minimum(nq - chunk * TOKENS, TOKENS)
+    for start in range(0, count, BLOCK):
         offs = chunk * TOKENS + start + tl.arange(0, BLOCK)
         q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qn, offs, nq, cols, D)
         f = features(q, q)

@@ -91,7 +91,8 @@ def _linear_attention_jvp_backward_queries_kernel(
     d_t_matrix = tl.zeros([D_PAD, DV_PAD], tl.float32)
     d_vector = tl.zeros([D_PAD], tl.float32)
     d_t_vector = tl.zeros([D_PAD], tl.float32)
-    for start in range(0, TOKENS, BLOCK):
+    count = tl.minimum(nq - chunk * TOKENS, TOKENS)
+    for start in range(0, count, BLOCK):
         offs = chunk * TOKENS + start + tl.arange(0, BLOCK)
         q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qn, offs, nq, cols, D)
         q = q.to(tl.float32)
@@ -202,7 +203,8 @@ def _linear_attention_jvp_backward_keys_kernel(
     d_matrix, d_vector = load_state(d_ptr, D, DV, D_PAD, DV_PAD)
     d_ptr += batch * heads * size
     d_t_matrix, d_t_vector = load_state(d_ptr, D, DV, D_PAD, DV_PAD)
-    for start in range(0, TOKENS, BLOCK):
+    count = tl.minimum(nk - chunk * TOKENS, TOKENS)
+    for start in range(0, count, BLOCK):
         offs = chunk * TOKENS + start + tl.arange(0, BLOCK)
         k = load_rows(k_ptr + b * stride_kb + h * stride_kh, stride_kn, offs, nk, cols, D)
         k = k.to(tl.float32)
