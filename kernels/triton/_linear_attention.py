@@ -74,8 +74,8 @@ def store_state(
 def tiles(d: int, dv: int, block: int = 64) -> dict[str, int]:
     """Return the sizes and launch options for head dims d and dv.
 
-    Tiles of `block` tokens, or 16 with wide heads: what needs no registers in memory, compiled with
-    Triton 3.9 for sm_90. The times are not measured on a GPU yet.
+    Tiles of `block` tokens, or 16 with wide heads: what keeps registers from spilling, compiled
+    with Triton 3.9 for sm_90. The times are not measured on a GPU yet.
     """
     d_pad, dv_pad = padded(d), padded(dv)
     narrow = d_pad * dv_pad <= 32 * 32
