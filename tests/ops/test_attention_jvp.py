@@ -398,14 +398,20 @@ def test_triton_compiles_for_hopper(d):
     assert child.returncode == 0, child.stderr[-2000:]
 
 
+def raw_arguments(args):
+    """The arguments of the registered op: tangents have an axis of directions, masks follow."""
+    directed = [None if x is None else x[None] for x in args[3:]]
+    return (*args[:3], *directed, None, None, None, None, False, 0.3, "native")
+
+
 @pytest.mark.parametrize("tangents", [(3, 4, 5), (3,), ()])
 def test_opcheck(tangents):
     args = [x if i < 3 or i in tangents else None for i, x in enumerate(inputs(9, 12, 8, 16))]
     op = torch.ops.fewstep.attention_jvp.default
-    torch.library.opcheck(op, (*args, 0.3, "native"))
+    torch.library.opcheck(op, raw_arguments(args))
     # Heads inside tokens: the fake must foresee that the outputs follow.
     inside = [None if x is None else x.transpose(1, 2).contiguous().transpose(1, 2) for x in args]
-    torch.library.opcheck(op, (*inside, 0.3, "native"))
+    torch.library.opcheck(op, raw_arguments(inside))
 
 
 @pytest.mark.parametrize("tangents", [(3, 4, 5), (3,)])
@@ -450,9 +456,13 @@ def test_bad_input_names_the_argument():
         call(q, k[..., :8], v)
     with pytest.raises(ValueError, match="v: expected as many rows as k, 6, got 5"):
         call(q, k, v[..., :5, :])
-    with pytest.raises(ValueError, match=r"k: expected the batch and heads of q, \(2, 3\), got"):
-        call(q, k[:, :1], v)
-    with pytest.raises(ValueError, match=r"t_k: expected the shape of k, \(2, 3, 6, 16\), got"):
+    with pytest.raises(ValueError, match="k: expected the batch of q, 2, got 1"):
+        call(q, k[:1], v)
+    with pytest.raises(ValueError, match="k: expected heads that divide those of q, 3, got 2"):
+        call(q, k[:, :2], v)
+    with pytest.raises(ValueError, match="v: expected the heads of k, 3, got 1"):
+        call(q, k, v[:, :1])
+    with pytest.raises(ValueError, match=r"t_k: expected the shape of k, \(2, 3, 6, 16\), or one"):
         call(q, k, v, t_q, t_k[..., :5, :], t_v)
     with pytest.raises(ValueError, match=r"t_v: expected the dtype of q, torch\.float32, got"):
         call(q, k, v, t_q, t_k, t_v.half())

@@ -1,26 +1,35 @@
 """Softmax attention and its directional derivative, in one pass over the keys.
 
-    S  = scale q k^T                        tS = scale (t_q k^T + q t_k^T)
+    S  = scale q k^T + M                    tS = scale (t_q k^T + q t_k^T) + tM
     P  = softmax(S)                         mu = sum_j P tS
     o  = P v                                t_o = P (tS - mu) v + P t_v
     lse = log sum_j exp S
 
 q, t_q          [B, H, Nq, D] or [B, Nq, D]     t_x: tangent of x
-k, t_k          [B, H, Nk, D]
-v, t_v          [B, H, Nk, Dv]
+k, t_k          [B, G, Nk, D]                   G divides H: query head h reads head h // (H / G)
+v, t_v          [B, G, Nk, Dv]
+M, tM           attn_mask and its tangent, anything that broadcasts to [B, H, Nq, Nk]
 o, t_o          [B, H, Nq, Dv], in q's dtype and its axis order (heads inside tokens stay inside)
 lse, mu         [B, H, Nq], float32 (float64 for float64)
 
-bfloat16, float16; float32 and float64 too on the CPU and in the reference. D and Dv multiples of 8
-up to 256, any Nq and Nk; Nk = 0 gives zeros. Any strides with unit stride in the last axis, without
-a copy. Sums are in float32 (float64 for float64). A tangent that is None is zero and its matmuls
-are not done: 6 with all three, 4 with a static k and v, 2 with none (t_o is then zeros).
+Tangents may all have one more axis in front, [R, ...]: R directions that share the primal's work;
+t_o and mu then have it too. A tangent that is None is zero and its matmuls are not done: 6 with all
+three, 4 with a static k and v, 2 with none (t_o is then zeros).
 
-Recurrence, reason for its centring, error and cost: docs/ops/attention_jvp.md.
+bfloat16, float16; float32 and float64 too on the CPU and in the reference. D and Dv multiples of 8
+up to 256, any Nq and Nk. A query that meets no key gets o = t_o = mu = 0 and lse = -inf. Any
+strides with unit stride in the last axis, without a copy; masks are read where they lie, broadcast
+or not. Sums are in float32 (float64 for float64).
+
+Differentiable through all outputs with respect to q, k, v and their tangents
+(`attention_jvp_backward`). Recurrence, reason for its centring, error and cost:
+docs/ops/attention_jvp.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,61 +37,93 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.attention_jvp import attention_jvp as _reference
+from ._attention import (
+    DTYPES,
+    HEAD_DIMS,
+    Masking,
+    count_directions,
+    new_rows,
+    stat_dtype,
+    unit_stride,
+    validate_masking,
+    validate_primals,
+)
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
-__all__ = ["attention_jvp"]
+__all__ = ["HEAD_DIMS", "attention_jvp", "merge_partials"]
 
-HEAD_DIMS = range(8, 257, 8)
 # Triton 3.9's compiler aborts the process on exact float32 products of some of these head dims.
 _GPU_DTYPES = (torch.bfloat16, torch.float16)
 _INTERPRETER_DTYPES = (torch.float32, *_GPU_DTYPES)
-_DTYPES = (*_INTERPRETER_DTYPES, torch.float64)
 
 
-def _stat_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def _directions(tangents: Sequence[Tensor | None]) -> int:
+    """Return R of the op's tangents, which always have that axis; 0 without tangents."""
+    return next((t.shape[0] for t in tangents if t is not None), 0)
 
 
-def _new_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate (o, t_o, lse, mu) for 4-d q and v; o follows the order of q's heads and tokens."""
-    b, h, n, _ = q.shape
-    if q.stride(1) < q.stride(2):
-        o, t_o = (q.new_empty((b, n, h, v.shape[-1])).transpose(1, 2) for _ in range(2))
-    else:
-        o, t_o = (q.new_empty((b, h, n, v.shape[-1])) for _ in range(2))
-    lse, mu = (q.new_empty((b, h, n), dtype=_stat_dtype(q)) for _ in range(2))
+def _new_outputs(q: Tensor, v: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate (o, t_o, lse, mu)."""
+    o, t_o = new_rows(q, v.shape[-1]), new_rows(q, v.shape[-1], directions)
+    lse, mu = (
+        q.new_empty((*lead, *q.shape[:3]), dtype=stat_dtype(q)) for lead in ((), (directions,))
+    )
     return o, t_o, lse, mu
 
 
 def _run_reference(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *tangents, scale = rest
-    outputs = _new_outputs(q, v)
-    for out, value in zip(outputs, _reference(q, k, v, *tangents, scale=scale), strict=True):
-        out.copy_(value)
+    *arguments, scale = rest
+    tangents, masking = arguments[:3], Masking(*arguments[3:])
+    directions = _directions((*tangents, masking.t_attn_mask))
+    outputs = _new_outputs(q, v, directions)
+    values = _reference(q, k, v, *tangents, scale=scale, **masking.keywords())
+    for i, (out, value) in enumerate(zip(outputs, values, strict=True)):
+        if directions or i in (0, 2):
+            out.copy_(value)
     return outputs
 
 
-def _unit_stride(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
 def _run_native(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *tangents, scale = rest
-    outputs = _new_outputs(q, v)
-    inputs = [_unit_stride(x) for x in (q, k, v, *tangents)]
-    _native.call("attention_jvp", *inputs, *outputs, scale)
+    *arguments, scale = rest
+    tangents, masking = arguments[:3], Masking(*arguments[3:])
+    outputs = _new_outputs(q, v, _directions((*tangents, masking.t_attn_mask)))
+    inputs = [unit_stride(x) for x in (q, k, v, *tangents)]
+    _native.call("attention_jvp", *_one_direction(inputs, outputs), scale)
     return outputs
 
 
 def _run_triton(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     from ..kernels.attention_jvp import launch_attention_jvp
 
-    *tangents, scale = rest
-    outputs = _new_outputs(q, v)
-    inputs = [_unit_stride(x) for x in (q, k, v, *tangents)]
-    launch_attention_jvp(*inputs, *outputs, scale)
+    *arguments, scale = rest
+    tangents, masking = arguments[:3], Masking(*arguments[3:])
+    outputs = _new_outputs(q, v, _directions((*tangents, masking.t_attn_mask)))
+    inputs = [unit_stride(x) for x in (q, k, v, *tangents)]
+    launch_attention_jvp(*_one_direction(inputs, outputs), scale)
     return outputs
+
+
+def _one_direction(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> list[Any]:
+    """Return the tensors of a call without masks and with at most one direction, all 4-d."""
+    o, t_o, lse, mu = outputs
+    if t_o.shape[0] == 0:
+        t_o, mu = torch.empty_like(o)[None], torch.empty_like(lse)[None]
+    tangents = [None if x is None else x[0] for x in inputs[3:]]
+    return [*inputs[:3], *tangents, o, t_o[0], lse, mu[0]]
+
+
+def _refuse_general(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kwargs: Any) -> str | None:
+    """Return why a kernel without masks, shared heads or several directions can't run."""
+    masking = next((x for x in rest if isinstance(x, Masking)), Masking())
+    tangents = [x for x in rest if isinstance(x, Tensor)]
+    if not masking.is_plain or masking.t_attn_mask is not None or "attn_mask" in kwargs:
+        return "masks and sequences are not offered yet"
+    if k.shape[:-2] != q.shape[:-2]:
+        return "heads of k and v shared by several of q are not offered yet"
+    if any(t.dim() == 5 and t.shape[0] > 1 for t in tangents):
+        return "several directions at once are not offered yet"
+    return None
 
 
 def _triton_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
@@ -93,65 +134,33 @@ IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda q, *args, **kwargs: refuse_native("attention_jvp", [q], _DTYPES),
+        lambda q, *args, **kwargs: (
+            refuse_native("attention_jvp", [q], DTYPES) or _refuse_general(q, *args, **kwargs)
+        ),
     ),
     Implementation(
-        "triton", _run_triton, lambda q, *args, **kwargs: refuse_triton([q], _triton_dtypes(q))
+        "triton",
+        _run_triton,
+        lambda q, *args, **kwargs: (
+            refuse_triton([q], _triton_dtypes(q)) or _refuse_general(q, *args, **kwargs)
+        ),
     ),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _new_outputs(q, v)
+    return _new_outputs(q, v, _directions((*rest[:3], rest[4])))
 
 
 _op = register(
     "attention_jvp",
-    "(Tensor q, Tensor k, Tensor v, Tensor? t_q, Tensor? t_k, Tensor? t_v, float scale, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? t_q, Tensor? t_k, Tensor? t_v, Tensor? attn_mask,"
+    " Tensor? t_attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool is_causal,"
+    " float scale, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
 )
-
-
-def _validate(q: Tensor, k: Tensor, v: Tensor, tangents: dict[str, Tensor | None]) -> None:
-    if q.dtype not in _DTYPES:
-        raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
-    if q.dim() not in (3, 4):
-        raise ValueError(f"q: expected [B, H, N, D] or [B, N, D], got shape {tuple(q.shape)}")
-    tensors = {"k": k, "v": v, **tangents}
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
-        if x.dim() != q.dim():
-            raise ValueError(f"{name}: expected {q.dim()} axes as q has, got {x.dim()}")
-        if x.shape[:-2] != q.shape[:-2]:
-            raise ValueError(
-                f"{name}: expected the batch and heads of q, {tuple(q.shape[:-2])}, got "
-                f"{tuple(x.shape[:-2])}"
-            )
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k: expected the head dim of q, {q.shape[-1]}, got {k.shape[-1]}")
-    if v.shape[-2] != k.shape[-2]:
-        raise ValueError(f"v: expected as many rows as k, {k.shape[-2]}, got {v.shape[-2]}")
-    for name, x in (("q", q), ("v", v)):
-        if x.shape[-1] not in HEAD_DIMS:
-            raise ValueError(
-                f"{name}: expected a head dim that is a multiple of 8 from 8 to 256, got "
-                f"{x.shape[-1]}"
-            )
-    for name, primal in (("t_q", q), ("t_k", k), ("t_v", v)):
-        tangent = tangents[name]
-        if tangent is not None and tangent.shape != primal.shape:
-            raise ValueError(
-                f"{name}: expected the shape of {name[2:]}, {tuple(primal.shape)}, got "
-                f"{tuple(tangent.shape)}"
-            )
 
 
 def attention_jvp(
@@ -162,6 +171,11 @@ def attention_jvp(
     t_k: Tensor | None = None,
     t_v: Tensor | None = None,
     *,
+    attn_mask: Tensor | None = None,
+    t_attn_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    is_causal: bool = False,
     scale: float | None = None,
     return_stats: bool = False,
     impl: str = "auto",
@@ -170,33 +184,101 @@ def attention_jvp(
 
     Args:
         q: queries [B, H, Nq, D] or [B, Nq, D].
-        k: keys [B, H, Nk, D].
-        v: values [B, H, Nk, Dv].
-        t_q: tangent of q, its shape, dtype and device; None is zero and costs nothing.
+        k: keys [B, G, Nk, D]; G divides H.
+        v: values [B, G, Nk, Dv].
+        t_q: tangent of q, its shape, dtype and device; None is zero and costs nothing. Tangents may
+            all have one axis of directions in front, [R, ...].
         t_k: tangent of k, likewise.
         t_v: tangent of v, likewise.
+        attn_mask: bool (True: the pair meets) or of q's dtype (added to the scores), broadcastable
+            to [B, H, Nq, Nk], as in `torch.nn.functional.scaled_dot_product_attention`.
+        t_attn_mask: tangent of an additive attn_mask; with R in front if the other tangents have.
+        cu_seqlens_q: int32 [S + 1]: sequence s is rows cu[s] ... cu[s + 1] of q, and sees only
+            itself. B must be 1.
+        cu_seqlens_k: the same for k and v.
+        is_causal: key j is seen by query i if j <= i, counted from the start of their sequence.
         scale: factor on q k^T; D**-0.5 if None.
-        return_stats: also return lse and mu, which merge results over parts of the keys.
+        return_stats: also return lse and mu, which `merge_partials` needs.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
         (o, t_o), or (o, t_o, lse, mu). o has the same bits whatever the tangents are.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ, or a head dim is not offered.
+        ValueError: shapes, dtypes or devices differ, or a head dim is not offered; the message
+            names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: an input carries a tangent or requires grad.
+        DerivativeError: an input carries a tangent; pass it as an argument, or use
+            `fewstep.scaled_dot_product_attention`. Or attn_mask requires grad.
     """
-    _validate(q, k, v, {"t_q": t_q, "t_k": t_k, "t_v": t_v})
-    chosen = select("attention_jvp", impl, IMPLEMENTATIONS, q)
+    masking = Masking(attn_mask, t_attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal)
+    validate_primals(q, k, v)
+    tangents = {"t_q": t_q, "t_k": t_k, "t_v": t_v}
+    directions = count_directions({"q": q, "k": k, "v": v}, tangents)
+    validate_masking(q, k, masking, directions)
+    inputs = [q, k, v, t_q, t_k, t_v]
+    if q.dim() == 3:
+        inputs = [None if x is None else x.unsqueeze(-3) for x in inputs]
+        masking = _with_head_axis(masking, directions)
+    masking = masking.expanded(inputs[0], inputs[1], directions)
+    if directions is None:
+        inputs[3:] = [None if x is None else x.unsqueeze(0) for x in inputs[3:]]
+    chosen = select("attention_jvp", impl, IMPLEMENTATIONS, *inputs, masking)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = (q, k, v, t_q, t_k, t_v)
+    o, t_o, lse, mu = _op(*inputs, *masking.kernel_arguments(), scale, chosen)
+    if t_o.shape[0] == 0:  # no tangent at all
+        t_o, mu = o.new_zeros((1, *o.shape)), lse.new_zeros((1, *lse.shape))
+    if directions is None:
+        t_o, mu = t_o[0], mu[0]
     if q.dim() == 3:
-        inputs = tuple(None if x is None else x.unsqueeze(1) for x in inputs)
-    outputs = _op(*inputs, scale, chosen)
-    if q.dim() == 3:
-        outputs = tuple(x.squeeze(1) for x in outputs)
-    return tuple(outputs) if return_stats else tuple(outputs[:2])
+        o, t_o, lse, mu = o.squeeze(-3), t_o.squeeze(-3), lse.squeeze(-2), mu.squeeze(-2)
+    return (o, t_o, lse, mu) if return_stats else (o, t_o)
+
+
+def _with_head_axis(masking: Masking, directions: int | None) -> Masking:
+    """Return masking for [B, N, D] tensors as it is for [B, 1, N, D]."""
+
+    def widen(mask: Tensor | None, batched: int) -> Tensor | None:
+        return mask if mask is None or mask.dim() < batched else mask.unsqueeze(-3)
+
+    return replace(
+        masking,
+        attn_mask=widen(masking.attn_mask, 3),
+        t_attn_mask=widen(masking.t_attn_mask, 3 if directions is None else 4),
+    )
+
+
+def merge_partials(parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
+    """Join attention over disjoint sets of keys exactly; what ring and split-key schemes need.
+
+        lse = log sum_a exp lse_a        w_a = exp(lse_a - lse)        o = sum_a w_a o_a
+        mu = sum_a w_a mu_a              t_o = sum_a w_a (t_o_a + mu_a o_a) - mu o
+
+    Args:
+        parts: (o, t_o, lse, mu) of each set, from `attention_jvp(..., return_stats=True)` with the
+            same queries. A row that met no key in a part has weight 0 there.
+
+    Returns:
+        (o, t_o, lse, mu) over the union, in the dtypes of the parts; differentiable.
+
+    Raises:
+        ValueError: there are no parts.
+    """
+    if not parts:
+        raise ValueError("parts: expected at least one (o, t_o, lse, mu), got none")
+    o, t_o, lse, mu = (torch.stack(x) for x in zip(*parts, strict=True))
+    merged_lse = torch.logsumexp(lse, 0)
+    # A row that met no key anywhere: -inf everywhere, and nothing to weigh.
+    weight = (lse - merged_lse.masked_fill(merged_lse == -torch.inf, 0)).exp()
+    merged_o = (weight[..., None] * o).sum(0)
+    if mu.dim() > lse.dim():  # directions
+        weight = weight.unsqueeze(1)
+        o = o.unsqueeze(1)
+    merged_mu = (weight * mu).sum(0)
+    merged_t_o = (weight[..., None] * (t_o + mu[..., None] * o)).sum(0)
+    merged_t_o = merged_t_o - merged_mu[..., None] * merged_o
+    dtype = parts[0][0].dtype
+    return merged_o.to(dtype), merged_t_o.to(dtype), merged_lse, merged_mu
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:

@@ -1,19 +1,59 @@
 """Oracle of `fewstep.ops.attention_jvp`: the tangent written out by hand.
 
-    S  = scale q k^T                        tS = scale (t_q k^T + q t_k^T)
+    S  = scale q k^T + M                    tS = scale (t_q k^T + q t_k^T) + tM
     P  = softmax(S)                         mu = sum_j P tS,  tP = P (tS - mu)
     o  = P v                                t_o = tP v + P t_v
     lse = log sum_j exp S
 
-q, t_q [..., Nq, D]; k, t_k [..., Nk, D]; v, t_v [..., Nk, Dv]; o, t_o [..., Nq, Dv];
-lse, mu [..., Nq]. A tangent that is None is zero. Nothing here is taken from torch's own forward
-mode, so it checks that independently. Runs in float64 for float64 inputs, else in float32.
+q [B, H, Nq, D]; k [B, G, Nk, D], v [B, G, Nk, Dv] with G dividing H: query head h reads head
+h // (H / G). Tangents have the shape of their primal, or one axis more in front, [R, ...], for R
+directions. Masked pairs have P = tP = 0, and a row without any key o = t_o = mu = 0, lse = -inf.
+o [B, H, Nq, Dv]; lse [B, H, Nq]; t_o and mu the same, with R in front if the tangents have it.
+
+A tangent that is None is zero. Nothing here is taken from torch's own forward mode, so it checks
+that independently; everything is differentiable to any order by torch. Runs in float64 for float64
+inputs, else in float32.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def allowed_pairs(
+    q: Tensor,
+    k: Tensor,
+    *,
+    is_causal: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor | None:
+    """Return which (query, key) pairs meet, [Nq, Nk] bool; None if all do.
+
+    Causal: key j is seen by query i if j <= i, both counted from the start of their sequence.
+    """
+    if not is_causal and cu_seqlens_q is None:
+        return None
+    row = torch.arange(q.shape[-2], device=q.device)
+    column = torch.arange(k.shape[-2], device=q.device)
+    allowed = torch.ones(len(row), len(column), dtype=torch.bool, device=q.device)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        row_sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), row, right=True)
+        column_sequence = torch.searchsorted(cu_seqlens_k[1:].contiguous(), column, right=True)
+        allowed = row_sequence[:, None] == column_sequence
+        row = row - cu_seqlens_q[row_sequence]
+        column = column - cu_seqlens_k[column_sequence]
+    if is_causal:
+        allowed = allowed & (column <= row[:, None])
+    return allowed
+
+
+def share_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat each of the G heads [..., G, N, D] for the query heads that read it."""
+    if x.dim() < 3 or x.shape[-3] == heads:
+        return x
+    return x.repeat_interleave(heads // x.shape[-3], dim=-3)
 
 
 def attention_jvp(
@@ -24,22 +64,44 @@ def attention_jvp(
     t_k: Tensor | None = None,
     t_v: Tensor | None = None,
     *,
+    attn_mask: Tensor | None = None,
+    t_attn_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    is_causal: bool = False,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (o, t_o, lse, mu) in the accumulation dtype."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    heads = q.shape[-3] if q.dim() > 2 else 1
+    allowed = allowed_pairs(
+        q, k, is_causal=is_causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+    )
+    q = q.to(dtype)
+    k, v = (share_heads(x.to(dtype), heads) for x in (k, v))
+
     s = scale * q @ k.mT
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = attn_mask if allowed is None else allowed & attn_mask
+    elif attn_mask is not None:
+        s = s + attn_mask.to(dtype)
+    if allowed is not None:
+        s = s.masked_fill(~allowed, -torch.inf)
+
     t_s = torch.zeros_like(s)
     if t_q is not None:
         t_s = t_s + scale * t_q.to(dtype) @ k.mT
     if t_k is not None:
-        t_s = t_s + scale * q @ t_k.to(dtype).mT
-    p = s.softmax(-1)
+        t_s = t_s + scale * q @ share_heads(t_k.to(dtype), heads).mT
+    if t_attn_mask is not None:
+        t_s = t_s + t_attn_mask.to(dtype)
+
+    lse = s.logsumexp(-1)
+    p = (s - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     mu = (p * t_s).sum(-1)
     o = p @ v
     t_o = (p * (t_s - mu[..., None])) @ v
     if t_v is not None:
-        t_o = t_o + p @ t_v.to(dtype)
-    return o, t_o, s.logsumexp(-1), mu
+        t_o = t_o + p @ share_heads(t_v.to(dtype), heads)
+    return o, t_o, lse, mu

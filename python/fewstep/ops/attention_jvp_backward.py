@@ -1,0 +1,201 @@
+"""Gradients through attention and its directional derivative: the dual of attention's backward.
+
+    D0 = sum dt_o o - d_mu                  D1 = sum (d_o o + dt_o t_o) - d_lse
+    X0 = dt_o v^T                           X1 = d_o v^T + dt_o t_v^T
+    tP = P (tS - mu)                        P = exp(S - lse)
+    dS0 = P (X0 - D0)                       dS1 = P (X1 - D1) + tP (X0 - D0)
+    dt_q = scale dS0 k                      d_q = scale (dS1 k + dS0 t_k)
+    dt_k = scale dS0^T q                    d_k = scale (dS1^T q + dS0^T t_q)
+    dt_v = P^T dt_o                         d_v = P^T d_o + tP^T dt_o
+
+d_x: cotangent of x; dt_x: cotangent of t_x. Evaluate the backward of attention on dual numbers with
+the cotangent dt_o + eps d_o: its real part is the gradient of the tangents, its dual part that of
+the primals. lse and mu are such a pair too (mu is the derivative of lse), so their cotangents enter
+D1 and D0 and merged results are differentiable. One direction; several are summed by the caller.
+
+d_o, dt_o       [B, H, Nq, Dv], q's dtype       None is zero and costs nothing
+delta0, delta1  [B, H, Nq], the dtype of lse    D0 and D1 above; delta0 None: t_o and mu have no
+                                                cotangent, and what is left is attention's backward
+q ... t_v       as in attention_jvp, one direction: t_x has the shape of x
+lse, mu         [B, H, Nq], from attention_jvp; mu None: no tangents
+
+Returns (d_q, d_k, d_v, dt_q, dt_k, dt_v), in the shapes and dtype of q, k, v; those that `needs`
+doesn't name are empty. 15 matmuls for all of them; 5 (and the scores) where only d_o is given.
+
+Every sum has one order that depends on shapes alone: bits repeat from run to run.
+Derivation, layout and error: docs/ops/attention_jvp_backward.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.attention_jvp_backward import attention_jvp_backward as _reference
+from ._attention import Masking, count_directions, stat_dtype, validate_masking, validate_primals
+from ._register import register
+from ._select import Implementation, select
+
+__all__ = ["NAMES", "attention_jvp_backward"]
+
+NAMES = ("q", "k", "v", "t_q", "t_k", "t_v")
+"""Gradients in the order returned; `needs` has bit i set for NAMES[i]."""
+
+
+def _outputs(primals: tuple[Tensor, ...], needs: int) -> tuple[Tensor, ...]:
+    """Allocate the gradients asked for; the others are empty."""
+    return tuple(
+        torch.empty_like(x) if needs >> i & 1 else x.new_empty(0)
+        for i, x in enumerate((*primals, *primals))
+    )
+
+
+def _run_reference(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, scale, needs = rest
+    tensors, masking = arguments[:10], Masking(*arguments[10:])
+    values = _reference(d_o, dt_o, *tensors, scale=scale, **masking.keywords())
+    outputs = _outputs(tuple(tensors[2:5]), needs)
+    for i, (out, value) in enumerate(zip(outputs, values, strict=True)):
+        if needs >> i & 1:
+            out.copy_(value)
+    return outputs
+
+
+IMPLEMENTATIONS = (Implementation("reference", _run_reference, lambda *args, **kwargs: None),)
+
+
+def _fake(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return _outputs(rest[2:5], rest[-2])
+
+
+_op = register(
+    "attention_jvp_backward",
+    "(Tensor? d_o, Tensor? dt_o, Tensor? delta0, Tensor delta1, Tensor q, Tensor k, Tensor v,"
+    " Tensor? t_q, Tensor? t_k, Tensor? t_v, Tensor lse, Tensor? mu, Tensor? attn_mask,"
+    " Tensor? t_attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool is_causal,"
+    " float scale, int needs, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    IMPLEMENTATIONS,
+    _fake,
+)
+
+
+def _validate(
+    outputs: dict[str, Tensor | None], stats: dict[str, Tensor | None], q: Tensor, v: Tensor
+) -> None:
+    rows = tuple(q.shape[:-1])
+    for name, x in outputs.items():
+        if x is not None and (x.shape != (*rows, v.shape[-1]) or x.dtype != q.dtype):
+            raise ValueError(
+                f"{name}: expected {q.dtype} {[*rows, v.shape[-1]]}, got {x.dtype} {list(x.shape)}"
+            )
+    for name, x in stats.items():
+        if x is not None and (x.shape != rows or x.dtype != stat_dtype(q)):
+            raise ValueError(
+                f"{name}: expected {stat_dtype(q)} {list(rows)}, got {x.dtype} {list(x.shape)}"
+            )
+
+
+def attention_jvp_backward(
+    d_o: Tensor | None,
+    dt_o: Tensor | None,
+    delta0: Tensor | None,
+    delta1: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t_q: Tensor | None,
+    t_k: Tensor | None,
+    t_v: Tensor | None,
+    lse: Tensor,
+    mu: Tensor | None,
+    *,
+    attn_mask: Tensor | None = None,
+    t_attn_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    needs: str | tuple[str, ...] = NAMES,
+    impl: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Return the gradients (d_q, d_k, d_v, dt_q, dt_k, dt_v) of a function of (o, t_o, lse, mu).
+
+    Args:
+        d_o: cotangent of o [B, H, Nq, Dv], or None for zero.
+        dt_o: cotangent of t_o, or None for zero.
+        delta0: sum(dt_o * o) - d_mu [B, H, Nq]; None if neither t_o nor mu has a cotangent.
+        delta1: sum(d_o * o + dt_o * t_o) - d_lse [B, H, Nq].
+        q: queries [B, H, Nq, D].
+        k: keys [B, G, Nk, D].
+        v: values [B, G, Nk, Dv].
+        t_q: tangent of q, or None for zero; of one direction.
+        t_k: tangent of k, likewise.
+        t_v: tangent of v, likewise.
+        lse: from `attention_jvp` [B, H, Nq].
+        mu: from `attention_jvp`; None without tangents.
+        attn_mask: as in `attention_jvp`.
+        t_attn_mask: as in `attention_jvp`, of one direction.
+        cu_seqlens_q: as in `attention_jvp`.
+        cu_seqlens_k: as in `attention_jvp`.
+        is_causal: as in `attention_jvp`.
+        scale: as in `attention_jvp`.
+        needs: names of the gradients wanted, from "q", "k", "v", "t_q", "t_k", "t_v".
+        impl: "auto", "reference", "native" or "triton".
+
+    Returns:
+        Six tensors; those not in `needs` are empty.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ; the message names the argument.
+        UnsupportedError: `impl` can't serve these tensors.
+        DerivativeError: an input carries a tangent or requires grad.
+    """
+    masking = Masking(attn_mask, t_attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal)
+    validate_primals(q, k, v)
+    if q.dim() != 4:
+        raise ValueError(f"q: expected [B, H, Nq, D], got shape {tuple(q.shape)}")
+    tangents = {"t_q": t_q, "t_k": t_k, "t_v": t_v}
+    if count_directions({"q": q, "k": k, "v": v}, tangents) is not None:
+        raise ValueError("t_q, t_k, t_v: expected one direction, got an axis of directions")
+    validate_masking(q, k, masking, None)
+    _validate(
+        {"d_o": d_o, "dt_o": dt_o},
+        {"delta0": delta0, "delta1": delta1, "lse": lse, "mu": mu},
+        q, v,
+    )  # fmt: skip
+    if dt_o is not None and delta0 is None:
+        raise ValueError("delta0: expected a tensor where dt_o is given, got None")
+    unknown = set(needs) - set(NAMES)
+    if unknown:
+        raise ValueError(f"needs: expected names from {', '.join(NAMES)}, got {sorted(unknown)[0]}")
+    bits = sum(1 << i for i, name in enumerate(NAMES) if name in needs)
+    masking = masking.expanded(q, k, None).one_direction(0)
+    tensors = (d_o, dt_o, delta0, delta1, q, k, v, t_q, t_k, t_v, lse, mu)
+    chosen = select("attention_jvp_backward", impl, IMPLEMENTATIONS, q, masking)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return tuple(_op(*tensors, *masking.kernel_arguments(), scale, bits, chosen))
+
+
+def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return (args, kwargs, rtol, atol) for the gate on a new machine; see `_gate.check`."""
+    from ..reference.attention_jvp import attention_jvp as forward
+
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    # P, tP, dS0 and dS1 are rounded to the storage type: with unit-normal inputs an element is a
+    # sum of some hundred terms below 1, each off by half a unit in the last place.
+    bounds = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+    for dtype in (torch.bfloat16, torch.float16) if device.type == "cuda" else tuple(bounds):
+        for nq, nk, d, dv in ((77, 130, 64, 64), (33, 65, 72, 40)):
+            shapes = [(2, 2, nq, d), (2, 2, nk, d), (2, 2, nk, dv)] * 2 + [(2, 2, nq, dv)] * 2
+            *inputs, d_o, dt_o = (
+                torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes
+            )
+            o, t_o, lse, mu = forward(*inputs)
+            delta0, delta1 = (dt_o * o).sum(-1), (d_o * o + dt_o * t_o).sum(-1)
+            stats = (delta0.to(lse.dtype), delta1.to(lse.dtype))
+            bound = bounds[dtype]
+            cases.append(((d_o, dt_o, *stats, *inputs, lse, mu), {}, bound, bound))
+    return cases
