@@ -10,8 +10,11 @@ PARTIALS, METRIC = torch.empty(2, 1, 2, dtype=torch.float64), torch.empty(2)
 W = torch.ones(5, 8, dtype=torch.int8)
 A, A_SCALE, W_SCALE = torch.ones(3, 8, dtype=torch.int8), torch.ones(3), torch.ones(5)
 PACKED, OUT = ops.module("gemm_w8a8").pack_w8(W), torch.empty(3, 5)
-Q, OUT4 = torch.randn(1, 1, 3, 8), torch.empty(1, 1, 3, 8)
-STAT = torch.empty(1, 1, 3)
+Q, TQ = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 2, 3, 8)
+K, TK = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 1, 3, 8)
+MASK, OFFSETS = torch.zeros(1, 2, 3, 3), torch.tensor([0, 1, 3], dtype=torch.int32)
+OUT4, T_OUT4 = torch.empty(1, 2, 3, 8), torch.empty(1, 1, 2, 3, 8)
+STAT, T_STAT = torch.empty(1, 2, 3), torch.empty(1, 1, 2, 3)
 
 
 def put(values, index, value):
@@ -22,7 +25,10 @@ CALLS = {
     "cache_metric": (X, Y, None, None, PARTIALS, METRIC),
     "quantize_int8": (X[0], torch.empty(3, 8, dtype=torch.int8), torch.empty(3)),
     "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, OUT),
-    "attention_jvp": (Q, Q, Q, Q, Q, Q, OUT4, OUT4, STAT, STAT, 1.0),
+    "attention_jvp": (
+        *(Q, K, K, TQ, TK, TK, MASK, MASK[None], None, None, False),
+        *(OUT4, T_OUT4, STAT, T_STAT, 1.0),
+    ),
 }
 BAD = [
     ("cache_metric", 1, SHORT, "y: expected size 8 in axis 2, got 4"),
@@ -48,11 +54,20 @@ BAD = [
     ("gemm_w8a8", 3, torch.ones(10)[::2], "w_scale: expected unit stride"),
     ("gemm_w8a8", 4, torch.ones(4), "bias: expected size 5"),
     ("gemm_w8a8", 5, torch.empty(3, 9)[:, :5], "out: expected a contiguous tensor"),
-    ("attention_jvp", 1, torch.randn(1, 2, 3, 8), "k: expected size 1 in axis 1"),
+    ("attention_jvp", 1, torch.randn(1, 3, 3, 8), "k: expected heads that divide those of q, 2"),
     ("attention_jvp", 2, torch.randn(1, 1, 2, 8), "v: expected size 3 in axis 2"),
-    ("attention_jvp", 5, Q.double(), "t_v: expected float32, got float64"),
-    ("attention_jvp", 7, torch.empty(1, 1, 2, 8), "t_o: expected size 3"),
-    ("attention_jvp", 8, STAT.double(), "lse: expected float32"),
+    ("attention_jvp", 3, Q, "t_q: expected 5 axes, got 4"),
+    ("attention_jvp", 4, torch.randn(2, 1, 1, 3, 8), "t_k: expected size 1 in axis 0"),
+    ("attention_jvp", 5, TK.double(), "t_v: expected float32, got float64"),
+    ("attention_jvp", 6, MASK.double(), "attn_mask: expected float32, got float64"),
+    ("attention_jvp", 6, MASK[..., :2], "attn_mask: expected size 3 in axis 3"),
+    ("attention_jvp", 6, MASK.bool(), "t_attn_mask: expected an additive attn_mask"),
+    ("attention_jvp", 7, torch.randn(2, 1, 2, 3, 3), "t_attn_mask: expected size 1 in axis 0"),
+    ("attention_jvp", 8, OFFSETS, "attn_mask: expected none where cu_seqlens_q is given"),
+    ("attention_jvp", 9, OFFSETS, "cu_seqlens_q, cu_seqlens_k: expected both or none"),
+    ("attention_jvp", 12, torch.empty(1, 1, 2, 2, 8), "t_o: expected size 3"),
+    ("attention_jvp", 13, STAT.double(), "lse: expected float32"),
+    ("attention_jvp", 14, STAT, "mu: expected 4 axes"),
 ]
 
 
@@ -65,6 +80,16 @@ def test_the_plain_calls_are_accepted(op):
 def test_a_wrong_view_is_refused(op, index, value, message):
     with pytest.raises(ValueError, match=message):
         _native.call(op, *put(CALLS[op], index, value))
+
+
+@pytest.mark.parametrize("offsets", [[0, 1], [1, 2, 3], [0, 2, 1, 3], [0, 5, 3], [0, 1, 4]])
+def test_offsets_outside_the_rows_are_refused(offsets):
+    call = put(put(CALLS["attention_jvp"], 6, None), 7, None)
+    good = torch.tensor([*[0] * (len(offsets) - 1), 3], dtype=torch.int32)
+    bad = torch.tensor(offsets, dtype=torch.int32)
+    for name, pair in (("cu_seqlens_q", (bad, good)), ("cu_seqlens_k", (good, bad))):
+        with pytest.raises(ValueError, match=f"{name}: expected offsets that rise from 0 to 3"):
+            _native.call("attention_jvp", *call[:8], *pair, *call[10:])
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):

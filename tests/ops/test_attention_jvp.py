@@ -282,7 +282,12 @@ def test_writes_stay_inside(kernel):
     outputs = [padded(torch.zeros(2, 3, 35, 40)) for _ in range(2)]
     outputs += [padded(torch.zeros(2, 3, 35)) for _ in range(2)]
     if kernel == "native":
-        _native.call("attention_jvp", *args, *outputs, 0.2)
+        o, t_o, lse, mu = outputs
+        directed = [x[None] for x in args[3:]]
+        masking = (None, None, None, None, False)
+        _native.call(
+            "attention_jvp", *args[:3], *directed, *masking, o, t_o[None], lse, mu[None], 0.2
+        )
     else:
         from fewstep.kernels.attention_jvp import launch_attention_jvp
 

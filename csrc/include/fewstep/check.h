@@ -9,9 +9,9 @@
 
 namespace fewstep {
 
-// Refuses a view that is not `dtype` of shape `sizes`, or whose last axis has gaps.
-inline void expect_rows(const TensorView& view, const char* argument, DType dtype,
-                        std::initializer_list<std::int64_t> sizes) {
+// Refuses a view that is not `dtype` of shape `sizes`.
+inline void expect_shape(const TensorView& view, const char* argument, DType dtype,
+                         std::initializer_list<std::int64_t> sizes) {
     FEWSTEP_CHECK(view.dtype == dtype, argument, ": expected ", name(dtype), ", got ",
                   name(view.dtype));
     FEWSTEP_CHECK(view.ndim == static_cast<int>(sizes.size()), argument, ": expected ",
@@ -22,6 +22,12 @@ inline void expect_rows(const TensorView& view, const char* argument, DType dtyp
                       axis, ", got ", view.size(axis));
         ++axis;
     }
+}
+
+// As above, and without gaps in the last axis.
+inline void expect_rows(const TensorView& view, const char* argument, DType dtype,
+                        std::initializer_list<std::int64_t> sizes) {
+    expect_shape(view, argument, dtype, sizes);
     const int last = view.ndim - 1;
     FEWSTEP_CHECK(last < 0 || view.size(last) <= 1 || view.stride(last) == 1, argument,
                   ": expected unit stride in the last axis, got ", view.stride(last));

@@ -89,7 +89,7 @@ def _run_native(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ..
     tangents, masking = arguments[:3], Masking(*arguments[3:])
     outputs = _new_outputs(q, v, _directions((*tangents, masking.t_attn_mask)))
     inputs = [unit_stride(x) for x in (q, k, v, *tangents)]
-    _native.call("attention_jvp", *_one_direction(inputs, outputs), scale)
+    _native.call("attention_jvp", *inputs, *masking.kernel_arguments(), *outputs, scale)
     return outputs
 
 
@@ -134,9 +134,7 @@ IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda q, *args, **kwargs: (
-            refuse_native("attention_jvp", [q], DTYPES) or _refuse_general(q, *args, **kwargs)
-        ),
+        lambda q, *args, **kwargs: refuse_native("attention_jvp", [q], DTYPES),
     ),
     Implementation(
         "triton",
@@ -226,10 +224,9 @@ def attention_jvp(
     chosen = select("attention_jvp", impl, IMPLEMENTATIONS, *inputs, masking)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, t_o, lse, mu = _op(*inputs, *masking.kernel_arguments(), scale, chosen)
-    if t_o.shape[0] == 0:  # no tangent at all
-        t_o, mu = o.new_zeros((1, *o.shape)), lse.new_zeros((1, *lse.shape))
-    if directions is None:
-        t_o, mu = t_o[0], mu[0]
+    if directions is None:  # one, or no tangent at all
+        none = t_o.shape[0] == 0
+        t_o, mu = (torch.zeros_like(o), torch.zeros_like(lse)) if none else (t_o[0], mu[0])
     if q.dim() == 3:
         o, t_o, lse, mu = o.squeeze(-3), t_o.squeeze(-3), lse.squeeze(-2), mu.squeeze(-2)
     return (o, t_o, lse, mu) if return_stats else (o, t_o)

@@ -6,99 +6,124 @@
 //   l = alpha l + sum_j P   r = alpha r + sum_j H
 //   O = alpha O + P v       T = alpha T + P t_v + H v
 // and at the end o = O / l, mu = c + r / l, t_o = T / l - (r / l) o, lse = m + log l.
-// c is the mean of tS under P over the first tile. The result does not depend on it in exact
-// arithmetic; with it, a component of the tangent that is common to all keys never enters H, where
-// it would have to cancel against (r / l) o. m needs no tangent: the shift is exact.
+// c is the mean of tS under P over the first tile in which the row meets a key. The result does not
+// depend on it in exact arithmetic; with it, a component of the tangent that is common to all keys
+// never enters H, where it would have to cancel against (r / l) o. m needs no tangent: the shift is
+// exact. Several directions share S, P, l, m and O; each has its own tS, H, c, r and T.
 
+#include "fewstep/cpu/attention_rows_body.h"
 #include "fewstep/cpu/dual_matmul_body.h"
 
-// Row statistics and scores of one tile of keys. S becomes P and tS becomes H in place.
+// S becomes P in place, and m, l and alpha move on.
 template <typename Acc>
-struct SoftmaxState {
-    Acc *m, *l, *r, *c, *alpha;
-    Acc *s, *t_s;  // [keys, kQueries]; t_s is null where there is no tangent
-};
-
-template <typename Acc>
-void softmax_tile(const SoftmaxState<Acc>& x, std::int64_t keys, std::int64_t lanes, bool first) {
+void softmax_tile(const Workspace<Acc>& w, std::int64_t keys, std::int64_t lanes, bool first) {
     constexpr int kWidth = Lanes<Acc>::kCount;
+    constexpr Acc kNever = -std::numeric_limits<Acc>::infinity();
     for (std::int64_t lane = 0; lane < lanes; lane += kWidth) {
-        const Vec<Acc> before = load(x.m + lane);
+        const Vec<Acc> before = load(w.m + lane);
         Vec<Acc> m = before;
         for (std::int64_t j = 0; j < keys; ++j) {
-            const Vec<Acc> s = load(x.s + j * kQueries + lane);
+            const Vec<Acc> s = load(w.s + j * kQueries + lane);
             m = s > m ? s : m;
         }
-        const Vec<Acc> alpha = exp_nonpositive<Acc>(before - m);
-        Vec<Acc> sum = {}, weighted = {};
+        // A row that has met no key: -inf minus anything finite keeps its P and alpha at zero.
+        const Vec<Acc> shift = m == kNever ? Vec<Acc>{} : m;
+        const Vec<Acc> alpha = exp_nonpositive<Acc>(before - shift);
+        Vec<Acc> sum = {};
         for (std::int64_t j = 0; j < keys; ++j) {
             const std::int64_t at = j * kQueries + lane;
-            const Vec<Acc> p = exp_nonpositive<Acc>(load(x.s + at) - m);
-            store(x.s + at, p);
+            const Vec<Acc> p = exp_nonpositive<Acc>(load(w.s + at) - shift);
+            store(w.s + at, p);
             sum += p;
-            if (first && x.t_s != nullptr) weighted += p * load(x.t_s + at);
         }
-        store(x.m + lane, m);
-        store(x.alpha + lane, alpha);
-        store(x.l + lane, first ? sum : alpha * load(x.l + lane) + sum);
-        if (x.t_s == nullptr) continue;
-        const Vec<Acc> c = first ? weighted / sum : load(x.c + lane);
-        Vec<Acc> t_sum = {};
+        store(w.m + lane, m);
+        store(w.alpha + lane, alpha);
+        store(w.l + lane, first ? sum : alpha * load(w.l + lane) + sum);
+    }
+}
+
+// tS of direction d becomes H in place, and c and r move on. After softmax_tile.
+template <typename Acc>
+void centre_tile(const Workspace<Acc>& w, std::int64_t d, std::int64_t keys, std::int64_t lanes,
+                 bool first) {
+    constexpr int kWidth = Lanes<Acc>::kCount;
+    Acc* const t_s = w.t_s + d * kKeys * kQueries;
+    for (std::int64_t lane = d * kQueries; lane < d * kQueries + lanes; lane += kWidth) {
+        const std::int64_t query = lane - d * kQueries;
+        const Vec<Acc> alpha = load(w.alpha + query);
+        // Where alpha is zero nothing before this tile counts, so c may be chosen anew.
+        bool starts = false;
+        for (int i = 0; i < kWidth; ++i) starts |= w.alpha[query + i] == 0;
+        Vec<Acc> c = first ? Vec<Acc>{} : load(w.c + lane);
+        if (starts) {
+            Vec<Acc> weighted = {};
+            for (std::int64_t j = 0; j < keys; ++j) {
+                const std::int64_t at = j * kQueries + query;
+                weighted += load(w.s + at) * load(t_s + at);
+            }
+            const Vec<Acc> l = load(w.l + query);
+            const Vec<Acc> mean = l == Acc{0} ? Vec<Acc>{} : weighted / l;
+            c = alpha == Acc{0} ? mean : c;
+        }
+        Vec<Acc> sum = {};
         for (std::int64_t j = 0; j < keys; ++j) {
-            const std::int64_t at = j * kQueries + lane;
-            const Vec<Acc> h = load(x.s + at) * (load(x.t_s + at) - c);
-            store(x.t_s + at, h);
-            t_sum += h;
+            const std::int64_t at = j * kQueries + query;
+            const Vec<Acc> h = load(w.s + at) * (load(t_s + at) - c);
+            store(t_s + at, h);
+            sum += h;
         }
-        store(x.c + lane, c);
-        store(x.r + lane, first ? t_sum : alpha * load(x.r + lane) + t_sum);
+        store(w.c + lane, c);
+        store(w.r + lane, first ? sum : alpha * load(w.r + lane) + sum);
     }
 }
 
-// Queries [count, D] to lanes [D, kQueries], times `scale`; lanes past `count` are zero.
+// tS of direction d, keys [j, j + keys). Direction 0 with the primal's product has come with S.
 template <typename T, typename Acc>
-void pack_queries(const Rows<T>& from, std::int64_t count, std::int64_t d, Acc scale, Acc* to) {
-    for (std::int64_t i = 0; i < d; ++i) {
-        for (std::int64_t m = 0; m < count; ++m) {
-            to[i * kQueries + m] = to_acc(from.data[m * from.stride + i]) * scale;
-        }
-        for (std::int64_t m = count; m < kQueries; ++m) to[i * kQueries + m] = 0;
+void tangent_scores(const AttentionTile<T>& x, const Workspace<Acc>& w, const Acc* k,
+                    std::int64_t d, std::int64_t j, std::int64_t keys, std::int64_t lanes) {
+    Acc* const t_s = w.t_s + d * kKeys * kQueries;
+    const bool has_tq = x.t_q.data != nullptr, has_tk = x.t_k.data != nullptr;
+    if (!has_tq && !has_tk) {
+        std::fill_n(t_s, keys * kQueries, Acc{0});
+    } else if (d > 0) {
+        const Acc* t_k = tile_rows(x.t_k.at(d), j, keys, x.d, x.d, w.t_k);
+        const Acc* t_q = has_tq ? w.t_q + d * x.d * kQueries : nullptr;
+        dual_matmul<Acc>({k, t_k, x.d, 1, w.q, t_q, x.d, nullptr, t_s, kQueries}, keys, lanes);
+    }
+    const Mask<T> t_mask = x.t_mask.at(d, 0, j);
+    mask_block(t_s, kQueries, keys, x.queries, t_mask, t_mask.key, t_mask.query);
+}
+
+// -inf for keys behind their query; `j` counts from the first query of the tile.
+template <typename Acc>
+void mask_causal(Acc* s, std::int64_t j, std::int64_t keys, std::int64_t queries) {
+    for (std::int64_t i = std::max<std::int64_t>(0, -j); i < keys; ++i) {
+        const std::int64_t hidden = std::min(queries, i + j);
+        std::fill_n(s + i * kQueries, hidden, -std::numeric_limits<Acc>::infinity());
     }
 }
 
-// The rows of a tile as accumulation-type values, d apart: where they lie, or widened into
-// `scratch`. Rows that lie further apart are gathered too: strides of some kilobytes would map to
-// one cache set. Null stays null.
-template <typename T, typename Acc>
-const Acc* tile_rows(const Rows<T>& from, std::int64_t first, std::int64_t count, std::int64_t d,
-                     Acc* scratch) {
-    if (from.data == nullptr) return nullptr;
-    const T* rows = from.data + first * from.stride;
-    if constexpr (std::is_same_v<T, Acc>) {
-        if (from.stride == d) return rows;
-    }
-    for (std::int64_t j = 0; j < count; ++j) {
-        const T* row = rows + j * from.stride;
-        for (std::int64_t i = 0; i < d; ++i) scratch[j * d + i] = to_acc(row[i]);
-    }
-    return scratch;
-}
-
-// o and t_o of the tile, from the accumulators [Dv, kQueries].
+// The results of the tile, from the accumulators [Dv, kQueries].
 template <typename T, typename Acc>
 void finish_tile(const AttentionTile<T>& x, const Workspace<Acc>& w, bool has_ts, bool has_t) {
     for (std::int64_t m = 0; m < x.queries; ++m) {
+        const bool empty = w.l[m] == 0;
         const Acc inverse = 1 / w.l[m];
-        const Acc ratio = has_ts ? w.r[m] * inverse : 0;
-        x.template stat<Acc>(x.lse)[m] = w.m[m] + std::log(w.l[m]);
-        x.template stat<Acc>(x.mu)[m] = has_ts ? w.c[m] + ratio : 0;
-        T* o = x.o.data + m * x.o.stride;
-        T* t_o = x.t_o.data + m * x.t_o.stride;
+        T* const o = x.o.data + m * x.o.stride;
+        x.lse[m] = w.m[m] + std::log(w.l[m]);
         for (std::int64_t i = 0; i < x.dv; ++i) {
-            const Acc value = w.o[i * kQueries + m] * inverse;
-            o[i] = Convert<T>::from(value);
-            const Acc tangent = has_t ? w.t_o[i * kQueries + m] * inverse - ratio * value : 0;
-            t_o[i] = Convert<T>::from(tangent);
+            o[i] = Convert<T>::from(empty ? 0 : w.o[i * kQueries + m] * inverse);
+        }
+        for (std::int64_t d = 0; d < x.directions; ++d) {
+            const Acc ratio = has_ts && !empty ? w.r[d * kQueries + m] * inverse : 0;
+            x.mu[d * x.mu_direction + m] = has_ts ? w.c[d * kQueries + m] + ratio : 0;
+            T* const t_o = x.t_o.at(d).data + m * x.t_o.stride;
+            const Acc* const sums = w.t_o + d * x.dv * kQueries + m;
+            for (std::int64_t i = 0; i < x.dv; ++i) {
+                const Acc value = w.o[i * kQueries + m] * inverse;
+                const Acc tangent = sums[i * kQueries] * inverse - ratio * value;
+                t_o[i] = Convert<T>::from(has_t && !empty ? tangent : 0);
+            }
         }
     }
 }
@@ -108,31 +133,43 @@ void attend_tile(const AttentionTile<T>& x, const Workspace<acc_t<T>>& w) {
     using Acc = acc_t<T>;
     constexpr std::int64_t kWidth = Lanes<Acc>::kCount;
     const std::int64_t lanes = (x.queries + kWidth - 1) / kWidth * kWidth;
-    const bool has_tq = x.t_q.data != nullptr, has_ts = has_tq || x.t_k.data != nullptr;
+    const bool has_tq = x.t_q.data != nullptr, has_tk = x.t_k.data != nullptr;
+    const bool has_ts = x.directions > 0 && (has_tq || has_tk || x.t_mask);
+    const bool has_t = x.directions > 0 && (has_ts || x.t_v.data != nullptr);
     const Acc scale = static_cast<Acc>(x.scale);
-    pack_queries(x.q, x.queries, x.d, scale, w.q);
-    if (has_tq) pack_queries(x.t_q, x.queries, x.d, scale, w.t_q);
-    const SoftmaxState<Acc> state{w.m, w.l, w.r, w.c, w.alpha, w.s, has_ts ? w.t_s : nullptr};
-    for (std::int64_t m = 0; m < kQueries; ++m) w.m[m] = -std::numeric_limits<Acc>::infinity();
+    pack_columns(x.q, 0, x.queries, x.d, kQueries, scale, w.q);
+    for (std::int64_t d = 0; has_tq && d < x.directions; ++d) {
+        pack_columns(x.t_q.at(d), 0, x.queries, x.d, kQueries, scale, w.t_q + d * x.d * kQueries);
+    }
+    std::fill_n(w.m, kQueries, -std::numeric_limits<Acc>::infinity());
 
     for (std::int64_t j = 0; j < x.keys; j += kKeys) {
+        const bool first = j == 0;
         const std::int64_t keys = std::min<std::int64_t>(kKeys, x.keys - j);
-        const Acc* k = tile_rows(x.k, j, keys, x.d, w.k);
-        const Acc* t_k = tile_rows(x.t_k, j, keys, x.d, w.t_k);
-        const DualProduct<Acc> scores{k,   t_k,     x.d, 1,     w.q,     has_tq ? w.t_q : nullptr,
-                                      x.d, nullptr, w.s, w.t_s, kQueries};
-        dual_matmul(scores, keys, lanes);
-        // Masks and biases act here: on S and tS, before the statistics are taken.
-        softmax_tile(state, keys, lanes, j == 0);
-        const Acc* v = tile_rows(x.v, j, keys, x.dv, w.k);
-        const Acc* t_v = tile_rows(x.t_v, j, keys, x.dv, w.t_k);
-        const DualProduct<Acc> output{v,       t_v,
-                                      1,       x.dv,
-                                      w.s,     has_ts ? w.t_s : nullptr,
-                                      keys,    j == 0 ? nullptr : w.alpha,
-                                      w.o,     w.t_o,
-                                      kQueries};
-        dual_matmul(output, x.dv, lanes);
+        // Direction 0 rides along with the primal: one product of dual matrices.
+        const Acc* k = tile_rows(x.k, j, keys, x.d, x.d, w.k);
+        const Acc* t_k = has_ts ? tile_rows(x.t_k, j, keys, x.d, x.d, w.t_k) : nullptr;
+        dual_matmul<Acc>(
+            {k, t_k, x.d, 1, w.q, has_ts && has_tq ? w.t_q : nullptr, x.d, w.s, w.t_s, kQueries},
+            keys, lanes);
+        const Mask<T> mask = x.mask.at(0, 0, j);
+        mask_block(w.s, kQueries, keys, x.queries, mask, mask.key, mask.query);
+        if (x.causal) mask_causal(w.s, j - x.first_query, keys, x.queries);
+        softmax_tile(w, keys, lanes, first);
+        for (std::int64_t d = 0; has_ts && d < x.directions; ++d) {
+            tangent_scores(x, w, k, d, j, keys, lanes);
+            centre_tile(w, d, keys, lanes, first);
+        }
+
+        const Acc* v = tile_rows(x.v, j, keys, x.dv, x.dv, w.k);
+        for (std::int64_t d = 0; d < std::max<std::int64_t>(1, x.directions); ++d) {
+            const Acc* t_v = has_t ? tile_rows(x.t_v.at(d), j, keys, x.dv, x.dv, w.t_k) : nullptr;
+            const Acc* h = has_ts ? w.t_s + d * kKeys * kQueries : nullptr;
+            Acc* const t_o = has_t ? w.t_o + d * x.dv * kQueries : nullptr;
+            dual_matmul<Acc>({v, t_v, 1, x.dv, w.s, h, keys, d == 0 ? w.o : nullptr, t_o, kQueries,
+                              !first, w.alpha},
+                             x.dv, lanes);
+        }
     }
-    finish_tile(x, w, has_ts, has_ts || x.t_v.data != nullptr);
+    finish_tile(x, w, has_ts, has_t);
 }

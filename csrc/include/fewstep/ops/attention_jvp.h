@@ -1,15 +1,22 @@
 // attention_jvp: softmax attention and its directional derivative in one pass over the keys.
 //
-//   S = scale q k^T        tS = scale (t_q k^T + q t_k^T)        P = softmax(S)
+//   S = scale q k^T + M    tS = scale (t_q k^T + q t_k^T) + tM   P = softmax(S)
 //   o = P v                t_o = P t_v + (P * (tS - mu)) v       mu = sum_j P tS
 //   lse = log sum_j exp S
 //
-// q, t_q: [B, H, Nq, D]; k, t_k: [B, H, Nk, D]; v, t_v: [B, H, Nk, Dv]; o, t_o: [B, H, Nq, Dv]; one
-// floating dtype, any strides with unit stride in the last axis; each tensor has its own strides.
-// A tangent may be absent (null): it is zero and its products are not computed.
-// lse, mu: [B, H, Nq], contiguous, float32 (float64 for float64): what merging two key ranges and
-// the backward need. Nk = 0 gives o = t_o = 0, lse = -inf, mu = 0.
-// D and Dv are multiples of 8, at most 256. Accumulation is in float32 (float64 for float64).
+// q: [B, H, Nq, D]; k: [B, G, Nk, D]; v: [B, G, Nk, Dv]; o: [B, H, Nq, Dv]; one floating dtype, any
+// strides with unit stride in the last axis; each tensor has its own strides. G divides H: query
+// head h reads key head h / (H / G). D and Dv are multiples of 8, at most 256.
+// t_q, t_k, t_v: R directions, [R, ...] of their primal. One may be absent (null): it is zero and
+// its products are not computed. t_o: [R, B, H, Nq, Dv]. R = 0: no tangents, t_o and mu are empty.
+// attn_mask: [B, H, Nq, Nk], bool (true: they meet) or of q's dtype (M), any strides, 0 among them;
+// t_attn_mask: tM, [R, B, H, Nq, Nk], beside an additive mask.
+// cu_seqlens_q, cu_seqlens_k: int32 [S + 1], both or none; rows cu[s] ... cu[s + 1] are sequence s
+// and see only themselves; B is 1 and there is no mask.
+// is_causal: key j is seen by query i if j <= i, counted from the start of their sequence.
+// lse: [B, H, Nq] and mu: [R, B, H, Nq], contiguous, float32 (float64 for float64): what merging
+// two key ranges and the backward need. A query without keys gets o = t_o = mu = 0, lse = -inf.
+// Accumulation is in float32 (float64 for float64).
 #pragma once
 
 #include "fewstep/tensor.h"
@@ -19,6 +26,8 @@ namespace fewstep {
 namespace cpu {
 void attention_jvp(const TensorView& q, const TensorView& k, const TensorView& v,
                    const TensorView* t_q, const TensorView* t_k, const TensorView* t_v,
+                   const TensorView* attn_mask, const TensorView* t_attn_mask,
+                   const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k, bool is_causal,
                    const TensorView& o, const TensorView& t_o, const TensorView& lse,
                    const TensorView& mu, double scale);
 }
