@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -224,7 +225,7 @@ def _expect_broadcast(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
 
 def _expect_offsets(name: str, offsets: Tensor, rows: int) -> None:
     values = offsets.tolist()
-    if values[0] != 0 or values[-1] != rows or any(a > b for a, b in zip(values, values[1:])):
+    if values[0] != 0 or values[-1] != rows or any(a > b for a, b in pairwise(values)):
         raise ValueError(
             f"{name}: expected offsets that rise from 0 to the {rows} rows, got {values}"
         )
