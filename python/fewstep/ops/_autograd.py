@@ -61,7 +61,12 @@ class Derivative:
 
 def has_tangent(x: Tensor) -> bool:
     """Return whether `x` carries a forward-mode tangent at the current level."""
-    return torch._VF._unpack_dual(x, level=0)[1] is not None  # type: ignore[attr-defined]
+    try:
+        return torch._VF._unpack_dual(x, level=0)[1] is not None  # type: ignore[attr-defined]
+    except RuntimeError:
+        # A tensor of the old vmap (torch.autograd.grad(is_grads_batched=True)) can't be asked. Its
+        # elements come to the bare op one by one, and are asked there.
+        return False
 
 
 def transform() -> Any:
@@ -82,15 +87,47 @@ def is_differentiated(args: Sequence[Any]) -> bool:
     return forward_ad._current_level >= 0 and any(map(has_tangent, tensors))
 
 
-def new_function(op: str, overload: Any, call: Callable[..., Any], rules: Derivative) -> Any:
-    """Return the autograd.Function of an op: `overload` is the bare op, `call` the public way."""
-    count = len(overload._schema.arguments)
+def differentiable(
+    name: str,
+    forward: Callable[..., Any],
+    count: int,
+    derivative: Derivative | None,
+    shortcut: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Return `forward`, a function of `count` arguments, with the derivatives declared.
+
+    `shortcut` computes the same where nothing is differentiated or traced. The attribute `function`
+    of the result is the autograd.Function that it goes through where something is differentiated,
+    None without `derivative`: `forward` has to raise then.
+    """
+    function = None
+    shortcut = forward if shortcut is None else shortcut
+
+    def call(*args: Any) -> Any:
+        # While torch.compile traces, a Function with a jvp rule would be refused or inlined. The
+        # bare op stays whole; its kernel at the Autograd key brings the Function to AOTAutograd.
+        if torch.compiler.is_compiling():
+            return forward(*args)
+        if not is_differentiated(args):
+            return shortcut(*args)
+        return forward(*args) if function is None else function.apply(*args)
+
+    if derivative is not None:
+        function = _new_function(name, forward, count, call, derivative)
+    call.function, call.derivative = function, derivative  # type: ignore[attr-defined]
+    return call
+
+
+def _new_function(
+    name: str, forward: Callable[..., Any], count: int, call: Callable[..., Any], rules: Derivative
+) -> Any:
+    below = forward
 
     class _Function(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                return overload(*args)
+                return below(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -107,8 +144,9 @@ def new_function(op: str, overload: Any, call: Callable[..., Any], rules: Deriva
         def jvp(ctx: Any, *tangents: Any) -> Any:
             if rules.jvp is None:
                 raise DerivativeError(
-                    f"fewstep.ops.{op} has no forward-mode rule: an input carries a tangent, which "
-                    "would be lost. Detach the input, or use an op that takes tangents explicitly"
+                    f"fewstep.ops.{name} has no forward-mode rule: an input carries a tangent, "
+                    "which would be lost. Detach the input, or use an op that takes tangents "
+                    "explicitly"
                 )
             # torch turns forward mode off around this call, for outer levels too, whose tangents
             # would silently be zero (nested torch.func.jvp, torch 2.13); on again, the saved inputs
@@ -125,7 +163,7 @@ def new_function(op: str, overload: Any, call: Callable[..., Any], rules: Deriva
                 return rules.vmap(info, in_dims, *args)
             return loop_vmap(call, info, in_dims, *args)
 
-    _Function.__name__ = _Function.__qualname__ = op.title().replace("_", "")
+    _Function.__name__ = _Function.__qualname__ = name.title().replace("_", "")
     return _Function
 
 
@@ -146,6 +184,57 @@ def loop_vmap(
     return tuple(torch.stack(x) for x in zip(*results, strict=True)), (0,) * len(results[0])
 
 
+def pull_back(
+    formula: Callable[..., Any],
+    args: Sequence[Any],
+    cotangents: Sequence[Tensor | None],
+    wanted: Sequence[int],
+) -> list[Any]:
+    """Return the gradients of `formula(*args)` for the arguments at `wanted`; None elsewhere."""
+    function, values = _in_arguments(formula, args, wanted)
+    outputs, pull = torch.func.vjp(function, *values)
+    found = pull(
+        tuple(
+            torch.zeros_like(o) if c is None else c
+            for o, c in zip(outputs, cotangents, strict=True)
+        )
+    )
+    gradients: list[Any] = [None] * len(args)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+def push_forward(
+    formula: Callable[..., Any], args: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Return the tangents of the outputs of `formula(*args)` along `tangents`, one per argument.
+
+    The pullback u -> J^T u is linear, so its own pullback is t -> J t. torch.func.jvp can't be
+    entered inside a level of dual numbers, which is where this may be called.
+    """
+    wanted = [i for i, t in enumerate(tangents) if t is not None]
+    function, values = _in_arguments(formula, args, wanted)
+    outputs, pull = torch.func.vjp(function, *values)
+    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
+    return push(tuple(t for t in tangents if t is not None))[0]
+
+
+def _in_arguments(
+    formula: Callable[..., Any], args: Sequence[Any], wanted: Sequence[int]
+) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """Return the formula as a function of the arguments at `wanted`, and the values of those."""
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        arguments = list(args)
+        for i, value in zip(wanted, values, strict=True):
+            arguments[i] = value
+        outputs = formula(*arguments)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+    return function, [args[i] for i in wanted]
+
+
 def composite(formula: Callable[..., Any]) -> Derivative:
     """Return rules that differentiate `formula`, which computes the op with torch's own operators.
 
@@ -161,42 +250,15 @@ def composite(formula: Callable[..., Any]) -> Derivative:
         ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
         ctx.set_materialize_grads(False)
 
-    def function_of(
-        ctx: Any, saved: Sequence[Tensor | None], wanted: Sequence[int]
-    ) -> tuple[Any, ...]:
-        """Return the formula as a function of the inputs at the positions `wanted`, and those."""
-        given = [rest if x is None else x for x, rest in zip(saved, ctx.rest, strict=True)]
-
-        def function(*values: Tensor) -> tuple[Tensor, ...]:
-            arguments = list(given)
-            for i, value in zip(wanted, values, strict=True):
-                arguments[i] = value
-            outputs = formula(*arguments)
-            return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-
-        return function, *(given[i] for i in wanted)
+    def arguments(ctx: Any, saved: Sequence[Tensor | None]) -> list[Any]:
+        return [rest if x is None else x for x, rest in zip(saved, ctx.rest, strict=True)]
 
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-        outputs, pull = torch.func.vjp(*function_of(ctx, ctx.saved_tensors, wanted))
-        found = pull(
-            tuple(
-                torch.zeros_like(o) if c is None else c
-                for o, c in zip(outputs, cotangents, strict=True)
-            )
-        )
-        gradients: list[Any] = [None] * len(ctx.rest)
-        for i, gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
-        return tuple(gradients)
+        return tuple(pull_back(formula, arguments(ctx, ctx.saved_tensors), cotangents, wanted))
 
     def jvp(ctx: Any, saved: Sequence[Tensor | None], *tangents: Tensor | None) -> Any:
-        wanted = [i for i, t in enumerate(tangents) if t is not None]
-        # The pullback u -> J^T u is linear, so its own pullback is t -> J t. torch.func.jvp can't
-        # be entered inside a level of dual numbers, which is where this may be called.
-        outputs, pull = torch.func.vjp(*function_of(ctx, saved, wanted))
-        _, push = torch.func.vjp(pull, tuple(torch.zeros_like(o) for o in outputs))
-        (found,) = push(tuple(t for t in tangents if t is not None))
+        found = push_forward(formula, arguments(ctx, saved), tangents)
         return found if len(found) > 1 else found[0]
 
     return Derivative(setup_context, backward, None, jvp)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import Derivative, DerivativeError, has_tangent, is_differentiated, new_function
+from ._autograd import Derivative, DerivativeError, differentiable, has_tangent
 from ._autograd import transform as active_transform
 from ._select import Implementation, by_name
 
@@ -119,19 +119,10 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_library)
     function = None
 
-    def call(*args: Any) -> Any:
-        # While torch.compile traces, a Function with a jvp rule would be refused or inlined; the
-        # bare op stays whole, and its kernel above brings the Function to AOTAutograd.
-        if torch.compiler.is_compiling():
-            return overload(*args)
-        differentiated = is_differentiated(args)
-        if not differentiated and is_plain(args):
-            return kernel(*args)
-        if function is None or not differentiated:
-            return overload(*args)
-        return function.apply(*args)
+    def shortcut(*args: Any) -> Any:
+        return kernel(*args) if is_plain(args) else overload(*args)
 
-    if derivative is not None:
-        function = new_function(op, overload, call, derivative)
-    call.derivative = derivative  # type: ignore[attr-defined]
+    count = len(overload._schema.arguments)
+    call = differentiable(op, overload, count, derivative, shortcut)
+    function = call.function
     return call

@@ -48,6 +48,7 @@ from ._attention import (
     validate_masking,
     validate_primals,
 )
+from ._attention_autograd import RULES, refuse_mask_gradient
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
@@ -158,6 +159,7 @@ _op = register(
     " float scale, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
+    RULES,
 )
 
 
@@ -214,6 +216,7 @@ def attention_jvp(
     tangents = {"t_q": t_q, "t_k": t_k, "t_v": t_v}
     directions = count_directions({"q": q, "k": k, "v": v}, tangents)
     validate_masking(q, k, masking, directions)
+    refuse_mask_gradient(attn_mask, t_attn_mask)
     inputs = [q, k, v, t_q, t_k, t_v]
     if q.dim() == 3:
         inputs = [None if x is None else x.unsqueeze(-3) for x in inputs]
