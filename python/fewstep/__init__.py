@@ -16,8 +16,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import assets, caching, distillation, metrics, ops, quantization, reference, sampling
+    from . import (
+        assets,
+        caching,
+        distillation,
+        metrics,
+        ops,
+        quantization,
+        reference,
+        sampling,
+        tangent,
+    )
     from .patching import Patch, patch
+    from .tangent import forward_mode, jvp, scaled_dot_product_attention
 
 __version__ = "0.1.0"
 
@@ -31,8 +42,15 @@ _MODULES = (
     "quantization",
     "reference",
     "sampling",
+    "tangent",
 )
-_FROM_PATCHING = ("patch", "Patch")
+_FROM = {
+    "patch": "patching",
+    "Patch": "patching",
+    "forward_mode": "tangent",
+    "jvp": "tangent",
+    "scaled_dot_product_attention": "tangent",
+}
 
 __all__ = [
     "Patch",
@@ -40,18 +58,22 @@ __all__ = [
     "assets",
     "caching",
     "distillation",
+    "forward_mode",
+    "jvp",
     "metrics",
     "ops",
     "patch",
     "quantization",
     "reference",
     "sampling",
+    "scaled_dot_product_attention",
+    "tangent",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_PATCHING:
-        return getattr(importlib.import_module("fewstep.patching"), name)
+    if name in _FROM:
+        return getattr(importlib.import_module(f"fewstep.{_FROM[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"fewstep.{name}")
     raise AttributeError(f"module 'fewstep' has no attribute '{name}'")

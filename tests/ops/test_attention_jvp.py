@@ -6,12 +6,10 @@ import sys
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep import _native, ops, reference
-from fewstep.ops._register import DerivativeError
 from helpers import DEVICES, padded, padding_intact, relative_error, row_sliced, strided
 
 KERNELS = ["native", "triton"]
@@ -425,29 +423,6 @@ def test_compiles_without_graph_break(tangents):
     compiled = torch.compile(ops.attention_jvp, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(*args), ops.attention_jvp(*args), strict=True):
         assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("position", range(6))
-def test_lost_derivatives_are_refused(position):
-    """Whichever tensor carries the derivative: it has no rule yet, so it must not vanish."""
-    args = inputs(5, 6, 8)
-
-    def o(x):
-        return ops.attention_jvp(*args[:position], x, *args[position + 1 :])[0]
-
-    x = args[position]
-    with pytest.raises(DerivativeError, match="attention_jvp has no forward-mode rule"):
-        torch.func.jvp(o, (x,), (x,))
-    with pytest.raises(DerivativeError):
-        torch.func.jacfwd(o)(x)
-    with forward_ad.dual_level(), pytest.raises(DerivativeError, match="tangent"):
-        o(forward_ad.make_dual(x, x))
-    with pytest.raises(DerivativeError, match="attention_jvp has no backward"):
-        torch.func.grad(lambda x: o(x).sum())(x)
-    with pytest.raises(DerivativeError, match="requires grad"):
-        o(x.clone().requires_grad_())
-    with torch.no_grad():
-        o(x.clone().requires_grad_())
 
 
 def test_bad_input_names_the_argument():

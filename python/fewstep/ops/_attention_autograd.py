@@ -336,7 +336,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     is_causal, scale, impl = ctx.settings
-    tensors, outputs = list(ctx.saved_tensors[:10]), list(ctx.saved_tensors[10:])
+    saved = list(ctx.saved_tensors)  # asked once: a checkpoint hands them out once
+    tensors, outputs = saved[:10], saved[10:]
     if any(ctx.needs_input_grad[6:8]):
         raise _no_mask_gradient()
     needs = sum(1 << i for i in range(6) if ctx.needs_input_grad[i])

@@ -47,7 +47,8 @@ class Derivative:
     """The rules of an op, as the methods of torch.autograd.Function of the same names.
 
     setup_context   (ctx, inputs, output); inputs as the schema lists them
-    backward        (ctx, *cotangents) -> gradients of the inputs, in order; missing ones are None
+    backward        (ctx, *cotangents) -> gradients of the inputs, in order; missing ones are None.
+                    Reads ctx.saved_tensors once: a checkpoint hands them out once
     vmap            (info, in_dims, *inputs) -> (output, out_dims); None: one call per element
     jvp             (ctx, saved, *tangents) -> tangents of the outputs, where saved is what
                     ctx.save_for_forward was given; None: a tangent raises

@@ -21,9 +21,10 @@ up to 256, any Nq and Nk. A query that meets no key gets o = t_o = mu = 0 and ls
 strides with unit stride in the last axis, without a copy; masks are read where they lie, broadcast
 or not. Sums are in float32 (float64 for float64).
 
-Differentiable through all outputs with respect to q, k, v and their tangents
-(`attention_jvp_backward`). Recurrence, reason for its centring, error and cost:
-docs/ops/attention_jvp.md.
+Differentiable through all outputs with respect to q, k, v and their tangents, in reverse and in
+forward mode (`_attention_autograd.py`). Tangents as arguments share one pass with the primal; one
+that an input carries costs a second pass, which `fewstep.scaled_dot_product_attention` avoids.
+Recurrence, reason for its centring, error and cost: docs/ops/attention_jvp.md.
 """
 
 from __future__ import annotations
@@ -208,8 +209,8 @@ def attention_jvp(
         ValueError: shapes, dtypes or devices differ, or a head dim is not offered; the message
             names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: an input carries a tangent; pass it as an argument, or use
-            `fewstep.scaled_dot_product_attention`. Or attn_mask requires grad.
+        DerivativeError: attn_mask or t_attn_mask requires grad: no kernel has its gradient. Or a
+            torch.func transform reaches the op inside torch.compile.
     """
     masking = Masking(attn_mask, t_attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal)
     validate_primals(q, k, v)
@@ -229,7 +230,9 @@ def attention_jvp(
     o, t_o, lse, mu = _op(*inputs, *masking.kernel_arguments(), scale, chosen)
     if directions is None:  # one, or no tangent at all
         none = t_o.shape[0] == 0
-        t_o, mu = (torch.zeros_like(o), torch.zeros_like(lse)) if none else (t_o[0], mu[0])
+        # A zero seen everywhere: nobody should pay for a tangent that isn't there.
+        zeros = (x.new_zeros(()).expand(x.shape) for x in (o, lse))
+        t_o, mu = zeros if none else (t_o[0], mu[0])
     if q.dim() == 3:
         o, t_o, lse, mu = o.squeeze(-3), t_o.squeeze(-3), lse.squeeze(-2), mu.squeeze(-2)
     return (o, t_o, lse, mu) if return_stats else (o, t_o)
