@@ -19,13 +19,14 @@ def normal(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
+MASK = (2, 1, 1, 5, 4)
 # Shapes of query, key, value; keywords.
 SHAPES = {
     "no axis in front": ((3, 8), (4, 8), (4, 8), {}),
     "one": ((2, 3, 8), (2, 4, 8), (2, 4, 5), {}),
     "odd head dims": ((2, 3, 5, 7), (2, 3, 4, 7), (2, 3, 4, 9), {}),
     "three": ((2, 2, 3, 5, 8), (2, 2, 3, 4, 8), (2, 2, 3, 4, 8), {}),
-    "three, broadcast": ((2, 1, 3, 5, 8), (1, 2, 3, 4, 8), (2, 2, 3, 4, 8), {"mask": (2, 1, 1, 5, 4)}),
+    "three, broadcast": ((2, 1, 3, 5, 8), (1, 2, 3, 4, 8), (2, 2, 3, 4, 8), {"mask": MASK}),
     "missing axes": ((2, 4, 5, 8), (4, 6, 8), (6, 8), {}),
     "one query head": ((2, 1, 5, 8), (2, 4, 6, 8), (2, 4, 6, 8), {}),
     "one key head": ((2, 4, 5, 8), (2, 1, 6, 8), (2, 1, 6, 8), {}),
@@ -156,12 +157,10 @@ def test_float32_masks_beside_16_bit_queries():
     got = fused(*x, attn_mask=mask)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, fused(*x, is_causal=True), rtol=0, atol=0)
-    lowest = torch.full((4, 4), torch.finfo(torch.float32).min)
+    # A row of float32's lowest number adds the same to all scores: it is not one without keys.
     half = [a.half() for a in x]
-    torch.testing.assert_close(
-        fused(*half, attn_mask=lowest), half[2].mean(-2, keepdim=True).expand(1, 2, 4, 8),
-        rtol=1e-3, atol=1e-3,
-    )  # fmt: skip
+    lowest = torch.full((4, 4), torch.finfo(torch.float32).min)
+    torch.testing.assert_close(fused(*half, attn_mask=lowest), fused(*half), rtol=0, atol=2e-3)
 
 
 def test_autocast():
@@ -169,7 +168,8 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         got, want = fused(*x), F.scaled_dot_product_attention(*x)
     assert got.dtype == want.dtype == torch.bfloat16
-    torch.testing.assert_close(got, want)
+    # Outputs of order 1, rounded once by each.
+    torch.testing.assert_close(got, want, rtol=2**-8, atol=2**-8)
 
 
 def test_dropout():
@@ -192,7 +192,7 @@ def test_dropout():
         ("key, value", [(2, 4, 3, 8), (3, 4, 4, 8), (3, 4, 4, 8)], {}),
         ("attn_mask", [(3, 8), (4, 8), (4, 8)], {"attn_mask": torch.zeros(3, 5)}),
         ("attn_mask", [(3, 8), (4, 8), (4, 8)], {"attn_mask": torch.zeros(3, 4, dtype=torch.int)}),
-        ("is_causal", [(3, 8), (4, 8), (4, 8)], {"attn_mask": torch.zeros(3, 4), "is_causal": True}),
+        ("is_causal", [(3, 8), (4, 8), (4, 8)], {"attn_mask": torch.ones(3, 4), "is_causal": 1}),
     ],
 )  # fmt: skip
 def test_bad_input_names_the_argument(name, shapes, kwargs):
