@@ -33,10 +33,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _native
 from ..reference.attention_jvp_backward import attention_jvp_backward as _reference
-from ._attention import Masking, count_directions, stat_dtype, validate_masking, validate_primals
+from ._attention import (
+    DTYPES,
+    Masking,
+    count_directions,
+    new_rows,
+    stat_dtype,
+    unit_stride,
+    validate_masking,
+    validate_primals,
+)
 from ._register import register
-from ._select import Implementation, select
+from ._select import Implementation, refuse_native, select
 
 __all__ = ["NAMES", "attention_jvp_backward"]
 
@@ -45,9 +55,9 @@ NAMES = ("q", "k", "v", "t_q", "t_k", "t_v")
 
 
 def _outputs(primals: tuple[Tensor, ...], needs: int) -> tuple[Tensor, ...]:
-    """Allocate the gradients asked for; the others are empty."""
+    """Allocate the gradients asked for, in their primal's axis order; the others are empty."""
     return tuple(
-        torch.empty_like(x) if needs >> i & 1 else x.new_empty(0)
+        new_rows(x, x.shape[-1]) if needs >> i & 1 else x.new_empty(0)
         for i, x in enumerate((*primals, *primals))
     )
 
@@ -63,7 +73,32 @@ def _run_reference(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple
     return outputs
 
 
-IMPLEMENTATIONS = (Implementation("reference", _run_reference, lambda *args, **kwargs: None),)
+def _run_native(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, scale, needs = rest
+    (delta0, delta1, *inputs, lse, mu), masking = arguments[:10], arguments[10:]
+    outputs = _outputs(tuple(inputs[:3]), needs)
+    _native.call(
+        "attention_jvp_backward",
+        *map(unit_stride, (d_o, dt_o)),
+        *(x if x is None else x.contiguous() for x in (delta0, delta1)),
+        *map(unit_stride, inputs),
+        *(x if x is None else x.contiguous() for x in (lse, mu)),
+        *masking,
+        *(out if needs >> i & 1 else None for i, out in enumerate(outputs)),
+        scale,
+    )
+    return outputs
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "native",
+        _run_native,
+        # The op's first argument may be None, so q stands for the tensors here.
+        lambda q, *args, **kwargs: refuse_native("attention_jvp_backward", [q], DTYPES),
+    ),
+    Implementation("reference", _run_reference, lambda *args, **kwargs: None),
+)
 
 
 def _fake(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

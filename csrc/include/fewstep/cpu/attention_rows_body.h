@@ -35,6 +35,17 @@ void pack_columns(const Rows<const T>& from, std::int64_t first, std::int64_t co
     }
 }
 
+// Accumulated rows `ld` apart, times `scale`, to where they belong; null is not wanted.
+template <typename T, typename Acc>
+void store_rows(const Rows<T>& to, std::int64_t first, std::int64_t count, std::int64_t d,
+                const Acc* from, std::int64_t ld, Acc scale) {
+    if (to.data == nullptr) return;
+    for (std::int64_t j = 0; j < count; ++j) {
+        T* const row = to.data + (first + j) * to.stride;
+        for (std::int64_t i = 0; i < d; ++i) row[i] = Convert<T>::from(from[j * ld + i] * scale);
+    }
+}
+
 template <typename Acc, typename M, typename F>
 void update_block(Acc* x, std::int64_t ld, std::int64_t rows, std::int64_t lanes, const M* mask,
                   std::int64_t row_stride, std::int64_t lane_stride, const F& f) {
