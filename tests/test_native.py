@@ -13,6 +13,7 @@ PACKED, OUT = ops.module("gemm_w8a8").pack_w8(W), torch.empty(3, 5)
 Q, TQ = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 2, 3, 8)
 K, TK = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 1, 3, 8)
 MASK, OFFSETS = torch.zeros(1, 2, 3, 3), torch.tensor([0, 1, 3], dtype=torch.int32)
+KEY_OUT = torch.empty(1, 1, 3, 8)
 OUT4, T_OUT4 = torch.empty(1, 2, 3, 8), torch.empty(1, 1, 2, 3, 8)
 STAT, T_STAT = torch.empty(1, 2, 3), torch.empty(1, 1, 2, 3)
 
@@ -28,6 +29,10 @@ CALLS = {
     "attention_jvp": (
         *(Q, K, K, TQ, TK, TK, MASK, MASK[None], None, None, False),
         *(OUT4, T_OUT4, STAT, T_STAT, 1.0),
+    ),
+    "attention_jvp_backward": (
+        *(Q, Q, STAT, STAT, Q, K, K, Q, K, K, STAT, STAT, MASK, MASK, None, None, False),
+        *(OUT4, KEY_OUT, KEY_OUT, OUT4, KEY_OUT, KEY_OUT, 1.0),
     ),
 }
 BAD = [
@@ -68,6 +73,21 @@ BAD = [
     ("attention_jvp", 12, torch.empty(1, 1, 2, 2, 8), "t_o: expected size 3"),
     ("attention_jvp", 13, STAT.double(), "lse: expected float32"),
     ("attention_jvp", 14, STAT, "mu: expected 4 axes"),
+    ("attention_jvp_backward", 0, Q[:, :, :2], "d_o: expected size 3 in axis 2"),
+    ("attention_jvp_backward", 1, Q.double(), "dt_o: expected float32, got float64"),
+    ("attention_jvp_backward", 2, None, "delta0: expected beside dt_o, got none"),
+    ("attention_jvp_backward", 3, STAT.mT.contiguous().mT, "delta1: expected unit stride"),
+    ("attention_jvp_backward", 5, torch.randn(1, 3, 3, 8), "k: expected heads that divide"),
+    ("attention_jvp_backward", 7, TQ, "t_q: expected 4 axes, got 5"),
+    ("attention_jvp_backward", 9, torch.randn(1, 1, 4, 8), "t_v: expected size 3 in axis 2"),
+    ("attention_jvp_backward", 10, STAT.double(), "lse: expected float32, got float64"),
+    ("attention_jvp_backward", 11, torch.empty(1, 2, 4), "mu: expected size 3 in axis 2"),
+    ("attention_jvp_backward", 12, MASK[..., :2], "attn_mask: expected size 3 in axis 3"),
+    ("attention_jvp_backward", 13, MASK[None], "t_attn_mask: expected 4 axes"),
+    ("attention_jvp_backward", 14, OFFSETS, "attn_mask: expected none where cu_seqlens_q"),
+    ("attention_jvp_backward", 17, KEY_OUT, "d_q: expected size 2 in axis 1"),
+    ("attention_jvp_backward", 21, KEY_OUT.half(), "dt_k: expected float32, got float16"),
+    ("attention_jvp_backward", 22, torch.empty(1, 1, 3, 16), "dt_v: expected size 8 in axis 3"),
 ]
 
 

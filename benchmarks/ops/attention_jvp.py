@@ -1,10 +1,14 @@
 """attention_jvp: attention with its directional derivative, the inner loop of JVP distillation.
 
-FLOPs are those of the exact derivative, six products (two of the primal, four of the tangent); a
-row of `torch SDPA, primal only` does two of them. Baselines are what trainers use: forward mode
+FLOPs are those of the exact derivative: two products of the primal and four of each direction, two
+of these with a static k and v; under a causal mask, of the pairs that meet. A row of `torch SDPA,
+primal only` does the primal's. Baselines are what trainers use: forward mode
 through unfused SDPA, and a central finite difference with the fused one (primal and two more
 evaluations; its truncation and rounding errors are another matter, see docs/ops/attention_jvp.md).
+Options of a case: `static` (k and v have no tangent), `directions`, and the keywords of SDPA.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +21,17 @@ from fewstep.bench import Benchmark, Case, baseline, implementations, matmul_lim
 GPU, ANY = ("cuda",), ("cpu", "cuda")
 LOW, FULL = torch.bfloat16, torch.float32
 
+EIGHT = {"B": 1, "H": 8, "N": 1024, "D": 64}
 CASES = [
-    Case("8 x 1024 x 64", {"B": 1, "H": 8, "N": 1024, "D": 64}, FULL, ("cpu",), quick=True),
+    Case("8 x 1024 x 64", EIGHT, FULL, ("cpu",), quick=True),
+    Case("  static k, v", EIGHT, FULL, ("cpu",), options={"static": True}),
+    Case("  causal", EIGHT, FULL, ("cpu",), options={"is_causal": True}),
+    Case("  3 directions", EIGHT, FULL, ("cpu",), options={"directions": 3}),
     Case("digits DiT, batch 64", {"B": 64, "H": 4, "N": 64, "D": 32}, FULL, ("cpu",), quick=True),
     Case("DiT-XL/2 256px", {"B": 4, "H": 16, "N": 256, "D": 72}, FULL, ("cpu",)),
     Case("DiT-XL/2 256px", {"B": 32, "H": 16, "N": 256, "D": 72}, LOW, GPU),
     Case("SANA-like wide heads", {"B": 1, "H": 4, "N": 512, "D": 160}, FULL, ("cpu",)),
-    Case("8 x 1024 x 64", {"B": 1, "H": 8, "N": 1024, "D": 64}, LOW, ANY),
+    Case("8 x 1024 x 64", EIGHT, LOW, ANY),
     Case("32 x 8192 x 64", {"B": 1, "H": 32, "N": 8192, "D": 64}, LOW, GPU, quick=True),
     Case("FLUX.1 1024px", {"B": 1, "H": 24, "N": 4608, "D": 128}, LOW, GPU, quick=True),
     Case("24 x 8192 x 128", {"B": 1, "H": 24, "N": 8192, "D": 128}, LOW, GPU),
@@ -32,34 +40,70 @@ CASES = [
 STEP = 5e-3
 
 
-def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+def inputs(case: Case, device: torch.device) -> tuple[Tensor | None, ...]:
     # Heads inside tokens, as a projection leaves them.
     shape = (case["B"], case["N"], case["H"], case["D"])
-    return tuple(torch.randn(shape, device=device).to(case.dtype).transpose(1, 2) for _ in range(6))
+    directions = case.options.get("directions")
+    lead = () if directions is None else (directions,)
+
+    def new(*lead: int) -> Tensor:
+        return torch.randn((*lead, *shape), device=device).to(case.dtype).transpose(-3, -2)
+
+    primals = [new() for _ in range(3)]
+    static = case.options.get("static", False)
+    return (*primals, *(None if static and i else new(*lead) for i in range(3)))
 
 
-def fused(*tensors: Tensor, impl: str) -> tuple[Tensor, ...]:
-    return ops.attention_jvp(*tensors, impl=impl)
+def with_keywords(case: Case, *tensors: Any) -> tuple[Any, ...]:
+    return {"is_causal": case.options.get("is_causal", False)}, *tensors
 
 
-def unfused_jvp(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(F.scaled_dot_product_attention, tensors[:3], tensors[3:])
+def fused(keywords: dict[str, Any], *tensors: Tensor, impl: str) -> tuple[Tensor, ...]:
+    return ops.attention_jvp(*tensors, impl=impl, **keywords)
 
 
-def finite_difference(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+def unfused_jvp(keywords: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor]:
     primals, tangents = tensors[:3], tensors[3:]
-    ahead, behind = (
-        F.scaled_dot_product_attention(
-            *(x.add(t, alpha=step) for x, t in zip(primals, tangents, strict=True))
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+
+    def attention(*some: Tensor) -> Tensor:
+        arguments = list(primals)
+        for i, x in zip(moving, some, strict=True):
+            arguments[i] = x
+        return F.scaled_dot_product_attention(*arguments, **keywords)
+
+    def jvp(*some: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(attention, tuple(primals[i] for i in moving), some)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        some = [tangents[i] for i in moving]
+        if some[0].dim() == primals[0].dim():
+            return jvp(*some)
+        # The primal is not batched: all directions share it here too.
+        return torch.func.vmap(jvp, out_dims=(None, 0))(*some)
+
+
+def finite_difference(keywords: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    primals, tangents = tensors[:3], tensors[3:]
+    many = tangents[0].dim() > primals[0].dim()
+    differences = []
+    for r in range(len(tangents[0]) if many else 1):
+        ahead, behind = (
+            F.scaled_dot_product_attention(
+                *(
+                    x if t is None else x.add(t[r] if many else t, alpha=step)
+                    for x, t in zip(primals, tangents, strict=True)
+                ),
+                **keywords,
+            )
+            for step in (STEP, -STEP)
         )
-        for step in (STEP, -STEP)
-    )
-    return F.scaled_dot_product_attention(*primals), (ahead - behind) / (2 * STEP)
+        differences.append((ahead - behind) / (2 * STEP))
+    return F.scaled_dot_product_attention(*primals, **keywords), differences
 
 
-def primal(*tensors: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*tensors[:3])
+def primal(keywords: dict[str, Any], *tensors: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*tensors[:3], **keywords)
 
 
 def jvp_flash_attention(*tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,24 +113,30 @@ def jvp_flash_attention(*tensors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def peer_refuses(case: Case, *tensors: Tensor) -> str | None:
+    if case.options:
+        return "only the plain case is compared"
     if case["N"] % 32 or case["D"] not in (32, 64, 128, 256):
         return "it takes N % 32 == 0 and head dims 32, 64, 128, 256"
     return needs("jvp_flash_attention", "cuda")(case, *tensors)
 
 
 def memory_refuses(case: Case, *tensors: Tensor) -> str | None:
-    # Scores, their tangent and temporaries, in float32.
-    needed = 6 * 4 * case["B"] * case["H"] * case["N"] ** 2
+    # Scores, their tangents and temporaries, in float32.
+    needed = 6 * 4 * case.options.get("directions", 1) * case["B"] * case["H"] * case["N"] ** 2
     return f"it would take {needed / 2**30:.0f} GiB for scores" if needed > 100 * 2**30 else None
 
 
 def flops(case: Case) -> float:
-    return 6 * 2.0 * case["B"] * case["H"] * case["N"] ** 2 * case["D"]
+    products = 2 + case.options.get("directions", 1) * (2 if case.options.get("static") else 4)
+    pairs = case["N"] * (case["N"] + 1) / 2 if case.options.get("is_causal") else case["N"] ** 2
+    return products * 2.0 * case["B"] * case["H"] * pairs * case["D"]
 
 
 def bytes_moved(case: Case) -> float:
     rows = case["B"] * case["H"] * case["N"]
-    return rows * (8.0 * case["D"] * case.dtype.itemsize + 8)
+    # q, k, v and o; for each direction t_o and the tangents that move.
+    tensors = 4 + case.options.get("directions", 1) * (2 if case.options.get("static") else 4)
+    return rows * (float(tensors) * case["D"] * case.dtype.itemsize + 8)
 
 
 BENCHMARK = Benchmark(
@@ -94,10 +144,10 @@ BENCHMARK = Benchmark(
     CASES,
     inputs,
     [
-        *implementations("attention_jvp", fused),
-        baseline("torch.func.jvp, math SDPA", unfused_jvp, unless=memory_refuses),
-        baseline("finite difference, fused SDPA", finite_difference),
-        baseline("torch SDPA, primal only", primal),
+        *implementations("attention_jvp", fused, with_keywords),
+        baseline("torch.func.jvp, math SDPA", unfused_jvp, with_keywords, memory_refuses),
+        baseline("finite difference, fused SDPA", finite_difference, with_keywords),
+        baseline("torch SDPA, primal only", primal, with_keywords),
         baseline("jvp_flash_attention", jvp_flash_attention, unless=peer_refuses),
         matmul_limit(),
     ],

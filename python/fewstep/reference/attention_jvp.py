@@ -86,6 +86,9 @@ def attention_jvp(
         allowed = attn_mask if allowed is None else allowed & attn_mask
     elif attn_mask is not None:
         s = s + attn_mask.to(dtype)
+        # So that autograd finds zeros, not NaN, in a row whose pairs are all masked by -inf.
+        meets = attn_mask != -torch.inf
+        allowed = meets if allowed is None else allowed & meets
     if allowed is not None:
         s = s.masked_fill(~allowed, -torch.inf)
 

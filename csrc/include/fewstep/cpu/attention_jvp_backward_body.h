@@ -57,14 +57,14 @@ template <typename T>
 void pack_keys(const KeyHead<T>& x, const Plan& plan, std::int64_t j, std::int64_t keys,
                Workspace<acc_t<T>>& w) {
     using Acc = acc_t<T>;
-    const Acc scale = static_cast<Acc>(plan.scale);
+    constexpr Acc kOne = 1;
     const std::int64_t d = plan.d, dv = plan.dv;
-    pack_columns(x.k, j, keys, d, kKeys, scale, w.k_columns);
-    if (plan.t_p && plan.has_tk) pack_columns(x.t_k, j, keys, d, kKeys, scale, w.t_k_columns);
-    if (plan.x0 || plan.x1) pack_columns(x.v, j, keys, dv, kKeys, Acc{1}, w.v_columns);
-    if (plan.x1 && plan.has_tv) pack_columns(x.t_v, j, keys, dv, kKeys, Acc{1}, w.t_v_columns);
-    w.k = plan.d_q || plan.dt_q ? tile_rows(x.k, j, keys, d, plan.ld, w.k_rows) : nullptr;
-    w.t_k = plan.d_q ? tile_rows(x.t_k, j, keys, d, plan.ld, w.t_k_rows) : nullptr;
+    pack_columns(x.k, j, keys, d, kKeys, kOne, w.k_columns);
+    if (plan.t_p && plan.has_tk) pack_columns(x.t_k, j, keys, d, kKeys, kOne, w.t_k_columns);
+    if (plan.x0 || plan.x1) pack_columns(x.v, j, keys, dv, kKeys, kOne, w.v_columns);
+    if (plan.x1 && plan.has_tv) pack_columns(x.t_v, j, keys, dv, kKeys, kOne, w.t_v_columns);
+    w.k = plan.d_q || plan.dt_q ? tile_rows(x.k, j, keys, d, plan.ld, kOne, w.k_rows) : nullptr;
+    w.t_k = plan.d_q ? tile_rows(x.t_k, j, keys, d, plan.ld, kOne, w.t_k_rows) : nullptr;
 }
 
 // One tile of queries with the packed tile of keys: everything it adds to the gradients.
@@ -75,10 +75,12 @@ void backward_pair(const QueryHead<T>& x, const Plan& plan, const Workspace<acc_
     constexpr std::int64_t kWidth = Lanes<Acc>::kCount;
     const std::int64_t lanes = (keys + kWidth - 1) / kWidth * kWidth;
     const std::int64_t ld = plan.ld, ldv = plan.ldv;
-    const Acc* q = tile_rows(x.q, i, rows, plan.d, ld, w.q);
-    const Acc* t_q = tile_rows(x.t_q, i, rows, plan.d, ld, w.t_q);
-    const Acc* d_o = tile_rows(x.d_o, i, rows, plan.dv, ldv, w.d_o);
-    const Acc* dt_o = tile_rows(x.dt_o, i, rows, plan.dv, ldv, w.dt_o);
+    // The scale goes where the forward has it, so that S has the bits that lse is made of.
+    const Acc scale = static_cast<Acc>(plan.scale);
+    const Acc* q = tile_rows(x.q, i, rows, plan.d, ld, scale, w.q);
+    const Acc* t_q = tile_rows(x.t_q, i, rows, plan.d, ld, scale, w.t_q);
+    const Acc* d_o = tile_rows(x.d_o, i, rows, plan.dv, ldv, Acc{1}, w.d_o);
+    const Acc* dt_o = tile_rows(x.dt_o, i, rows, plan.dv, ldv, Acc{1}, w.dt_o);
 
     if (plan.t_p && t_q == nullptr && !plan.has_tk) std::fill_n(w.t_s, rows * kKeys, Acc{0});
     dual_matmul<Acc>({q, t_q, ld, 1, w.k_columns, plan.has_tk ? w.t_k_columns : nullptr, plan.d,
@@ -131,10 +133,9 @@ void backward_keys(const KeyHead<T>& x, const QueryHead<T>* heads, std::int64_t 
                 backward_pair(heads[h], plan, w, i, rows, j, keys);
             }
         }
-        const Acc scale = static_cast<Acc>(plan.scale);
-        store_rows(x.d_k, j, keys, plan.d, w.d_k, plan.ld, scale);
-        store_rows(x.dt_k, j, keys, plan.d, w.dt_k, plan.ld, scale);
-        store_rows(x.d_v, j, keys, plan.dv, w.d_v, plan.ldv, Acc{1});
-        store_rows(x.dt_v, j, keys, plan.dv, w.dt_v, plan.ldv, Acc{1});
+        store_rows(x.d_k, j, keys, plan.d, w.d_k, plan.ld);
+        store_rows(x.dt_k, j, keys, plan.d, w.dt_k, plan.ld);
+        store_rows(x.d_v, j, keys, plan.dv, w.d_v, plan.ldv);
+        store_rows(x.dt_v, j, keys, plan.dv, w.dt_v, plan.ldv);
     }
 }

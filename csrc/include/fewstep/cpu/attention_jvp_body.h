@@ -86,7 +86,7 @@ void tangent_scores(const AttentionTile<T>& x, const Workspace<Acc>& w, const Ac
     if (!has_tq && !has_tk) {
         std::fill_n(t_s, keys * kQueries, Acc{0});
     } else if (d > 0) {
-        const Acc* t_k = tile_rows(x.t_k.at(d), j, keys, x.d, x.d, w.t_k);
+        const Acc* t_k = tile_rows(x.t_k.at(d), j, keys, x.d, x.d, Acc{1}, w.t_k);
         const Acc* t_q = has_tq ? w.t_q + d * x.d * kQueries : nullptr;
         dual_matmul<Acc>({k, t_k, x.d, 1, w.q, t_q, x.d, nullptr, t_s, kQueries}, keys, lanes);
     }
@@ -147,8 +147,8 @@ void attend_tile(const AttentionTile<T>& x, const Workspace<acc_t<T>>& w) {
         const bool first = j == 0;
         const std::int64_t keys = std::min<std::int64_t>(kKeys, x.keys - j);
         // Direction 0 rides along with the primal: one product of dual matrices.
-        const Acc* k = tile_rows(x.k, j, keys, x.d, x.d, w.k);
-        const Acc* t_k = has_ts ? tile_rows(x.t_k, j, keys, x.d, x.d, w.t_k) : nullptr;
+        const Acc* k = tile_rows(x.k, j, keys, x.d, x.d, Acc{1}, w.k);
+        const Acc* t_k = has_ts ? tile_rows(x.t_k, j, keys, x.d, x.d, Acc{1}, w.t_k) : nullptr;
         dual_matmul<Acc>(
             {k, t_k, x.d, 1, w.q, has_ts && has_tq ? w.t_q : nullptr, x.d, w.s, w.t_s, kQueries},
             keys, lanes);
@@ -161,9 +161,10 @@ void attend_tile(const AttentionTile<T>& x, const Workspace<acc_t<T>>& w) {
             centre_tile(w, d, keys, lanes, first);
         }
 
-        const Acc* v = tile_rows(x.v, j, keys, x.dv, x.dv, w.k);
+        const Acc* v = tile_rows(x.v, j, keys, x.dv, x.dv, Acc{1}, w.k);
         for (std::int64_t d = 0; d < std::max<std::int64_t>(1, x.directions); ++d) {
-            const Acc* t_v = has_t ? tile_rows(x.t_v.at(d), j, keys, x.dv, x.dv, w.t_k) : nullptr;
+            const Acc* t_v =
+                has_t ? tile_rows(x.t_v.at(d), j, keys, x.dv, x.dv, Acc{1}, w.t_k) : nullptr;
             const Acc* h = has_ts ? w.t_s + d * kKeys * kQueries : nullptr;
             Acc* const t_o = has_t ? w.t_o + d * x.dv * kQueries : nullptr;
             dual_matmul<Acc>({v, t_v, 1, x.dv, w.s, h, keys, d == 0 ? w.o : nullptr, t_o, kQueries,

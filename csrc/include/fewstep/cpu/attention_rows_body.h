@@ -2,21 +2,21 @@
 // is [rows, ld]; which of the two axes is queries and which is keys is the kernel's choice, so the
 // functions take the strides of both.
 
-// Rows [count, d] as accumulation-type values `ld` apart: where they lie, or widened into `scratch`
-// with zeros past d. Rows that lie further apart are gathered too: strides of some kilobytes would
-// map to one cache set. Null stays null.
+// Rows [count, d] as accumulation-type values `ld` apart, times `scale`: where they lie, or widened
+// into `scratch` with zeros past d. Rows that lie further apart are gathered too: strides of some
+// kilobytes would map to one cache set. Null stays null.
 template <typename T, typename Acc>
 const Acc* tile_rows(const Rows<const T>& from, std::int64_t first, std::int64_t count,
-                     std::int64_t d, std::int64_t ld, Acc* scratch) {
+                     std::int64_t d, std::int64_t ld, Acc scale, Acc* scratch) {
     if (from.data == nullptr) return nullptr;
     const T* rows = from.data + first * from.stride;
     if constexpr (std::is_same_v<T, Acc>) {
-        if (from.stride == ld && d == ld) return rows;
+        if (from.stride == ld && d == ld && scale == 1) return rows;
     }
     for (std::int64_t j = 0; j < count; ++j) {
         const T* row = rows + j * from.stride;
         Acc* to = scratch + j * ld;
-        for (std::int64_t i = 0; i < d; ++i) to[i] = to_acc(row[i]);
+        for (std::int64_t i = 0; i < d; ++i) to[i] = to_acc(row[i]) * scale;
         for (std::int64_t i = d; i < ld; ++i) to[i] = 0;
     }
     return scratch;
@@ -35,14 +35,14 @@ void pack_columns(const Rows<const T>& from, std::int64_t first, std::int64_t co
     }
 }
 
-// Accumulated rows `ld` apart, times `scale`, to where they belong; null is not wanted.
+// Accumulated rows `ld` apart to where they belong; null is not wanted.
 template <typename T, typename Acc>
 void store_rows(const Rows<T>& to, std::int64_t first, std::int64_t count, std::int64_t d,
-                const Acc* from, std::int64_t ld, Acc scale) {
+                const Acc* from, std::int64_t ld) {
     if (to.data == nullptr) return;
     for (std::int64_t j = 0; j < count; ++j) {
         T* const row = to.data + (first + j) * to.stride;
-        for (std::int64_t i = 0; i < d; ++i) row[i] = Convert<T>::from(from[j * ld + i] * scale);
+        for (std::int64_t i = 0; i < d; ++i) row[i] = Convert<T>::from(from[j * ld + i]);
     }
 }
 

@@ -32,19 +32,6 @@ void dual_block(const DualProduct<T>& x, std::int64_t row, std::int64_t lane) {
     constexpr bool kTangent = kHasTA || kHasTB, kHasA = kPrimal || kHasTB;
     constexpr bool kHasB = kPrimal || kHasTA;
     Vec<T> c[kRows][kVectors] = {}, t_c[kRows][kVectors] = {};
-    if (x.accumulate) {
-#pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) {
-            const bool scaled = x.alpha != nullptr;
-            const Vec<T> alpha = scaled ? load(x.alpha + lane + j * kWidth) : broadcast<T>(1);
-#pragma GCC unroll 8
-            for (int i = 0; i < kRows; ++i) {
-                const std::int64_t at = (row + i) * x.ld + lane + j * kWidth;
-                if constexpr (kPrimal) c[i][j] = alpha * load(x.c + at);
-                if constexpr (kTangent) t_c[i][j] = alpha * load(x.t_c + at);
-            }
-        }
-    }
     const T* a = kHasA ? x.a + row * x.a_row : nullptr;
     const T* t_a = kHasTA ? x.t_a + row * x.a_row : nullptr;
     for (std::int64_t k = 0; k < x.inner; ++k) {
@@ -64,6 +51,20 @@ void dual_block(const DualProduct<T>& x, std::int64_t row, std::int64_t lane) {
                 if constexpr (kPrimal) c[i][j] += value * b[j];
                 if constexpr (kHasTB) t_c[i][j] += value * t_b[j];
                 if constexpr (kHasTA) t_c[i][j] += t_value * b[j];
+            }
+        }
+    }
+    // C0 comes last, so that long sums are sums of short ones.
+    if (x.accumulate) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) {
+            const bool scaled = x.alpha != nullptr;
+            const Vec<T> alpha = scaled ? load(x.alpha + lane + j * kWidth) : broadcast<T>(1);
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; ++i) {
+                const std::int64_t at = (row + i) * x.ld + lane + j * kWidth;
+                if constexpr (kPrimal) c[i][j] += alpha * load(x.c + at);
+                if constexpr (kTangent) t_c[i][j] += alpha * load(x.t_c + at);
             }
         }
     }
