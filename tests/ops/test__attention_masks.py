@@ -348,6 +348,7 @@ def test_opcheck(name):
 
 
 def test_compiles_without_graph_break():
+    torch._dynamo.reset()
     args = inputs(9, 9, 8, 16, batch=1, directions=2)
     offsets = torch.tensor([0, 4, 9])
     compiled = torch.compile(ops.attention_jvp, fullgraph=True, backend="aot_eager")
@@ -358,6 +359,10 @@ def test_compiles_without_graph_break():
         want = ops.attention_jvp(*args, **kwargs)
         got = compiled(*args, **kwargs)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for n in (11, 13):  # from the second on sizes are symbolic
+        args, mask = inputs(n, n + 2, directions=2), meets(n, n + 2)
+        got = compiled(*args, attn_mask=mask)
+        assert torch.equal(got[1], ops.attention_jvp(*args, attn_mask=mask)[1])
 
 
 def offsets_of(*values):

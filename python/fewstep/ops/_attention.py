@@ -125,7 +125,8 @@ def validate_primals(q: Tensor, k: Tensor, v: Tensor) -> None:
     if v.shape[-2] != k.shape[-2]:
         raise ValueError(f"v: expected as many rows as k, {k.shape[-2]}, got {v.shape[-2]}")
     for name, x in (("q", q), ("v", v)):
-        if x.shape[-1] not in HEAD_DIMS:
+        # Comparisons, not `in`: torch.compile refuses that where a size is symbolic.
+        if x.shape[-1] % 8 or x.shape[-1] < HEAD_DIMS[0] or x.shape[-1] > HEAD_DIMS[-1]:
             raise ValueError(
                 f"{name}: expected a head dim that is a multiple of 8 from 8 to 256, got "
                 f"{x.shape[-1]}"
@@ -181,7 +182,7 @@ def validate_masking(q: Tensor, k: Tensor, masking: Masking, directions: int | N
         if directions is None:
             _expect_broadcast("t_attn_mask", t_mask, shape)
         else:
-            if t_mask.dim() < 3 or t_mask.shape[0] not in (1, directions):
+            if t_mask.dim() < 3 or (t_mask.shape[0] != 1 and t_mask.shape[0] != directions):
                 raise ValueError(
                     f"t_attn_mask: expected {directions} directions in front as the other tangents "
                     f"have, got shape {tuple(t_mask.shape)}"
@@ -214,8 +215,10 @@ def validate_masking(q: Tensor, k: Tensor, masking: Masking, directions: int | N
 
 
 def _expect_broadcast(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    # No `in`: torch.compile decides it wrongly where a size is symbolic.
     fits = mask.dim() <= len(shape) and all(
-        have in (1, want) for have, want in zip(reversed(mask.shape), reversed(shape), strict=False)
+        have == 1 or have == want
+        for have, want in zip(reversed(mask.shape), reversed(shape), strict=False)
     )
     if not fits:
         raise ValueError(
