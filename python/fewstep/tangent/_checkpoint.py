@@ -15,66 +15,30 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..ops._autograd import transform
 from .attention import unpack
 
-_NAME = "_checkpoint_without_reentrant_generator"
-_lock = threading.Lock()
-_users = 0
-_original: Callable[..., Any] | None = None
 
-
-@contextlib.contextmanager
-def remembered(context: Callable[[], Any], is_active: Callable[[], bool]) -> Iterator[None]:
-    """Let checkpoints made by threads where `is_active()` run again inside `context()`.
-
-    torch's own generator is replaced while anyone is inside, whoever imported `checkpoint` from
-    where, and put back after the last one.
-    """
-    global _users, _original
-    module = torch.utils.checkpoint
-    with _lock:
-        if _users == 0 and hasattr(module, _NAME):
-            _original = getattr(module, _NAME)
-            setattr(module, _NAME, _replacement(_original, context, is_active))
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0 and _original is not None:
-                setattr(module, _NAME, _original)
-                _original = None
-
-
-def _replacement(
-    original: Callable[..., Any], context: Callable[[], Any], is_active: Callable[[], bool]
-) -> Callable[..., Any]:
+def generator(
+    original: Callable[..., Any], context: Callable[[], Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call torch's generator of a checkpoint with a block that can be run again in `context()`."""
     signature = inspect.signature(original)
     block = next(iter(signature.parameters))
-
-    def generator(*args: Any, **kwargs: Any) -> Any:
-        if not is_active():
-            return original(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
-        given = bound.arguments
-        given[block] = _second_run(
-            given[block], given.get("args", ()), given.get("kwargs", {}), context
-        )
-        return original(*bound.args, **bound.kwargs)
-
-    return generator
+    bound = signature.bind(*args, **kwargs)
+    given = bound.arguments
+    given[block] = _second_run(
+        given[block], given.get("args", ()), given.get("kwargs", {}), context
+    )
+    return original(*bound.args, **bound.kwargs)
 
 
 def _second_run(

@@ -114,7 +114,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
     """Call the op on 4-d tensors; on primals and tangents at once if the level is a forward one."""
-    if not _is_forward():
+    if not is_forward():
         return attention_jvp(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)[0]
     (q, t_q), (k, t_k), (v, t_v) = map(unpack, (q, k, v))
     mask, t_mask = (None, None) if mask is None else unpack(mask)
@@ -128,7 +128,7 @@ def _attention(
     return forward_ad.make_dual(o, t_o)
 
 
-def _is_forward() -> bool:
+def is_forward() -> bool:
     """Return whether the innermost derivative being taken here is a forward one."""
     if torch.compiler.is_compiling():
         return False  # the op takes it from there: right, or it raises

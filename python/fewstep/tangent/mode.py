@@ -1,100 +1,35 @@
 """forward_mode: inside it, unmodified models use operators that have forward mode.
 
-A TorchFunctionMode looks up each torch function in INTERCEPTORS and hands the call to fewstep's
-where something is being differentiated. That reaches models wherever they call attention from:
-diffusers' dispatcher and its older processors, `sdpa_kernel` contexts, torch.nn.MultiheadAttention.
-A call that nobody differentiates (a teacher under no_grad, say) stays torch's own.
+A TorchFunctionMode looks up each torch function in `interceptors.INTERCEPTORS` and hands the call
+to fewstep's where something is being differentiated. That reaches models wherever they call
+attention from: diffusers' dispatcher and its older processors, `sdpa_kernel` contexts,
+torch.nn.MultiheadAttention. A call that nobody differentiates (a teacher under no_grad, say) stays
+torch's own.
 
-Checkpointed blocks are run again during the backward pass, after the context and the derivative
-being taken have ended. Inside the context a checkpoint remembers both (`_checkpoint.py`).
+Two functions of torch are seen by no such mode. They are replaced in their modules while any thread
+is inside: FlexAttention, and what runs a checkpointed block again (`_checkpoint.py`). The
+replacements do nothing for threads that are not inside.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import types
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from ..ops._autograd import is_differentiated, transform
-from . import _checkpoint
-from .attention import scaled_dot_product_attention, unpack
-
-
-def _attention(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    tensors = [x for x in (*args[:4], *kwargs.values()) if isinstance(x, Tensor)]
-    # Nested, sparse and quantised tensors are torch's business.
-    if any(type(x).__name__ == "NestedTensor" or x.is_nested for x in tensors):
-        return original(*args, **kwargs)
-    if not is_differentiated(tensors):
-        return original(*args, **kwargs)
-    return scaled_dot_product_attention(*args, **kwargs)
-
-
-@functools.cache
-def _multi_head_attention_forward() -> Callable[..., Any]:
-    """Return torch's function with fewstep's attention in it.
-
-    It is Python that calls attention, and a mode is not active inside the function it intercepts;
-    so this is the same code with two of its globals replaced.
-    """
-    original = F.multi_head_attention_forward
-    names = {
-        **original.__globals__,
-        "scaled_dot_product_attention": functools.partial(
-            _attention, F.scaled_dot_product_attention
-        ),
-        "has_torch_function": lambda args: False,
-    }
-    copy = types.FunctionType(
-        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
-    )
-    copy.__kwdefaults__ = original.__kwdefaults__
-    return copy
-
-
-def _multi_head_attention(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    del original
-    return _multi_head_attention_forward()(*args, **kwargs)
-
-
-def _softmax(original: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-    """p (t - sum p t). torch's rule for plain dual numbers writes over what backward needs."""
-    if transform() is not None or forward_ad._current_level < 0:
-        return original(x, *args, **kwargs)
-    x, tangent = unpack(x)
-    p = original(x, *args, **kwargs)
-    if tangent is None:
-        return p
-    dim = kwargs.get("dim", args[0] if args else None)
-    tangent = tangent.to(p.dtype)
-    return forward_ad.make_dual(p, p * (tangent - (p * tangent).sum(dim, keepdim=True)))
-
-
-INTERCEPTORS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.scaled_dot_product_attention: _attention,
-    F.multi_head_attention_forward: _multi_head_attention,
-    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax), _softmax),
-}
-"""torch function -> handler(original, *args, **kwargs). The one place where a fused op enters.
-
-A handler is called with the mode off. It is to return `original(*args, **kwargs)` for what it
-doesn't serve; `attention.unpack` gives (primal, tangent) of a dual number at the current level.
-"""
+from . import _checkpoint, interceptors
 
 
 class _Mode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        handler = INTERCEPTORS.get(func)
+        handler = interceptors.INTERCEPTORS.get(func)
         if handler is None:
             return func(*args, **(kwargs or {}))
         return handler(func, *args, **(kwargs or {}))
@@ -118,5 +53,56 @@ def forward_mode() -> Iterator[None]:
     if is_active():
         yield
         return
-    with _checkpoint.remembered(forward_mode, is_active), _Mode():
+    with _replaced(), _Mode():
         yield
+
+
+# --- functions that no mode sees ------------------------------------------------------------------
+
+
+def _when_active(original: Callable[..., Any], handler: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        if not is_active():
+            return original(*args, **kwargs)
+        return handler(original, *args, **kwargs)
+
+    return replacement
+
+
+def _run_again(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _checkpoint.generator(original, forward_mode, *args, **kwargs)
+
+
+_SEAMS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): _run_again,
+    ("torch.nn.attention.flex_attention", "flex_attention"): interceptors.flex_attention,
+}
+"""(module, name) -> handler(original, *args, **kwargs), if the module is imported."""
+
+_lock = threading.Lock()
+_users = 0
+_originals: dict[tuple[str, str], Any] = {}
+
+
+@contextlib.contextmanager
+def _replaced() -> Iterator[None]:
+    """Put the seams in with the first thread that comes, and back after the last one."""
+    global _users
+    with _lock:
+        _users += 1
+        for (module, name), handler in _SEAMS.items():
+            owner = sys.modules.get(module)
+            if (module, name) in _originals or not hasattr(owner, name):
+                continue
+            _originals[module, name] = original = getattr(owner, name)
+            setattr(owner, name, _when_active(original, handler))
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                for (module, name), original in _originals.items():
+                    setattr(sys.modules[module], name, original)
+                _originals.clear()

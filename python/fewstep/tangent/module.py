@@ -41,8 +41,8 @@ def jvp(
 
     Raises:
         ValueError: a tangent doesn't fit its argument; the message names it.
-        RuntimeError: called inside a level of dual numbers, which can't be nested, or something
-            inside `function` has no forward mode.
+        RuntimeError: called inside a level of dual numbers that is not its own, as torch can't nest
+            them; or something inside `function` has no forward mode.
     """
     args, tangents = _as_tuple(args), _as_tuple(tangents)
     pairs, spec = _pair(args, tangents)
@@ -54,19 +54,33 @@ def jvp(
         if transform() is not None:
             return _by_transform(run, pairs)
         if forward_ad._current_level >= 0:
-            raise RuntimeError(
+            raise _NestedError(
                 "fewstep.jvp can't be called inside a level of dual numbers: torch doesn't nest "
                 "them. Use torch.func.jvp for the outer derivative"
             )
-        with forward_ad.dual_level():
-            out = run([x if t is None else forward_ad.make_dual(x, t) for x, t in pairs])
-            leaves, out_spec = pytree.tree_flatten(out)
-            split = [forward_ad.unpack_dual(x) if _is_real(x) else (x, None) for x in leaves]
-            t_leaves = [_tangent_of(primal, tangent) for primal, tangent in split]
-            return (
-                pytree.tree_unflatten([primal for primal, _ in split], out_spec),
-                pytree.tree_unflatten(t_leaves, out_spec),
-            )
+        try:
+            return _by_duals(run, pairs)
+        except _NestedError:
+            # `function` calls fewstep.jvp itself: torch.func.jvp nests.
+            return _by_transform(run, pairs)
+
+
+class _NestedError(RuntimeError):
+    """A level of dual numbers was about to be entered inside another."""
+
+
+def _by_duals(
+    run: Callable[[Sequence[Any]], Any], pairs: Sequence[tuple[Any, Tensor | None]]
+) -> tuple[Any, Any]:
+    with forward_ad.dual_level():
+        out = run([x if t is None else forward_ad.make_dual(x, t) for x, t in pairs])
+        leaves, spec = pytree.tree_flatten(out)
+        split = [forward_ad.unpack_dual(x) if _is_real(x) else (x, None) for x in leaves]
+        t_leaves = [_tangent_of(primal, tangent) for primal, tangent in split]
+        return (
+            pytree.tree_unflatten([primal for primal, _ in split], spec),
+            pytree.tree_unflatten(t_leaves, spec),
+        )
 
 
 def _by_transform(

@@ -1,0 +1,193 @@
+"""What forward_mode puts in place of torch's functions, and why each of them needs it.
+
+    attention                    fused kernels have no forward mode (F.scaled_dot_product_attention,
+                                 torch.nn.MultiheadAttention, FlexAttention)
+    softmax, log_softmax,        of plain dual numbers: torch's rule writes over what a backward
+    logsumexp                    through the tangent needs, and that raises (torch 2.13)
+    F.glu                        its tangent has no backward
+    F.group_norm                 its forward mode views the input and raises on a strided one
+
+Calls that nobody differentiates stay torch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..ops._autograd import is_differentiated, transform
+from .attention import is_forward, scaled_dot_product_attention, unpack
+
+Handler = Callable[..., Any]
+
+
+def _attention(original: Handler, *args: Any, **kwargs: Any) -> Any:
+    tensors = [x for x in (*args[:4], *kwargs.values()) if isinstance(x, Tensor)]
+    # Nested tensors are torch's business.
+    if any(x.is_nested for x in tensors) or not is_differentiated(tensors):
+        return original(*args, **kwargs)
+    return scaled_dot_product_attention(*args, **kwargs)
+
+
+@functools.cache
+def _multi_head_attention_forward() -> Handler:
+    """Return torch's function with fewstep's attention in it.
+
+    It is Python that calls attention, and a mode is not active inside the function it intercepts;
+    so this is the same code with two of its globals replaced.
+    """
+    original = F.multi_head_attention_forward
+    names = {
+        **original.__globals__,
+        "scaled_dot_product_attention": functools.partial(
+            _attention, F.scaled_dot_product_attention
+        ),
+        "has_torch_function": lambda args: False,
+    }
+    copy = types.FunctionType(
+        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+    )
+    copy.__kwdefaults__ = original.__kwdefaults__
+    return copy
+
+
+def _multi_head_attention(original: Handler, *args: Any, **kwargs: Any) -> Any:
+    del original
+    return _multi_head_attention_forward()(*args, **kwargs)
+
+
+# --- dual numbers ---------------------------------------------------------------------------------
+
+
+def _has_plain_dual(x: Any) -> bool:
+    """Return whether x may be a dual number of forward_ad's own level, outside of torch.func."""
+    return isinstance(x, Tensor) and transform() is None and forward_ad._current_level >= 0
+
+
+def _dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("dim")
+
+
+def _softmax(original: Handler, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """t_p = p (t - sum p t)."""
+    primal, tangent = unpack(x) if _has_plain_dual(x) else (x, None)
+    dim = _dim(args, kwargs)
+    if tangent is None or dim is None:
+        return original(x, *args, **kwargs)
+    p = original(primal, *args, **kwargs)
+    tangent = tangent.to(p.dtype)
+    return forward_ad.make_dual(p, p * (tangent - (p * tangent).sum(dim, keepdim=True)))
+
+
+def _log_softmax(original: Handler, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """t - sum p t."""
+    primal, tangent = unpack(x) if _has_plain_dual(x) else (x, None)
+    dim = _dim(args, kwargs)
+    if tangent is None or dim is None:
+        return original(x, *args, **kwargs)
+    y = original(primal, *args, **kwargs)
+    tangent = tangent.to(y.dtype)
+    return forward_ad.make_dual(y, tangent - (y.exp() * tangent).sum(dim, keepdim=True))
+
+
+def _logsumexp(original: Handler, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Sum of p t."""
+    primal, tangent = unpack(x) if _has_plain_dual(x) else (x, None)
+    if tangent is None:
+        return original(x, *args, **kwargs)
+    dim = _dim(args, kwargs)
+    keep = args[1] if len(args) > 1 else kwargs.get("keepdim", False)
+    y = original(primal, dim, keepdim=True)
+    p = (primal - y.masked_fill(y.isinf(), 0)).exp()
+    t_y = (p * tangent).sum(dim, keepdim=True)
+    if not keep:
+        y, t_y = y.squeeze(dim), t_y.squeeze(dim)
+    return forward_ad.make_dual(y, t_y)
+
+
+def _glu(original: Handler, x: Any, dim: int = -1) -> Any:
+    if not (isinstance(x, Tensor) and is_forward()):
+        return original(x, dim)
+    a, b = x.chunk(2, dim)
+    return a * torch.sigmoid(b)
+
+
+def _group_norm(original: Handler, x: Any, *args: Any, **kwargs: Any) -> Any:
+    return original(x.contiguous() if is_forward() else x, *args, **kwargs)
+
+
+INTERCEPTORS: dict[Handler, Handler] = {
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax), _softmax),
+    **dict.fromkeys(
+        (F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax),
+        _log_softmax,
+    ),
+    **dict.fromkeys((torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp), _logsumexp),
+    F.glu: _glu,
+    F.group_norm: _group_norm,
+}
+"""torch function -> handler(original, *args, **kwargs). The one place where a fused op enters.
+
+A handler is called with the mode off. It is to return `original(*args, **kwargs)` for what it
+doesn't serve; `attention.is_forward` says whether a tangent may be there, `attention.unpack` gives
+(primal, tangent) of a tensor at the current level, and `forward_ad.make_dual` puts them together.
+"""
+
+
+# --- FlexAttention --------------------------------------------------------------------------------
+
+_masks: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+
+
+def _dense(block_mask: Any, rows: int, columns: int) -> Tensor:
+    """Return a BlockMask as a bool tensor [B, H, rows, columns], kept as long as the mask lives."""
+    known = _masks.get(block_mask)
+    if known is not None and known.shape[-2:] == (rows, columns):
+        return known
+    flex = sys.modules["torch.nn.attention.flex_attention"]
+    blocks = block_mask.to_dense().bool()
+    for axis, size in zip((-2, -1), block_mask.BLOCK_SIZE, strict=True):
+        blocks = blocks.repeat_interleave(size, axis)
+    inside = flex.create_mask(
+        block_mask.mask_mod, *block_mask.kv_num_blocks.shape[:2], rows, columns, blocks.device
+    )
+    _masks[block_mask] = mask = blocks[..., :rows, :columns] & inside
+    return mask
+
+
+def flex_attention(original: Handler, *args: Any, **kwargs: Any) -> Any:
+    """FlexAttention with its block mask made dense, and without functions of the scores.
+
+    `original` raises in forward mode. It keeps what this can't serve: score_mod, returned lse.
+    """
+    names = (
+        "query",
+        "key",
+        "value",
+        "score_mod",
+        "block_mask",
+        "scale",
+        "enable_gqa",
+        "return_lse",
+    )
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    q, k, v = (given[name] for name in names[:3])
+    unserved = any(given.get(name) for name in ("score_mod", "return_lse", "return_aux"))
+    if unserved or not is_differentiated((q, k, v)):
+        return original(*args, **kwargs)
+    block_mask = given.get("block_mask")
+    mask = None if block_mask is None else _dense(block_mask, q.shape[-2], k.shape[-2])
+    return scaled_dot_product_attention(
+        q, k, v, mask, scale=given.get("scale"), enable_gqa=bool(given.get("enable_gqa"))
+    )

@@ -1,0 +1,61 @@
+"""Small modules that the tests of forward mode differentiate."""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+
+class Block(torch.nn.Module):
+    """Self-attention through torch's function, a softmax by hand, and a norm."""
+
+    def __init__(self, width=16, heads=2):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(width)
+        self.qkv = torch.nn.Linear(width, 3 * width)
+        self.out = torch.nn.Linear(width, width)
+        self.heads = heads
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(o).tanh() * x.softmax(-1)
+
+
+class Net(torch.nn.Module):
+    """Two blocks; `reentrant` None: without checkpoints."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Block(), Block()])
+        self.reentrant = reentrant
+
+    def forward(self, x, scale=1.0):
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x * scale
+
+
+def double_net(**kwargs):
+    torch.manual_seed(0)
+    return Net(**kwargs).double()
+
+
+def point():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, 5, 16, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+
+def unfused_jvp(f, x, t):
+    """What torch gives without its fused kernels."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(f, (x,), (t,))
+
+
+def gradients(net, out, t_out):
+    """Backpropagate a loss of both outputs into the parameters."""
+    loss = out.sin().sum() + t_out.cos().sum()
+    return torch.autograd.grad(loss, list(net.parameters()))
