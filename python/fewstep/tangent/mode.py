@@ -6,9 +6,9 @@ attention from: diffusers' dispatcher and its older processors, `sdpa_kernel` co
 torch.nn.MultiheadAttention. A call that nobody differentiates (a teacher under no_grad, say) stays
 torch's own.
 
-Two functions of torch are seen by no such mode. They are replaced in their modules while any thread
-is inside: FlexAttention, and what runs a checkpointed block again (`_checkpoint.py`). The
-replacements do nothing for threads that are not inside.
+Three functions of torch are seen by no such mode. They are replaced in their modules while any
+thread is inside: FlexAttention, what runs a checkpointed block again (`_checkpoint.py`), and the
+tangent of FSDP2's hook. The replacements do nothing for threads that are not inside.
 """
 
 from __future__ import annotations
@@ -74,15 +74,50 @@ def _run_again(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return _checkpoint.generator(original, forward_mode, *args, **kwargs)
 
 
+def _pass_on(original: Callable[..., Any], ctx: Any, group: Any, *tangents: Any) -> Any:
+    """The tangents of FSDP2's hook on the inputs of a module, which is the identity.
+
+    Its own rule hands out its arguments; for plain dual numbers torch wants views of them.
+    """
+    del original, ctx, group
+    return tuple(None if t is None else t.view_as(t) for t in tangents)
+
+
+_FSDP = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
 _SEAMS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): _run_again,
     ("torch.nn.attention.flex_attention", "flex_attention"): interceptors.flex_attention,
+    (_FSDP, "RegisterPostBackwardFunction.jvp"): _pass_on,
 }
 """(module, name) -> handler(original, *args, **kwargs), if the module is imported."""
 
+_MISSING = object()
 _lock = threading.Lock()
 _users = 0
-_originals: dict[tuple[str, str], Any] = {}
+_found: dict[tuple[str, str], tuple[Any, str, Any]] = {}
+
+
+def _put_in() -> None:
+    for (module, path), handler in _SEAMS.items():
+        *parents, name = path.split(".")
+        owner = functools.reduce(
+            lambda x, part: getattr(x, part, None), parents, sys.modules.get(module)
+        )
+        original = getattr(owner, name, None)
+        if (module, path) in _found or original is None:
+            continue
+        _found[module, path] = owner, name, vars(owner).get(name, _MISSING)
+        replacement = _when_active(original, handler)
+        setattr(owner, name, staticmethod(replacement) if parents else replacement)
+
+
+def _put_back() -> None:
+    for owner, name, value in _found.values():
+        if value is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+    _found.clear()
 
 
 @contextlib.contextmanager
@@ -91,18 +126,11 @@ def _replaced() -> Iterator[None]:
     global _users
     with _lock:
         _users += 1
-        for (module, name), handler in _SEAMS.items():
-            owner = sys.modules.get(module)
-            if (module, name) in _originals or not hasattr(owner, name):
-                continue
-            _originals[module, name] = original = getattr(owner, name)
-            setattr(owner, name, _when_active(original, handler))
+        _put_in()
     try:
         yield
     finally:
         with _lock:
             _users -= 1
             if _users == 0:
-                for (module, name), original in _originals.items():
-                    setattr(sys.modules[module], name, original)
-                _originals.clear()
+                _put_back()

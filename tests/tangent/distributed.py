@@ -1,0 +1,58 @@
+"""fewstep.jvp of a wrapped module in two processes, against one. Run by test_distributed.py.
+
+python distributed.py RANK FILE ddp|fsdp2
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import fewstep
+from tangent_nets import double_net, point, unfused_jvp
+
+RANKS = 2
+
+
+def expected(x, t):
+    """Mean over ranks of the gradient of each rank's loss, on an unwrapped module."""
+    net = double_net()
+    for rank in range(RANKS):
+        out, t_out = unfused_jvp(net, x * (rank + 1), t)
+        (out.sin().sum() + t_out.cos().sum()).div(RANKS).backward()
+    return [p.grad for p in net.parameters()]
+
+
+def wrapped(kind):
+    net = double_net()
+    if kind == "ddp":
+        return DistributedDataParallel(net)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def main(rank, file, kind):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS)
+    x, t = point()
+    net = wrapped(kind)
+    plain = double_net()
+    for step in range(2):  # a second step finds what the first left behind
+        out, t_out = fewstep.jvp(net, x * (rank + 1), t)
+        torch.testing.assert_close((out, t_out), unfused_jvp(plain, x * (rank + 1), t))
+        (out.sin().sum() + t_out.cos().sum()).backward()
+        for p, want in zip(net.parameters(), expected(x, t), strict=True):
+            got = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            torch.testing.assert_close(got, want, msg=lambda m: f"step {step}: {m}")  # noqa: B023
+            p.grad = None
+    dist.destroy_process_group()
+    print("right")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

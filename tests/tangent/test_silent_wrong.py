@@ -1,0 +1,240 @@
+"""Every way of asking for a derivative of attention: it is right, or it raises. Never zeros.
+
+The ways are those in which public attention kernels were seen to return wrong derivatives without
+an error (tangents dropped by torch.compile, by functionalization, by registered ops; gradients of a
+tangent dropped by autograd.Functions; tangents of some inputs only). Each is listed with what it
+does here, so that one that starts to raise is noticed as well.
+"""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+import fewstep
+
+
+def normal(seed, *shape):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+X = tuple(normal(i, 2, 2, 3, 8) for i in range(3))
+T = tuple(normal(3 + i, 2, 2, 3, 8) for i in range(3))
+
+
+def op(q, k, v):
+    return fewstep.ops.attention_jvp(q, k, v)[0]
+
+
+def in_forward_mode(q, k, v):
+    with fewstep.forward_mode():
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def oracle(q, k, v):
+    return (q @ k.mT * 8**-0.5).softmax(-1) @ v
+
+
+SUBJECTS = {
+    "op": op,
+    "sdpa": fewstep.scaled_dot_product_attention,
+    "forward_mode": in_forward_mode,
+}
+
+
+def loss_of(f):
+    return lambda *x: f(*x).sin().sum()
+
+
+def jvp(f, x=X, t=T):
+    return torch.func.jvp(f, x, t)
+
+
+def duals(f):
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(f(*map(forward_ad.make_dual, X, T))))
+
+
+def partial(*positions):
+    def way(f):
+        def of_some(*some):
+            x = list(X)
+            for i, value in zip(positions, some, strict=True):
+                x[i] = value
+            return f(*x)
+
+        return jvp(of_some, tuple(X[i] for i in positions), tuple(T[i] for i in positions))
+
+    return way
+
+
+def backward_through_the_tangent(f):
+    leaves = tuple(x.clone().requires_grad_() for x in X)
+    _, t_o = jvp(f, leaves)
+    return torch.autograd.grad(t_o.sin().sum(), leaves)
+
+
+def backward_into_the_tangents(f):
+    leaves = tuple(t.clone().requires_grad_() for t in T)
+    o, t_o = jvp(f, X, leaves)
+    return torch.autograd.grad((o * t_o).sum(), leaves)
+
+
+def batched_gradients(f):
+    leaves = tuple(x.clone().requires_grad_() for x in X)
+    return torch.autograd.grad(f(*leaves), leaves, torch.stack(T), is_grads_batched=True)
+
+
+def checkpointed(reentrant):
+    def way(f):
+        leaves = tuple(x.clone().requires_grad_() for x in X)
+        with fewstep.forward_mode():
+            o, t_o = jvp(lambda *x: checkpoint(f, *x, use_reentrant=reentrant), leaves)
+        return torch.autograd.grad(o.sin().sum() + t_o.cos().sum(), leaves)
+
+    return way
+
+
+def checkpointed_gradient(f):
+    leaves = tuple(x.clone().requires_grad_() for x in X)
+    return torch.autograd.grad(checkpoint(loss_of(f), *leaves, use_reentrant=False), leaves)
+
+
+def compiled(f):
+    return torch.compile(f, backend="aot_eager", fullgraph=True) if f is not oracle else f
+
+
+def gradient_of_compiled(f):
+    leaves = tuple(x.clone().requires_grad_() for x in X)
+    return torch.autograd.grad(loss_of(compiled(f))(*leaves), leaves)
+
+
+def traced(f):
+    if f is oracle:
+        return jvp(f)
+    return make_fx(lambda *x: torch.func.jvp(f, x, T))(*X)(*(2 * x for x in X))
+
+
+def in_inference_mode(f):
+    with torch.inference_mode():
+        return jvp(f)
+
+
+def hvp(f):
+    return jvp(torch.func.grad(loss_of(f), (0, 1, 2)))
+
+
+RIGHT = {
+    "jvp": jvp,
+    "duals": duals,
+    **{f"tangents of {p}": partial(*p) for p in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2))},
+    "jacfwd": lambda f: torch.func.jacfwd(f, (0, 1, 2))(*X),
+    "jacrev": lambda f: torch.func.jacrev(f, (0, 1, 2))(*X),
+    "vmap": lambda f: torch.vmap(lambda *x: torch.func.jvp(f, x[:3], x[3:]))(*X, *T),
+    "hvp": hvp,
+    "hvp, reverse over forward": lambda f: torch.func.grad(
+        lambda *x: torch.func.jvp(loss_of(f), x, T)[1], (0, 1, 2)
+    )(*X),
+    "hessian": lambda f: torch.func.hessian(loss_of(f), (0, 1, 2))(*X),
+    "third": lambda f: torch.func.jacfwd(torch.func.hessian(loss_of(f)))(*X),
+    "backward through the tangent": backward_through_the_tangent,
+    "backward into the tangents": backward_into_the_tangents,
+    "batched gradients": batched_gradients,
+    "checkpointed": checkpointed(False),
+    "checkpointed gradient": checkpointed_gradient,
+    "functionalize": lambda f: torch.func.functionalize(f)(*X),
+    "inference mode": in_inference_mode,
+}
+RAISES = {
+    "functionalize of jvp": lambda f: torch.func.functionalize(lambda *x: jvp(f, x)[1])(*X),
+    "reentrant checkpoint": checkpointed(True),
+    "jvp of functionalize": lambda f: jvp(torch.func.functionalize(f)),
+    "functionalize of grad": lambda f: torch.func.functionalize(torch.func.grad(loss_of(f)))(*X),
+}
+# Slow: one call of the compiler each. Some raise where torch can't do better (None), on purpose
+# without saying from which layer.
+COMPILED = {
+    "compiled gradient": gradient_of_compiled,
+    "jvp of compiled": lambda f: jvp(compiled(f)),
+    "compiled jvp": lambda f: compiled(lambda *x: torch.func.jvp(f, x, T))(*X),
+    "compiled grad": lambda f: compiled(torch.func.grad(loss_of(f)))(*X),
+    "compiled vmap": lambda f: compiled(torch.vmap(f))(*X),
+}
+COMPILED_RIGHT = {"compiled gradient", "compiled vmap"}
+
+
+@pytest.mark.parametrize("way", RIGHT)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_right(subject, way):
+    torch.testing.assert_close(RIGHT[way](SUBJECTS[subject]), RIGHT[way](oracle))
+
+
+@pytest.mark.parametrize("way", RAISES)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_raises(subject, way):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        RAISES[way](SUBJECTS[subject])
+
+
+@pytest.mark.parametrize("way", COMPILED)
+@pytest.mark.parametrize("subject", ["op", "sdpa"])
+def test_compiled(subject, way):
+    try:
+        got = COMPILED[way](SUBJECTS[subject])
+    except Exception:
+        assert way not in COMPILED_RIGHT
+        torch._dynamo.reset()  # a failed attempt marks the frame as not compilable
+        return
+    torch.testing.assert_close(got, COMPILED[way](oracle))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_traced_graph_is_right_for_other_inputs(subject):
+    """make_fx records the tangent's computation, not its value."""
+    got = traced(SUBJECTS[subject])
+    want = torch.func.jvp(oracle, tuple(2 * x for x in X), T)
+    torch.testing.assert_close(tuple(got), want)
+
+
+@pytest.mark.parametrize("subject", ["sdpa", "forward_mode"])
+def test_under_autocast(subject):
+    """bfloat16 inside: within its rounding of the right tangent, which is of order 1."""
+    wanted = jvp(oracle)
+    x, t = (tuple(a.float() for a in b) for b in (X, T))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.func.jvp(lambda *x: SUBJECTS[subject](*x), x, t)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2**-5)
+
+
+def test_explicit_tangents_compile_with_the_gradient_of_everything():
+    def f(*x):
+        o, t_o = fewstep.ops.attention_jvp(*x)
+        return o.sin().sum() + t_o.cos().sum()
+
+    def want(*x):
+        o, t_o = torch.func.jvp(oracle, x[:3], x[3:])
+        return o.sin().sum() + t_o.cos().sum()
+
+    leaves = tuple(a.clone().requires_grad_() for a in (*X, *T))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(f)(*leaves), leaves),
+        torch.autograd.grad(want(*leaves), leaves),
+    )
+
+
+def test_the_hazards_are_real():
+    """torch's fused attention raises in forward mode; a detached query is a lost tangent."""
+    with pytest.raises(NotImplementedError):
+        jvp(F.scaled_dot_product_attention)
+    with sdpa_kernel(SDPBackend.MATH):
+        right = jvp(F.scaled_dot_product_attention)[1]
+    torch.testing.assert_close(right, jvp(oracle)[1])
+    lost = jvp(lambda q, k, v: oracle(q.detach(), k, v))[1]
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(lost, right)
