@@ -11,8 +11,10 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_right(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "ending"), [("ddp", "right"), ("ddp_unused", "raises"), ("fsdp2", "right")]
+)
+def test_right_or_raises(kind, ending, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -29,4 +31,4 @@ def test_right(kind, tmp_path):
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-4000:]
-        assert output.endswith("right\n")
+        assert output.endswith(f"{ending}\n")
