@@ -1,29 +1,31 @@
 """attention_jvp in Triton: one program per tile of BLOCK_M queries of one head.
 
-    S  = scale q k^T                      tS = scale (t_q k^T + q t_k^T)
+    S  = scale q k^T + M                  tS = scale (t_q k^T + q t_k^T) + tM
     m' = max(m, rowmax S)                 alpha = exp(m - m')
     P  = exp(S - m')                      H = P (tS - c)
     l  = alpha l + rowsum P               r = alpha r + rowsum H
     O  = alpha O + P v                    T = alpha T + P t_v + H v
     o  = O / l    mu = c + r / l    t_o = T / l - (r / l) o    lse = m + log l
 
-for each tile of BLOCK_N keys; c is the mean of tS under P over the first tile, so that a tangent
-component common to all keys never enters H. Two fp32 accumulators, [BLOCK_M, BLOCK_DV] each: two
-of 256 columns don't fit the registers, so wide values are split over programs, which repeat the
-scores.
-P and H are rounded to v's dtype for the second pair of products. Exponentials are to base 2.
+for each tile of BLOCK_N keys; c is the mean of tS under P over the first tile that has weight for
+the row, so that a tangent component common to all keys never enters H. Two fp32 accumulators,
+[BLOCK_M, BLOCK_DV] each: two of 256 columns don't fit the registers, so wide values are split over
+programs, which repeat the scores. P and H are rounded to v's dtype for the second pair of products.
+
+Directions after the first are computed without the primal (not PRIMAL): P = exp(S - lse), so there
+is no running maximum, nothing is rescaled, and T is the only accumulator. 5 products instead of 6.
 
 One loop takes the ragged last tile and the first one too. Peeling them, and branching there, was
 tried: the compiler then spills (72 to 720 bytes a thread for head dims over 64).
 
-q, t_q [B, H, Nq, D], k, t_k [B, H, Nk, D], v, t_v [B, H, Nk, Dv], o, t_o [B, H, Nq, Dv]: any
-strides with unit stride in the last axis; lse, mu [B, H, Nq] contiguous fp32. Head dims are padded
-to the next power of two in registers only: loads and stores are masked. Strides are passed in units
-of UNIT elements.
+q [B, H, Nq, D], k [B, G, Nk, D], v [B, G, Nk, Dv], o [B, H, Nq, Dv]; tangents and t_o with R in
+front: any strides with unit stride in the last axis. lse [B, H, Nq] and mu [R, B, H, Nq] contiguous
+fp32. Head dims are padded to the next power of two in registers only: loads and stores are masked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +34,25 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from ._attention import (
+    LN2,
+    LOG2E,
+    Masks,
+    base_of,
+    base_of_mask,
+    find_tile,
+    hide,
+    is_hopper,
+    load_rows,
+    mask_strides,
+    pad_head_dim,
+    seed,
+    strides_in_units,
+    tile_count,
+)
 from ._common import dot, narrow
 
 MAX_BLOCK_DV = 128
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @dataclass(frozen=True)
@@ -67,47 +83,21 @@ CONFIGS = (
 
 def choose_config(device: torch.device, padded: int) -> TileConfig:
     """Return the configuration for a head dim of `padded` (a power of two)."""
-    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-    table = CONFIGS_SM90 if hopper else CONFIGS
+    table = CONFIGS_SM90 if is_hopper(device) else CONFIGS
     return next(config for config in table if padded <= config.head_dim)
-
-
-@triton.jit
-def _load_rows(
-    base,
-    stride,
-    offs,
-    n,
-    cols,
-    d: tl.constexpr,
-    MASK_N: tl.constexpr,
-    MASK_D: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """Return rows `offs` and columns `cols` of a [n, d] matrix; zero outside of it."""
-    pointers = base + offs[:, None].to(tl.int64) * stride * UNIT + cols[None, :]
-    if MASK_N and MASK_D:
-        return tl.load(pointers, mask=(offs[:, None] < n) & (cols[None, :] < d), other=0.0)
-    if MASK_N:
-        return tl.load(pointers, mask=offs[:, None] < n, other=0.0)
-    if MASK_D:
-        return tl.load(pointers, mask=cols[None, :] < d, other=0.0)
-    return tl.load(pointers)
 
 
 @triton.jit
 def _attend_keys(
     state,
     queries,
-    k_base,
-    v_base,
-    t_k_base,
-    t_v_base,
-    stride_kn,
-    stride_vn,
-    stride_tkn,
-    stride_tvn,
+    offs_m,
+    bases,
+    strides,
+    masks,
+    masks_strides,
     start,
+    nq,
     nk,
     scale,
     first_dv,
@@ -119,92 +109,76 @@ def _attend_keys(
     D_PAD: tl.constexpr,
     UNIT: tl.constexpr,
     EVEN_N: tl.constexpr,
-    HAS_TQ: tl.constexpr,
-    HAS_TK: tl.constexpr,
-    HAS_TV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRIMAL: tl.constexpr,
 ):
     """Take one tile of keys into the row statistics and accumulators; m is in units of log 2."""
     m_i, l_i, r_i, c_i, o, t_o = state
     q, t_q = queries
+    k_base, v_base, t_k_base, t_v_base = bases
     offs_n = start + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, D_PAD)
     cols_v = first_dv + tl.arange(0, BLOCK_DV)
-    zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    SHAPE: tl.constexpr = [BLOCK_M, BLOCK_N]
+    rows, columns = offs_m[:, None], offs_n[None, :]
 
-    k = _load_rows(k_base, stride_kn, offs_n, nk, cols, D, not EVEN_N, D != D_PAD, UNIT)
-    s = dot(q, tl.trans(k), zeros) * (scale * LOG2E)
-    t_s = zeros
-    if HAS_TQ:
-        t_s = dot(t_q, tl.trans(k), t_s)
-    if HAS_TK:
-        t_k = _load_rows(t_k_base, stride_tkn, offs_n, nk, cols, D, not EVEN_N, D != D_PAD, UNIT)
-        t_s = dot(q, tl.trans(t_k), t_s)
-    t_s *= scale
-    # Masks and biases act here: on S and tS, before the statistics are taken.
-    if not EVEN_N:
-        s = tl.where(offs_n[None, :] < nk, s, -float("inf"))
-
-    m_new = tl.maximum(m_i, tl.max(s, 1))
-    alpha = tl.exp2(m_i - m_new)
-    p = tl.exp2(s - m_new[:, None])
-    l_i = l_i * alpha + tl.sum(p, 1)
-    o = o * alpha[:, None]
-    v = _load_rows(v_base, stride_vn, offs_n, nk, cols_v, DV, not EVEN_N, DV % BLOCK_DV != 0, UNIT)
-    p_low = narrow(p, v.dtype)
-    o = dot(p_low, v, o)
-    if HAS_TQ or HAS_TK or HAS_TV:
+    # S is finished before tS is begun: fewer registers are live than with both at once.
+    k = load_rows(k_base, strides[0], offs_n, nk, cols, D, not EVEN_N, D != D_PAD, UNIT)
+    s = seed(masks[0], masks_strides[0], rows, columns, nq, nk, scale, SHAPE)
+    s = dot(q, tl.trans(k), s) * (scale * LOG2E)
+    s = hide(s, rows, columns, nk, CAUSAL, EVEN_N)
+    if PRIMAL:
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        origin = m_new
+        if masks[0] is not None:
+            # A row that met no key so far: P must come out 0, not NaN.
+            origin = tl.where(m_new == -float("inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - origin)
+        p = tl.exp2(s - origin[:, None])
+        l_new = l_i * alpha + tl.sum(p, 1)
+        o = o * alpha[:, None]
         t_o = t_o * alpha[:, None]
-    if HAS_TV:
-        t_v = _load_rows(
-            t_v_base, stride_tvn, offs_n, nk, cols_v, DV, not EVEN_N, DV % BLOCK_DV != 0, UNIT
+        r_i = r_i * alpha
+    else:
+        m_new = m_i
+        p = tl.exp2(s - m_i[:, None])
+        l_new = l_i + tl.sum(p, 1)
+    v = load_rows(v_base, strides[1], offs_n, nk, cols_v, DV, not EVEN_N, DV % BLOCK_DV != 0, UNIT)
+    p_low = narrow(p, v.dtype)
+    if PRIMAL:
+        o = dot(p_low, v, o)
+    if t_v_base is not None:
+        t_v = load_rows(
+            t_v_base, strides[3], offs_n, nk, cols_v, DV, not EVEN_N, DV % BLOCK_DV != 0, UNIT
         )
         t_o = dot(p_low, t_v, t_o)
-    if HAS_TQ or HAS_TK:
-        # Set in the first tile, by a select rather than a branch, which would break the pipeline.
-        c_i = tl.where(start == 0, tl.sum(p * t_s, 1) / l_i, c_i)
+    if t_q is not None or t_k_base is not None or masks[1] is not None:
+        t_s = seed(masks[1], masks_strides[1], rows, columns, nq, nk, scale, SHAPE)
+        if t_q is not None:
+            t_s = dot(t_q, tl.trans(k), t_s)
+        if t_k_base is not None:
+            t_k = load_rows(t_k_base, strides[2], offs_n, nk, cols, D, not EVEN_N, D != D_PAD, UNIT)
+            t_s = dot(q, tl.trans(t_k), t_s)
+        t_s *= scale
+        # Set by a select rather than a branch, which would break the pipeline.
+        weight = tl.where(l_new == 0.0, 1.0, l_new)
+        c_i = tl.where(l_i == 0.0, tl.sum(p * t_s, 1) / weight, c_i)
         h = p * (t_s - c_i[:, None])
-        r_i = r_i * alpha + tl.sum(h, 1)
+        r_i = r_i + tl.sum(h, 1)
         t_o = dot(narrow(h, v.dtype), v, t_o)
-    return m_new, l_i, r_i, c_i, o, t_o
+    return m_new, l_new, r_i, c_i, o, t_o
 
 
 @triton.jit
 def _attention_jvp_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    t_q_ptr,
-    t_k_ptr,
-    t_v_ptr,
-    o_ptr,
-    t_o_ptr,
-    lse_ptr,
-    mu_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_tqb,
-    stride_tqh,
-    stride_tqm,
-    stride_tkb,
-    stride_tkh,
-    stride_tkn,
-    stride_tvb,
-    stride_tvh,
-    stride_tvn,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_tob,
-    stride_toh,
-    stride_tom,
+    inputs,
+    masks,
+    sequences,
+    outputs,
+    strides,
+    masks_strides,
     heads,
+    group,
     nq,
     nk,
     scale,
@@ -216,107 +190,161 @@ def _attention_jvp_fwd_kernel(
     D_PAD: tl.constexpr,
     UNIT: tl.constexpr,
     EVEN_N: tl.constexpr,
-    HAS_TQ: tl.constexpr,
-    HAS_TK: tl.constexpr,
-    HAS_TV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRIMAL: tl.constexpr,
 ):
+    q_ptr, k_ptr, v_ptr, t_q_ptr, t_k_ptr, t_v_ptr = inputs
+    o_ptr, t_o_ptr, lse_ptr, mu_ptr = outputs
+    cu_q_ptr, cu_k_ptr, count = sequences
     # Tiles of one head are neighbours, so that its keys and values stay in the L2 cache.
-    tiles = tl.cdiv(nq, BLOCK_M)
-    first_dv = tl.program_id(1) * BLOCK_DV
+    tiles = tile_count(cu_q_ptr, count, nq, BLOCK_M)
     tile = tl.program_id(0) % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # the longest rows first
     head = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = head // heads, head % heads
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_dv = tl.program_id(1) * BLOCK_DV
+    r = tl.program_id(2).to(tl.int64)
+    stats = head * nq
+    t_stats = (r * (tl.num_programs(0) // tiles) + head) * nq
+    row, begin_q, nq, begin_k, nk = find_tile(tile, cu_q_ptr, cu_k_ptr, count, nq, nk, BLOCK_M)
+    offs_m = row + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < nq
     cols = tl.arange(0, D_PAD)
 
-    q_base = q_ptr + (b * stride_qb + h * stride_qh) * UNIT
-    q = _load_rows(q_base, stride_qm, offs_m, nq, cols, D, True, D != D_PAD, UNIT)
-    t_q = q
-    if HAS_TQ:
-        t_q_base = t_q_ptr + (b * stride_tqb + h * stride_tqh) * UNIT
-        t_q = _load_rows(t_q_base, stride_tqm, offs_m, nq, cols, D, True, D != D_PAD, UNIT)
-    queries = (q, t_q)
-    k_base = k_ptr + (b * stride_kb + h * stride_kh) * UNIT
-    v_base = v_ptr + (b * stride_vb + h * stride_vh) * UNIT
-    t_k_base = t_k_ptr + (b * stride_tkb + h * stride_tkh) * UNIT
-    t_v_base = t_v_ptr + (b * stride_tvb + h * stride_tvh) * UNIT
+    q_base = base_of(q_ptr, strides[0], 0, b, h, begin_q, UNIT)
+    t_q_base = base_of(t_q_ptr, strides[3], r, b, h, begin_q, UNIT)
+    queries = (
+        load_rows(q_base, strides[0][3], offs_m, nq, cols, D, True, D != D_PAD, UNIT),
+        load_rows(t_q_base, strides[3][3], offs_m, nq, cols, D, True, D != D_PAD, UNIT),
+    )
+    g = h // group
+    bases = (
+        base_of(k_ptr, strides[1], 0, b, g, begin_k, UNIT),
+        base_of(v_ptr, strides[2], 0, b, g, begin_k, UNIT),
+        base_of(t_k_ptr, strides[4], r, b, g, begin_k, UNIT),
+        base_of(t_v_ptr, strides[5], r, b, g, begin_k, UNIT),
+    )
+    row_strides = (strides[1][3], strides[2][3], strides[4][3], strides[5][3])
+    mask_bases = (
+        base_of_mask(masks[0], masks_strides[0], 0, b, h),
+        base_of_mask(masks[1], masks_strides[1], r, b, h),
+    )
 
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    if not PRIMAL:
+        lse = tl.load(lse_ptr + stats + begin_q + offs_m, mask=mask_m, other=-float("inf"))
+        # exp(S - inf) is 0: what a row without keys and rows past the end need.
+        m_i = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
     state = (
-        tl.full([BLOCK_M], -float("inf"), tl.float32),
+        m_i,
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
-    for start in range(0, nk, BLOCK_N):
+    end = tl.where(row < nq, nk, 0)
+    first_masked = 0
+    if CAUSAL:
+        end = tl.minimum(end, row + BLOCK_M)
+        first_masked = tl.minimum(end, row + 1) // BLOCK_N * BLOCK_N
+        for start in range(0, first_masked, BLOCK_N):
+            state = _attend_keys(
+                state, queries, offs_m, bases, row_strides, mask_bases, masks_strides, start, nq,
+                nk, scale, first_dv, BLOCK_M, BLOCK_N, BLOCK_DV, D, DV, D_PAD, UNIT, True, False,
+                PRIMAL,
+            )  # fmt: skip
+    for start in range(first_masked, end, BLOCK_N):
         state = _attend_keys(
-            state, queries, k_base, v_base, t_k_base, t_v_base,
-            stride_kn, stride_vn, stride_tkn, stride_tvn, start, nk, scale, first_dv,
-            BLOCK_M, BLOCK_N, BLOCK_DV, D, DV, D_PAD, UNIT, EVEN_N, HAS_TQ, HAS_TK, HAS_TV,
+            state, queries, offs_m, bases, row_strides, mask_bases, masks_strides, start, nq, nk,
+            scale, first_dv, BLOCK_M, BLOCK_N, BLOCK_DV, D, DV, D_PAD, UNIT, EVEN_N, CAUSAL,
+            PRIMAL,
         )  # fmt: skip
     m_i, l_i, r_i, c_i, o, t_o = state
 
-    mask_m = offs_m < nq
-    stats = head * nq + offs_m
-    ratio = r_i / l_i
-    if first_dv == 0:
-        tl.store(lse_ptr + stats, m_i * LN2 + tl.log(l_i), mask=mask_m)
-        tl.store(mu_ptr + stats, c_i + ratio, mask=mask_m)
-    o = o / l_i[:, None]
-    t_o = t_o / l_i[:, None] - ratio[:, None] * o
+    # Rows without keys: zeros, and lse = -inf.
+    l_safe = tl.where(l_i == 0.0, 1.0, l_i)
+    ratio = r_i / l_safe
     cols_v = first_dv + tl.arange(0, BLOCK_DV)
     mask = mask_m[:, None] & (cols_v[None, :] < DV)
     rows = offs_m[:, None].to(tl.int64) * UNIT
-    o_base = o_ptr + (b * stride_ob + h * stride_oh) * UNIT
-    t_o_base = t_o_ptr + (b * stride_tob + h * stride_toh) * UNIT
     dtype = o_ptr.dtype.element_ty
-    tl.store(o_base + rows * stride_om + cols_v[None, :], narrow(o, dtype), mask=mask)
-    tl.store(t_o_base + rows * stride_tom + cols_v[None, :], narrow(t_o, dtype), mask=mask)
+    o_ptrs = base_of(o_ptr, strides[6], 0, b, h, begin_q, UNIT) + rows * strides[6][3]
+    o_ptrs += cols_v[None, :]
+    if PRIMAL:
+        if first_dv == 0:
+            lse = tl.where(l_i == 0.0, -float("inf"), m_i * LN2 + tl.log(l_safe))
+            tl.store(lse_ptr + stats + begin_q + offs_m, lse, mask=mask_m)
+        o = o / l_safe[:, None]
+        tl.store(o_ptrs, narrow(o, dtype), mask=mask)
+    else:
+        o = tl.load(o_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if t_o_ptr is not None:
+        if first_dv == 0:
+            tl.store(mu_ptr + t_stats + begin_q + offs_m, c_i + ratio, mask=mask_m)
+        t_o = t_o / l_safe[:, None] - ratio[:, None] * o
+        t_o_ptrs = base_of(t_o_ptr, strides[7], r, b, h, begin_q, UNIT) + rows * strides[7][3]
+        tl.store(t_o_ptrs + cols_v[None, :], narrow(t_o, dtype), mask=mask)
 
 
 def launch_attention_jvp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    t_q: Tensor | None,
-    t_k: Tensor | None,
-    t_v: Tensor | None,
-    o: Tensor,
-    t_o: Tensor,
-    lse: Tensor,
-    mu: Tensor,
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    masks: Masks,
+    outputs: Sequence[Tensor],
     scale: float,
     config: TileConfig | None = None,
 ) -> None:
-    """Fill o, t_o, lse and mu; shapes as in the module docstring. `config` is for tuning."""
+    """Fill outputs = (o, t_o, lse, mu) from (q, k, v) and (t_q, t_k, t_v), as described above.
+
+    `config` is for tuning.
+    """
+    directions = outputs[1].shape[0]
+    _launch(primals, tangents, masks, outputs, slice(0, 1), scale, config)
+    if directions > 1:
+        _launch(primals, tangents, masks, outputs, slice(1, directions), scale, config)
+
+
+def _launch(
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    masks: Masks,
+    outputs: Sequence[Tensor],
+    directions: slice,
+    scale: float,
+    config: TileConfig | None,
+) -> None:
+    """Compute some directions; the primal too if the first is among them."""
+    q, k, v = primals
     b, h, nq, d = q.shape
     nk, dv = v.shape[2:]
-    if nk == 0:
-        for out, value in ((o, 0.0), (t_o, 0.0), (lse, -float("inf")), (mu, 0.0)):
-            out.fill_(value)
-        return
     if b * h * nq == 0:
         return
-    # tl.dot takes at least 16 columns.
-    d_pad, dv_pad = (max(16, triton.next_power_of_2(x)) for x in (d, dv))
+    primal = directions.start == 0
+    mask, t_mask = masks.readable
+    o, t_o, lse, mu = outputs
+    t_mask, t_o, mu, *tangents = (
+        None if x is None or x.shape[0] == 0 else x[directions]
+        for x in (t_mask, t_o, mu, *tangents)
+    )
+    d_pad, dv_pad = pad_head_dim(d), pad_head_dim(dv)
     config = config or choose_config(q.device, max(d_pad, dv_pad))
     block_dv = min(dv_pad, MAX_BLOCK_DV)
-    grid = (triton.cdiv(nq, config.block_m) * b * h, triton.cdiv(dv, block_dv))
-    inputs = (q, k, v, *(x if x is not None else y for x, y in ((t_q, q), (t_k, k), (t_v, v))))
-    strides = [stride for x in (*inputs, o, t_o) for stride in x.stride()[:3]]
-    # The compiler only learns of divisibility by 16; head dims like 72 need to be known as 9 * 8
-    # for 16-byte accesses.
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-    strides = [stride // unit for stride in strides]
+    inputs = (*primals, *tangents)
+    unit, strides = strides_in_units((*inputs, o, t_o))
+    sequences = masks.sequences
+    tiles = nq // config.block_m + sequences if sequences else triton.cdiv(nq, config.block_m)
+    grid = (tiles * b * h, triton.cdiv(dv, block_dv), 1 if t_o is None else t_o.shape[0])
     _attention_jvp_fwd_kernel[grid](
-        *inputs,
-        o,
-        t_o,
-        lse,
-        mu,
-        *strides,
+        inputs,
+        (mask, t_mask),
+        (masks.cu_seqlens_q, masks.cu_seqlens_k, sequences),
+        (o, t_o, lse, mu),
+        strides,
+        (mask_strides(mask), mask_strides(t_mask)),
         h,
+        h // k.shape[1],
         nq,
         nk,
         scale,
@@ -327,10 +355,9 @@ def launch_attention_jvp(
         DV=dv,
         D_PAD=d_pad,
         UNIT=unit,
-        EVEN_N=nk % config.block_n == 0,
-        HAS_TQ=t_q is not None,
-        HAS_TK=t_k is not None,
-        HAS_TV=t_v is not None,
+        EVEN_N=nk % config.block_n == 0 and not sequences,
+        CAUSAL=masks.is_causal,
+        PRIMAL=primal,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
