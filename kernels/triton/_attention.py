@@ -1,4 +1,4 @@
-"""What the attention kernels share: tiles, masks, sequences, and products of dual numbers.
+"""What the attention kernels share: tiles, masks and packed sequences.
 
 A tensor that is absent is None, and so is everything made of it: the compiler then drops the code.
 Base addresses and strides come in tuples; strides are in units of UNIT elements, because the
@@ -17,11 +17,20 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import dot
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK_S = tl.constexpr(128)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile sizes and launch options for head dims up to `head_dim`."""
+
+    head_dim: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,11 @@ def pad_head_dim(x: int) -> int:
 def is_hopper(device: torch.device) -> bool:
     """Return whether tiles of sm_90 and later fit; so it is taken where there is no GPU."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def safe_scale(scale: float, *masks: Tensor | None) -> float:
+    """Return the scale; not 0 if there are masks, which are divided by it (see `seed`)."""
+    return 1e-30 if scale == 0 and any(x is not None for x in masks) else scale
 
 
 def strides_in_units(tensors: Sequence[Tensor | None]) -> tuple[int, tuple[tuple[int, ...], ...]]:
@@ -118,27 +132,6 @@ def load_rows(base, stride, offs, n, cols, D: tl.constexpr, MASK_N: tl.constexpr
 
 
 @triton.jit
-def transposed(x):
-    """Return x^T."""
-    y = x
-    if x is not None:
-        y = tl.trans(x)
-    return y
-
-
-@triton.jit
-def dual_dot(x, t_x, y, t_y, acc, t_acc):
-    """Return (acc + x y, t_acc + t_x y + x t_y)."""
-    if x is not None:
-        acc = dot(x, y, acc)
-        if t_y is not None:
-            t_acc = dot(x, t_y, t_acc)
-    if t_x is not None:
-        t_acc = dot(t_x, y, t_acc)
-    return acc, t_acc
-
-
-@triton.jit
 def seed(base, strides, queries, keys, nq, nk, scale, SHAPE: tl.constexpr):
     """Return what scores start from, M / scale; `queries` and `keys` are indices of a tile.
 
@@ -155,7 +148,7 @@ def seed(base, strides, queries, keys, nq, nk, scale, SHAPE: tl.constexpr):
             inside = inside & (queries < nq)
         mask = tl.load(pointers, mask=inside, other=0)
         if mask.dtype == tl.int8:
-            tile += tl.where(mask != 0, 0.0, -float("inf"))
+            tile += tl.where(mask != 0, 0.0, -float("inf")) / scale
         else:
             tile += mask.to(tl.float32) / scale
     return tile

@@ -26,7 +26,6 @@ fp32. Head dims are padded to the next power of two in registers only: loads and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,6 +37,7 @@ from ._attention import (
     LN2,
     LOG2E,
     Masks,
+    TileConfig,
     base_of,
     base_of_mask,
     find_tile,
@@ -46,6 +46,7 @@ from ._attention import (
     load_rows,
     mask_strides,
     pad_head_dim,
+    safe_scale,
     seed,
     strides_in_units,
     tile_count,
@@ -53,17 +54,6 @@ from ._attention import (
 from ._common import dot, narrow
 
 MAX_BLOCK_DV = 128
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Tile sizes and launch options for head dims up to `head_dim`."""
-
-    head_dim: int
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 # By the larger padded head dim. Compiled with Triton 3.9 for sm_90 they need at most 254 registers
@@ -347,7 +337,7 @@ def _launch(
         h // k.shape[1],
         nq,
         nk,
-        scale,
+        safe_scale(scale, mask, t_mask),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_DV=block_dv,

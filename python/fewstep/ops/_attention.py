@@ -12,11 +12,18 @@ from torch import Tensor
 HEAD_DIMS = range(8, 257, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
+# Triton 3.9's compiler aborts the process on exact float32 products of some of these head dims.
+_TRITON_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def stat_dtype(q: Tensor) -> torch.dtype:
     """Return the dtype of lse and mu."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def triton_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
+    """Return what the Triton kernels take: float32 in the interpreter only."""
+    return _TRITON_DTYPES if q.device.type == "cuda" else (torch.float32, *_TRITON_DTYPES)
 
 
 def unit_stride(x: Tensor | None) -> Tensor | None:

@@ -45,6 +45,7 @@ from ._attention import (
     count_directions,
     new_rows,
     stat_dtype,
+    triton_dtypes,
     unit_stride,
     validate_masking,
     validate_primals,
@@ -54,10 +55,6 @@ from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["HEAD_DIMS", "attention_jvp", "merge_partials"]
-
-# Triton 3.9's compiler aborts the process on exact float32 products of some of these head dims.
-_GPU_DTYPES = (torch.bfloat16, torch.float16)
-_INTERPRETER_DTYPES = (torch.float32, *_GPU_DTYPES)
 
 
 def _directions(tangents: Sequence[Tensor | None]) -> int:
@@ -96,40 +93,15 @@ def _run_native(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ..
 
 
 def _run_triton(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from ..kernels._attention import Masks
     from ..kernels.attention_jvp import launch_attention_jvp
 
     *arguments, scale = rest
-    tangents, masking = arguments[:3], Masking(*arguments[3:])
-    outputs = _new_outputs(q, v, _directions((*tangents, masking.t_attn_mask)))
-    inputs = [unit_stride(x) for x in (q, k, v, *tangents)]
-    launch_attention_jvp(*_one_direction(inputs, outputs), scale)
+    tangents, masks = arguments[:3], Masks(*arguments[3:])
+    outputs = _new_outputs(q, v, _directions((*tangents, masks.t_attn_mask)))
+    primals = [unit_stride(x) for x in (q, k, v)]
+    launch_attention_jvp(primals, [unit_stride(x) for x in tangents], masks, outputs, scale)
     return outputs
-
-
-def _one_direction(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> list[Any]:
-    """Return the tensors of a call without masks and with at most one direction, all 4-d."""
-    o, t_o, lse, mu = outputs
-    if t_o.shape[0] == 0:
-        t_o, mu = torch.empty_like(o)[None], torch.empty_like(lse)[None]
-    tangents = [None if x is None else x[0] for x in inputs[3:]]
-    return [*inputs[:3], *tangents, o, t_o[0], lse, mu[0]]
-
-
-def _refuse_general(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kwargs: Any) -> str | None:
-    """Return why a kernel without masks, shared heads or several directions can't run."""
-    masking = next((x for x in rest if isinstance(x, Masking)), Masking())
-    tangents = [x for x in rest if isinstance(x, Tensor)]
-    if not masking.is_plain or masking.t_attn_mask is not None or "attn_mask" in kwargs:
-        return "masks and sequences are not offered yet"
-    if k.shape[:-2] != q.shape[:-2]:
-        return "heads of k and v shared by several of q are not offered yet"
-    if any(t.dim() == 5 and t.shape[0] > 1 for t in tangents):
-        return "several directions at once are not offered yet"
-    return None
-
-
-def _triton_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
-    return _GPU_DTYPES if q.device.type == "cuda" else _INTERPRETER_DTYPES
 
 
 IMPLEMENTATIONS = (
@@ -141,9 +113,7 @@ IMPLEMENTATIONS = (
     Implementation(
         "triton",
         _run_triton,
-        lambda q, *args, **kwargs: (
-            refuse_triton([q], _triton_dtypes(q)) or _refuse_general(q, *args, **kwargs)
-        ),
+        lambda q, *args, **kwargs: refuse_triton([q], triton_dtypes(q)),
     ),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
@@ -291,7 +261,7 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
     # P and H are rounded to the storage type: with unit-normal inputs an element of t_o is a sum of
     # terms of about 1, each off by half a unit in the last place, and o(1) itself.
     bounds = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
-    for dtype in _GPU_DTYPES if device.type == "cuda" else _INTERPRETER_DTYPES:
+    for dtype in triton_dtypes(torch.empty(0, device=device)):
         for nq, nk, d, dv in ((77, 130, 64, 64), (33, 65, 128, 128), (130, 33, 72, 40)):
             shapes = [(2, 2, nq, d), (2, 2, nk, d), (2, 2, nk, dv)] * 2
             args = tuple(

@@ -41,12 +41,13 @@ from ._attention import (
     count_directions,
     new_rows,
     stat_dtype,
+    triton_dtypes,
     unit_stride,
     validate_masking,
     validate_primals,
 )
 from ._register import register
-from ._select import Implementation, refuse_native, select
+from ._select import Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["NAMES", "attention_jvp_backward"]
 
@@ -90,12 +91,37 @@ def _run_native(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Te
     return outputs
 
 
+def _run_triton(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    from ..kernels._attention import Masks
+    from ..kernels.attention_jvp_backward import launch_attention_jvp_backward
+
+    *arguments, scale, needs = rest
+    delta0, delta1, *tensors, lse, mu = arguments[:10]
+    primals, tangents = tensors[:3], tensors[3:]
+    outputs = _outputs(tuple(primals), needs)
+    launch_attention_jvp_backward(
+        [unit_stride(x) for x in (d_o, dt_o)],
+        [unit_stride(x) for x in primals],
+        [unit_stride(x) for x in tangents],
+        [None if x is None else x.contiguous() for x in (lse, mu, delta0, delta1)],
+        Masks(*arguments[10:]),
+        [x if needs >> i & 1 else None for i, x in enumerate(outputs)],
+        scale,
+    )
+    return outputs
+
+
 IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
         # The op's first argument may be None, so q stands for the tensors here.
         lambda q, *args, **kwargs: refuse_native("attention_jvp_backward", [q], DTYPES),
+    ),
+    Implementation(
+        "triton",
+        _run_triton,
+        lambda q, *args, **kwargs: refuse_triton([q], triton_dtypes(q)),
     ),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )

@@ -1,0 +1,218 @@
+"""Compile variants of the attention kernels for sm_90 as they are launched; no GPU needed.
+
+    python tests/ops/_hopper.py [PART_OF_A_NAME ...]
+
+Prints registers, bytes spilled per thread and bytes of shared memory of each; exits with 1 if one
+has no tensor core instructions, spills, or asks for more shared memory than there is. Not in a
+process that has imported Triton as an interpreter.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+from fewstep.kernels import _attention, attention_jvp, attention_jvp_backward
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED = 227 * 1024
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+}
+KERNELS = {
+    attention_jvp: ["_attention_jvp_fwd_kernel"],
+    attention_jvp_backward: ["_attention_jvp_bwd_keys_kernel", "_attention_jvp_bwd_queries_kernel"],
+}
+
+
+class Recorder:
+    """Stands for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel, calls):
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
+
+
+def launches(module: ModuleType, launch) -> list:
+    """Return (kernel, args, kwargs) of every launch that `launch` makes."""
+    calls, kernels = [], {name: getattr(module, name) for name in KERNELS[module]}
+    try:
+        for name, kernel in kernels.items():
+            setattr(module, name, Recorder(kernel, calls))
+        launch()
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+    return calls
+
+
+def describe(value, path, constants, attributes):
+    """Return the type of an argument as a launch would specialise it."""
+    if isinstance(value, tuple):
+        return tuple(
+            describe(x, (*path, i), constants, attributes) for i, x in enumerate(value)
+        )  # fmt: skip
+    if isinstance(value, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return TYPES[value.dtype]
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, int):
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32"
+    return "fp32"
+
+
+def compiled(kernel, args, kwargs) -> tuple[dict[str, int], str]:
+    """Return (resources, what is wrong with them or "")."""
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
+    names, constants, attributes = kernel.arg_names, {}, {}
+    signature = {
+        names[i]: describe(value, (i,), constants, attributes) for i, value in enumerate(args)
+    }
+    for name, value in kwargs.items():
+        signature[name] = "constexpr"
+        constants[(names.index(name),)] = value
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    resources = {
+        "registers": registers,
+        "spilled": stack + local,
+        "shared": result.metadata.shared,
+    }
+    wrong = []
+    if "wgmma.mma_async" not in result.asm["ptx"]:
+        wrong.append("no tensor core instructions")
+    if resources["spilled"]:
+        wrong.append("spills")
+    if resources["shared"] > SHARED:
+        wrong.append("shared memory")
+    return resources, ", ".join(wrong)
+
+
+def tensors(d, nk=1000, directions=1, mask=None, sequences=0, is_causal=False):
+    """Return (primals, tangents, masks) of one sample with 4 heads of 1000 queries; no data."""
+
+    def new(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = new(1, 4, 1000, d), new(1, 4, nk, d), new(1, 4, nk, d)
+    tangents = [new(directions, *x.shape) if directions else None for x in (q, k, v)]
+    shape = (1, 4, 1000, nk)
+    attn_mask = t_attn_mask = offsets = None
+    if mask == "bool":
+        attn_mask = new(*shape, dtype=torch.bool)
+    elif mask == "keys":
+        attn_mask = new(1, 1, 1, nk, dtype=torch.bool).expand(shape)
+    elif mask == "additive":
+        attn_mask, t_attn_mask = new(*shape), new(directions, *shape)
+    if sequences:
+        offsets = new(sequences + 1, dtype=torch.int32)
+    return (
+        (q, k, v),
+        tangents,
+        _attention.Masks(attn_mask, t_attn_mask, offsets, offsets, is_causal),
+    )
+
+
+def forward(d, directions=1, static=False, **options):
+    """Return the launches of the forward."""
+    primals, tangents, masks = tensors(d, directions=directions, **options)
+    q = primals[0]
+    if static:
+        tangents[1:] = None, None
+    rows = q.new_empty(q.shape[:3], dtype=torch.float32)
+    outputs = (
+        torch.empty_like(q), q.new_empty((directions, *q.shape)),
+        rows, rows.new_empty((directions, *rows.shape)),
+    )  # fmt: skip
+    return launches(
+        attention_jvp,
+        lambda: attention_jvp.launch_attention_jvp(primals, tangents, masks, outputs, 0.3),
+    )
+
+
+def backward(d, plain=False, **options):
+    """Return the launches of the backward."""
+    primals, tangents, masks = tensors(d, **options)
+    q = primals[0]
+    rows = q.new_empty(q.shape[:3], dtype=torch.float32)
+    tangents = [x[0] for x in tangents]
+    if masks.t_attn_mask is not None:
+        masks = _attention.Masks(masks.attn_mask, masks.t_attn_mask[0])
+    gradients, cotangents, stats = (*primals, *primals), (q, q), (rows,) * 4
+    if plain:
+        gradients = (*primals, None, None, None)
+        tangents, cotangents, stats = [None] * 3, (q, None), (rows, None, None, rows)
+    return launches(
+        attention_jvp_backward,
+        lambda: attention_jvp_backward.launch_attention_jvp_backward(
+            cotangents, primals, tangents, stats, masks, gradients, 0.3
+        ),
+    )
+
+
+# Few enough to compile within a minute or two: each head dim, each kind of masking.
+VARIANTS = {
+    "forward 64": lambda: forward(64, directions=2),
+    "forward 64 additive": lambda: forward(64, mask="additive", directions=2),
+    "forward 64 bool": lambda: forward(64, mask="bool"),
+    "forward 64 sequences causal": lambda: forward(64, sequences=9, is_causal=True),
+    "forward 72": lambda: forward(72, directions=2),
+    "forward 128": lambda: forward(128, directions=2),
+    "forward 128 static": lambda: forward(128, static=True),
+    "forward 128 bool": lambda: forward(128, mask="bool"),
+    "forward 128 keys": lambda: forward(128, mask="keys"),
+    "forward 128 additive": lambda: forward(128, mask="additive", directions=2),
+    "forward 128 causal": lambda: forward(128, is_causal=True, directions=2),
+    "forward 256": lambda: forward(256, directions=2),
+    "forward 256 additive": lambda: forward(256, mask="additive", directions=2),
+    "forward 256 causal": lambda: forward(256, is_causal=True),
+    "backward 64": lambda: backward(64),
+    "backward 64 additive": lambda: backward(64, mask="additive"),
+    "backward 72": lambda: backward(72),
+    "backward 128": lambda: backward(128),
+    "backward 128 plain": lambda: backward(128, plain=True),
+    "backward 128 causal": lambda: backward(128, is_causal=True),
+    "backward 128 additive": lambda: backward(128, mask="additive"),
+    "backward 256": lambda: backward(256),
+}
+
+
+def main(parts: list[str]) -> int:
+    """Compile the variants whose name has one of `parts` in it; return how many are wrong."""
+    failures = 0
+    for name, variant in VARIANTS.items():
+        if parts and not any(part in name for part in parts):
+            continue
+        for kernel, args, kwargs in variant():
+            resources, wrong = compiled(kernel, args, kwargs)
+            failures += bool(wrong)
+            print(name, kernel.fn.__name__, resources, wrong, flush=True)
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]) != 0)
