@@ -16,7 +16,8 @@ Directions after the first are computed without the primal (not PRIMAL): P = exp
 is no running maximum, nothing is rescaled, and T is the only accumulator. 5 products instead of 6.
 
 One loop takes the ragged last tile and the first one too. Peeling them, and branching there, was
-tried: the compiler then spills (72 to 720 bytes a thread for head dims over 64).
+tried: the compiler then spills (72 to 720 bytes a thread for head dims over 64). Narrow causal heads
+alone have a second loop, for the tiles on the diagonal.
 
 q [B, H, Nq, D], k [B, G, Nk, D], v [B, G, Nk, Dv], o [B, H, Nq, Dv]; tangents and t_o with R in
 front: any strides with unit stride in the last axis. lse [B, H, Nq] and mu [R, B, H, Nq] contiguous
@@ -27,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 import triton
@@ -56,12 +56,25 @@ from ._common import dot, narrow
 MAX_BLOCK_DV = 128
 
 
-# By the larger padded head dim. Compiled with Triton 3.9 for sm_90 they need at most 254 registers
-# without spilling and 229,376 bytes of shared memory; the times are not measured on a GPU yet.
+# By the larger padded head dim. Compiled with Triton 3.9 for sm_90 they fit the registers without
+# spilling (but for 256 columns with a mask or causal: some tens of bytes) and 229,376 bytes of
+# shared memory; the times are not measured on a GPU yet.
 CONFIGS_SM90 = (
     TileConfig(64, 128, 64, 8, 3),
     TileConfig(128, 128, 64, 8, 2),
     TileConfig(256, 128, 32, 8, 2),
+)
+# Causal, or head dims that are no power of two: comparisons take registers.
+COMPARING_SM90 = (
+    TileConfig(64, 128, 64, 8, 3),
+    TileConfig(128, 128, 32, 8, 2),
+    TileConfig(256, 128, 16, 8, 2),
+)
+# Masks that differ between queries: so do their addresses.
+MASKED_SM90 = (
+    TileConfig(64, 128, 32, 8, 2),
+    TileConfig(128, 128, 16, 8, 2),
+    TileConfig(256, 128, 16, 8, 2),
 )
 # Older cards have 99 to 163 KB of shared memory, and keep q and t_q in registers.
 CONFIGS = (
@@ -71,9 +84,18 @@ CONFIGS = (
 )
 
 
-def choose_config(device: torch.device, padded: int) -> TileConfig:
-    """Return the configuration for a head dim of `padded` (a power of two)."""
-    table = CONFIGS_SM90 if is_hopper(device) else CONFIGS
+def choose_config(q: Tensor, v: Tensor, masks: Masks) -> TileConfig:
+    """Return the configuration for these head dims and masks."""
+    padded = max(pad_head_dim(q.shape[-1]), pad_head_dim(v.shape[-1]))
+    table = CONFIGS
+    if is_hopper(q.device):
+        loaded = [x for x in (masks.attn_mask, masks.t_attn_mask) if x is not None]
+        if any(x.stride(-2) != 0 for x in loaded):
+            table = MASKED_SM90
+        elif masks.is_causal or {q.shape[-1], v.shape[-1]} != {padded}:
+            table = COMPARING_SM90
+        else:
+            table = CONFIGS_SM90
     return next(config for config in table if padded <= config.head_dim)
 
 
@@ -238,6 +260,8 @@ def _attention_jvp_fwd_kernel(
     first_masked = 0
     if CAUSAL:
         end = tl.minimum(end, row + BLOCK_M)
+    # Two loops need more registers than wide heads leave.
+    if CAUSAL and D_PAD <= 64 and DV <= 64:
         first_masked = tl.minimum(end, row + 1) // BLOCK_N * BLOCK_N
         for start in range(0, first_masked, BLOCK_N):
             state = _attend_keys(
@@ -319,7 +343,7 @@ def _launch(
         for x in (t_mask, t_o, mu, *tangents)
     )
     d_pad, dv_pad = pad_head_dim(d), pad_head_dim(dv)
-    config = config or choose_config(q.device, max(d_pad, dv_pad))
+    config = config or choose_config(q, v, masks)
     block_dv = min(dv_pad, MAX_BLOCK_DV)
     inputs = (*primals, *tangents)
     unit, strides = strides_in_units((*inputs, o, t_o))

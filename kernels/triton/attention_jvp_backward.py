@@ -15,9 +15,9 @@ reads it; 12 products, four fp32 accumulators. Scores are made transposed, so th
 left factors. Queries' side: a program owns BLOCK_M queries and walks the keys; 9 products, two
 accumulators. Scores are thus made twice, and in return nothing is added by two programs: one order
 of summation, the same bits in every run. Wide heads take several launches, each for some of the
-gradients, because accumulators of more than MAX_COLUMNS columns in all don't fit the registers: up
-to 64 columns one for each side (12 + 9 products), up to 128 the keys' side is split in two, for k
-and for v (9 + 6), and above, every gradient has its own (8 + 5 + 3 + 2 and 8 + 3).
+gradients, because all accumulators together don't fit the registers: up to 64 columns one for each
+side (12 + 9 products), up to 128 three and one (8 + 3 + 6 and 9; with masks two, 8 + 3), above that
+every gradient has its own (8 + 3 + 5 + 2 and 8 + 3).
 
 P, tP, dS0 and dS1 are rounded to the storage type for the second products. What is absent (a
 tangent, a cotangent, a gradient nobody needs) is None, and the code for it is not compiled.
@@ -59,13 +59,13 @@ from ._common import dot, narrow
 # By the larger padded head dim; the times are not measured on a GPU yet. One warpgroup: with two on
 # 64 rows the tiles of scores go through shared memory, and much is spilled.
 KEYS_SM90 = (
-    TileConfig(64, 32, 64, 4, 2),
-    TileConfig(128, 32, 64, 4, 2),
+    TileConfig(64, 16, 64, 4, 2),
+    TileConfig(128, 16, 64, 4, 2),
     TileConfig(256, 32, 64, 4, 1),
 )
 QUERIES_SM90 = (
     TileConfig(64, 64, 32, 4, 2),
-    TileConfig(128, 64, 32, 4, 2),
+    TileConfig(128, 64, 16, 4, 2),
     TileConfig(256, 64, 32, 4, 1),
 )
 # Older cards have 99 to 163 KB of shared memory.
@@ -74,32 +74,36 @@ CONFIGS = (
     TileConfig(128, 32, 32, 4, 1),
     TileConfig(256, 16, 16, 4, 1),
 )
-# Columns of fp32 accumulators that a program may hold in all.
-MAX_COLUMNS = 256
+# Which of (d_k, dt_k, d_v, dt_v) and of (d_q, dt_q) share a launch, by the larger padded head dim.
+KEYS_TOGETHER = {64: ((0, 1, 2, 3),), 128: ((0,), (1,), (2, 3)), 256: ((0,), (1,), (2,), (3,))}
+QUERIES_TOGETHER = {64: ((0, 1),), 128: ((0, 1),), 256: ((0,), (1,))}
+QUERIES_TOGETHER_MASKED = QUERIES_TOGETHER | {128: ((0,), (1,))}
 
 
 @triton.jit
-def _load_stats(stats, first, offs, n):
-    """Return (lse in units of log 2, mu, D0, D1) of some queries; None for what is absent."""
-    lse_ptr, mu_ptr, delta0_ptr, delta1_ptr = stats
-    inside = offs < n
-    lse = tl.load(lse_ptr + first + offs, mask=inside, other=-float("inf"))
-    # exp(S - inf) is 0: what a row without keys and rows past the end need.
-    lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
-    mu = mu_ptr
-    if mu_ptr is not None:
-        mu = tl.load(mu_ptr + first + offs, mask=inside, other=0.0)
-    delta0 = delta0_ptr
-    if delta0_ptr is not None:
-        delta0 = tl.load(delta0_ptr + first + offs, mask=inside, other=0.0)
-    delta1 = tl.load(delta1_ptr + first + offs, mask=inside, other=0.0)
-    return lse, mu, delta0, delta1
+def _load_stat(ptr, first, offs, n):
+    """Return a statistic of some queries, 0 past the last; None for none."""
+    stat = ptr
+    if ptr is not None:
+        stat = tl.load(ptr + first + offs, mask=offs < n, other=0.0)
+    return stat
+
+
+@triton.jit
+def _load_lse(ptr, first, offs, n):
+    """Return lse in units of log 2; inf for a row without keys and past the last: P is 0 there."""
+    lse = tl.load(ptr + first + offs, mask=offs < n, other=-float("inf"))
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit
 def _weights(
-    factors,
-    stats,
+    x,
+    t_x,
+    y,
+    t_y,
+    lse,
+    mu,
     masks,
     masks_strides,
     offs_m,
@@ -115,14 +119,13 @@ def _weights(
 ):
     """Return (P, tP) of a tile with queries in rows (AXIS 1) or in columns (AXIS 0).
 
-    factors (x, t_x, y, t_y) of S, rows of the tile first. tP is P where it is not needed.
+    x, t_x, y, t_y: factors of S, rows of the tile first. tP is P where it is not needed.
     """
-    x, t_x, y, t_y = factors
     queries, keys = tl.expand_dims(offs_m, AXIS), tl.expand_dims(offs_n, 1 - AXIS)
     s = seed(masks[0], masks_strides[0], queries, keys, nq, nk, scale, SHAPE)
     s = dot(x, tl.trans(y), s) * (scale * LOG2E)
     s = hide(s, queries, keys, nk, CAUSAL, EVEN_N)
-    p = tl.exp2(s - tl.expand_dims(stats[0], AXIS))
+    p = tl.exp2(s - tl.expand_dims(lse, AXIS))
     t_p = p
     if NEED_TP:
         t_s = seed(masks[1], masks_strides[1], queries, keys, nq, nk, scale, SHAPE)
@@ -131,8 +134,8 @@ def _weights(
         if t_y is not None:
             t_s = dot(x, tl.trans(t_y), t_s)
         t_s *= scale
-        if stats[1] is not None:
-            t_s -= tl.expand_dims(stats[1], AXIS)
+        if mu is not None:
+            t_s -= tl.expand_dims(mu, AXIS)
         t_p = p * t_s
     return p, t_p
 
@@ -141,8 +144,12 @@ def _weights(
 def _score_gradients(
     p,
     t_p,
-    factors,
-    stats,
+    u,
+    t_u,
+    w,
+    t_w,
+    delta0,
+    delta1,
     SHAPE: tl.constexpr,
     AXIS: tl.constexpr,
     NEED_TP: tl.constexpr,
@@ -151,16 +158,15 @@ def _score_gradients(
 ):
     """Return (dS0, dS1); P where one is not needed.
 
-    factors (u, t_u, w, t_w) of E0 and E1 as a dual number, rows of the tile first.
+    u, t_u, w, t_w: factors of E0 and E1 as a dual number, rows of the tile first.
     """
-    u, t_u, w, t_w = factors
     ds0, ds1 = p, p
     e0 = tl.zeros(SHAPE, tl.float32)
-    HAS_D0: tl.constexpr = stats[2] is not None
+    HAS_D0: tl.constexpr = delta0 is not None
     if NEED_DS0 or (NEED_DS1 and NEED_TP and HAS_D0):
         if u is not None and w is not None:
             e0 = dot(u, tl.trans(w), e0)
-        e0 -= tl.expand_dims(stats[2], AXIS)
+        e0 -= tl.expand_dims(delta0, AXIS)
         ds0 = p * e0
     if NEED_DS1:
         e1 = tl.zeros(SHAPE, tl.float32)
@@ -168,7 +174,7 @@ def _score_gradients(
             e1 = dot(t_u, tl.trans(w), e1)
         if u is not None and t_w is not None:
             e1 = dot(u, tl.trans(t_w), e1)
-        ds1 = p * (e1 - tl.expand_dims(stats[3], AXIS))
+        ds1 = p * (e1 - tl.expand_dims(delta1, AXIS))
         if NEED_TP and HAS_D0:
             ds1 += t_p * e0
     return ds0, ds1
@@ -270,10 +276,13 @@ def _attention_jvp_bwd_keys_kernel(
             t_q = load_rows(t_q_base, strides[3][3], offs_m, nq, cols, D, True, PAD, UNIT)
             d_o = load_rows(d_o_base, strides[6][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
             dt_o = load_rows(dt_o_base, strides[7][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
-            row_stats = _load_stats(stats, first_stat, offs_m, nq)
+            lse = _load_lse(stats[0], first_stat, offs_m, nq)
+            mu = _load_stat(stats[1], first_stat, offs_m, nq)
+            delta0 = _load_stat(stats[2], first_stat, offs_m, nq)
+            delta1 = _load_stat(stats[3], first_stat, offs_m, nq)
             p, t_p = _weights(
-                (k, t_k, q, t_q), row_stats, mask_bases, masks_strides, offs_m, offs_n, nq, nk,
-                scale, [BLOCK_N, BLOCK_M], 0, CAUSAL, True, NEED_TP,
+                k, t_k, q, t_q, lse, mu, mask_bases, masks_strides, offs_m, offs_n, nq, nk, scale,
+                [BLOCK_N, BLOCK_M], 0, CAUSAL, True, NEED_TP,
             )  # fmt: skip
             if d_v_ptr is not None and d_o_ptr is not None:
                 d_v = dot(narrow(p, k.dtype), d_o, d_v)
@@ -283,7 +292,7 @@ def _attention_jvp_bwd_keys_kernel(
                 dt_v = dot(narrow(p, k.dtype), dt_o, dt_v)
             if NEED_DS0 or NEED_DS1:
                 ds0, ds1 = _score_gradients(
-                    p, t_p, (v, t_v, dt_o, d_o), row_stats, [BLOCK_N, BLOCK_M], 0, NEED_TP,
+                    p, t_p, v, t_v, dt_o, d_o, delta0, delta1, [BLOCK_N, BLOCK_M], 0, NEED_TP,
                     NEED_DS0, NEED_DS1,
                 )  # fmt: skip
                 if dt_k_ptr is not None and NEED_DS0:
@@ -354,7 +363,11 @@ def _attention_jvp_bwd_queries_kernel(
     t_q = load_rows(t_q_base, strides[3][3], offs_m, nq, cols, D, True, PAD, UNIT)
     d_o = load_rows(d_o_base, strides[6][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
     dt_o = load_rows(dt_o_base, strides[7][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
-    row_stats = _load_stats(stats, first_stat + begin_q, offs_m, nq)
+    first_stat += begin_q
+    lse = _load_lse(stats[0], first_stat, offs_m, nq)
+    mu = _load_stat(stats[1], first_stat, offs_m, nq)
+    delta0 = _load_stat(stats[2], first_stat, offs_m, nq)
+    delta1 = _load_stat(stats[3], first_stat, offs_m, nq)
     k_base = base_of(k_ptr, strides[1], 0, b, g, begin_k, UNIT)
     t_k_base = base_of(t_k_ptr, strides[4], 0, b, g, begin_k, UNIT)
     v_base = base_of(v_ptr, strides[2], 0, b, g, begin_k, UNIT)
@@ -379,11 +392,11 @@ def _attention_jvp_bwd_queries_kernel(
         v = load_rows(v_base, strides[2][3], offs_n, nk, cols_v, DV, True, PAD_V, UNIT)
         t_v = load_rows(t_v_base, strides[5][3], offs_n, nk, cols_v, DV, True, PAD_V, UNIT)
         p, t_p = _weights(
-            (q, t_q, k, t_k), row_stats, mask_bases, masks_strides, offs_m, offs_n, nq, nk, scale,
+            q, t_q, k, t_k, lse, mu, mask_bases, masks_strides, offs_m, offs_n, nq, nk, scale,
             [BLOCK_M, BLOCK_N], 1, CAUSAL, False, NEED_TP,
         )  # fmt: skip
         ds0, ds1 = _score_gradients(
-            p, t_p, (dt_o, d_o, v, t_v), row_stats, [BLOCK_M, BLOCK_N], 1, NEED_TP, NEED_DS0,
+            p, t_p, dt_o, d_o, v, t_v, delta0, delta1, [BLOCK_M, BLOCK_N], 1, NEED_TP, NEED_DS0,
             NEED_DS1,
         )  # fmt: skip
         if dt_q_ptr is not None and NEED_DS0:
@@ -415,14 +428,17 @@ def launch_attention_jvp_backward(
     """
     d_q, d_k, d_v, dt_q, dt_k, dt_v = gradients
     inputs = (*primals, *tangents, *cotangents)
-    at_once = MAX_COLUMNS // max(pad_head_dim(x.shape[-1]) for x in primals)
-    for kernel, side in (
-        (_attention_jvp_bwd_keys_kernel, (d_k, dt_k, d_v, dt_v)),
-        (_attention_jvp_bwd_queries_kernel, (d_q, dt_q)),
+    padded = max(64, *(pad_head_dim(x.shape[-1]) for x in primals))
+    masked = masks.is_causal or masks.attn_mask is not None
+    together = QUERIES_TOGETHER_MASKED if masked else QUERIES_TOGETHER
+    for kernel, side, groups in (
+        (_attention_jvp_bwd_keys_kernel, (d_k, dt_k, d_v, dt_v), KEYS_TOGETHER[padded]),
+        (_attention_jvp_bwd_queries_kernel, (d_q, dt_q), together[padded]),
     ):
-        for first in range(0, len(side), min(at_once, len(side))):
-            some = [x if first <= i < first + at_once else None for i, x in enumerate(side)]
-            _launch(kernel, inputs, stats, masks, some, scale, config)
+        for group in groups:
+            some = [x if i in group else None for i, x in enumerate(side)]
+            if any(x is not None for x in some):
+                _launch(kernel, inputs, stats, masks, some, scale, config)
 
 
 def choose_config(kernel: object, device: torch.device, padded: int) -> TileConfig:
@@ -450,7 +466,7 @@ def _launch(
         rows, heads, block = nq, h, config.block_m
     else:
         rows, heads, block = nk, groups, config.block_n
-    if b * heads * rows == 0 or all(x is None for x in gradients):
+    if b * heads * rows == 0:
         return
     sequences = masks.sequences
     tiles = rows // block + sequences if sequences else triton.cdiv(rows, block)
