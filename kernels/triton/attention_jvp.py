@@ -16,8 +16,8 @@ Directions after the first are computed without the primal (not PRIMAL): P = exp
 is no running maximum, nothing is rescaled, and T is the only accumulator. 5 products instead of 6.
 
 One loop takes the ragged last tile and the first one too. Peeling them, and branching there, was
-tried: the compiler then spills (72 to 720 bytes a thread for head dims over 64). Narrow causal heads
-alone have a second loop, for the tiles on the diagonal.
+tried: the compiler then spills (72 to 720 bytes a thread for head dims over 64). Only
+narrow causal heads have a second loop, for the tiles on the diagonal.
 
 q [B, H, Nq, D], k [B, G, Nk, D], v [B, G, Nk, Dv], o [B, H, Nq, Dv]; tangents and t_o with R in
 front: any strides with unit stride in the last axis. lse [B, H, Nq] and mu [R, B, H, Nq] contiguous
