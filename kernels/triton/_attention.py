@@ -1,6 +1,8 @@
 """What the attention kernels share: tiles, masks and packed sequences.
 
 A tensor that is absent is None, and so is everything made of it: the compiler then drops the code.
+What may be None is handed over by itself, not in a tuple: Triton takes no tuple with a None that a
+function returned (those of a launch are fine).
 Base addresses and strides come in tuples; strides are in units of UNIT elements, because the
 compiler only learns of divisibility by 16, and head dims like 72 need to be known as 9 * 8 for
 16-byte accesses. Scores are in units of log 2, so that exponentials are to base 2.

@@ -102,11 +102,16 @@ def choose_config(q: Tensor, v: Tensor, masks: Masks) -> TileConfig:
 @triton.jit
 def _attend_keys(
     state,
-    queries,
+    q,
+    t_q,
     offs_m,
-    bases,
+    k_base,
+    v_base,
+    t_k_base,
+    t_v_base,
     strides,
-    masks,
+    mask_base,
+    t_mask_base,
     masks_strides,
     start,
     nq,
@@ -126,8 +131,6 @@ def _attend_keys(
 ):
     """Take one tile of keys into the row statistics and accumulators; m is in units of log 2."""
     m_i, l_i, r_i, c_i, o, t_o = state
-    q, t_q = queries
-    k_base, v_base, t_k_base, t_v_base = bases
     offs_n = start + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, D_PAD)
     cols_v = first_dv + tl.arange(0, BLOCK_DV)
@@ -136,13 +139,13 @@ def _attend_keys(
 
     # S is finished before tS is begun: fewer registers are live than with both at once.
     k = load_rows(k_base, strides[0], offs_n, nk, cols, D, not EVEN_N, D != D_PAD, UNIT)
-    s = seed(masks[0], masks_strides[0], rows, columns, nq, nk, scale, SHAPE)
+    s = seed(mask_base, masks_strides[0], rows, columns, nq, nk, scale, SHAPE)
     s = dot(q, tl.trans(k), s) * (scale * LOG2E)
     s = hide(s, rows, columns, nk, CAUSAL, EVEN_N)
     if PRIMAL:
         m_new = tl.maximum(m_i, tl.max(s, 1))
         origin = m_new
-        if masks[0] is not None:
+        if mask_base is not None:
             # A row that met no key so far: P must come out 0, not NaN.
             origin = tl.where(m_new == -float("inf"), 0.0, m_new)
         alpha = tl.exp2(m_i - origin)
@@ -164,8 +167,8 @@ def _attend_keys(
             t_v_base, strides[3], offs_n, nk, cols_v, DV, not EVEN_N, DV % BLOCK_DV != 0, UNIT
         )
         t_o = dot(p_low, t_v, t_o)
-    if t_q is not None or t_k_base is not None or masks[1] is not None:
-        t_s = seed(masks[1], masks_strides[1], rows, columns, nq, nk, scale, SHAPE)
+    if t_q is not None or t_k_base is not None or t_mask_base is not None:
+        t_s = seed(t_mask_base, masks_strides[1], rows, columns, nq, nk, scale, SHAPE)
         if t_q is not None:
             t_s = dot(t_q, tl.trans(k), t_s)
         if t_k_base is not None:
@@ -226,22 +229,16 @@ def _attention_jvp_fwd_kernel(
 
     q_base = base_of(q_ptr, strides[0], 0, b, h, begin_q, UNIT)
     t_q_base = base_of(t_q_ptr, strides[3], r, b, h, begin_q, UNIT)
-    queries = (
-        load_rows(q_base, strides[0][3], offs_m, nq, cols, D, True, D != D_PAD, UNIT),
-        load_rows(t_q_base, strides[3][3], offs_m, nq, cols, D, True, D != D_PAD, UNIT),
-    )
+    q = load_rows(q_base, strides[0][3], offs_m, nq, cols, D, True, D != D_PAD, UNIT)
+    t_q = load_rows(t_q_base, strides[3][3], offs_m, nq, cols, D, True, D != D_PAD, UNIT)
     g = h // group
-    bases = (
-        base_of(k_ptr, strides[1], 0, b, g, begin_k, UNIT),
-        base_of(v_ptr, strides[2], 0, b, g, begin_k, UNIT),
-        base_of(t_k_ptr, strides[4], r, b, g, begin_k, UNIT),
-        base_of(t_v_ptr, strides[5], r, b, g, begin_k, UNIT),
-    )
+    k_base = base_of(k_ptr, strides[1], 0, b, g, begin_k, UNIT)
+    v_base = base_of(v_ptr, strides[2], 0, b, g, begin_k, UNIT)
+    t_k_base = base_of(t_k_ptr, strides[4], r, b, g, begin_k, UNIT)
+    t_v_base = base_of(t_v_ptr, strides[5], r, b, g, begin_k, UNIT)
     row_strides = (strides[1][3], strides[2][3], strides[4][3], strides[5][3])
-    mask_bases = (
-        base_of_mask(masks[0], masks_strides[0], 0, b, h),
-        base_of_mask(masks[1], masks_strides[1], r, b, h),
-    )
+    mask_base = base_of_mask(masks[0], masks_strides[0], 0, b, h)
+    t_mask_base = base_of_mask(masks[1], masks_strides[1], r, b, h)
 
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if not PRIMAL:
@@ -265,15 +262,15 @@ def _attention_jvp_fwd_kernel(
         first_masked = tl.minimum(end, row + 1) // BLOCK_N * BLOCK_N
         for start in range(0, first_masked, BLOCK_N):
             state = _attend_keys(
-                state, queries, offs_m, bases, row_strides, mask_bases, masks_strides, start, nq,
-                nk, scale, first_dv, BLOCK_M, BLOCK_N, BLOCK_DV, D, DV, D_PAD, UNIT, True, False,
-                PRIMAL,
+                state, q, t_q, offs_m, k_base, v_base, t_k_base, t_v_base, row_strides, mask_base,
+                t_mask_base, masks_strides, start, nq, nk, scale, first_dv, BLOCK_M, BLOCK_N,
+                BLOCK_DV, D, DV, D_PAD, UNIT, True, False, PRIMAL,
             )  # fmt: skip
     for start in range(first_masked, end, BLOCK_N):
         state = _attend_keys(
-            state, queries, offs_m, bases, row_strides, mask_bases, masks_strides, start, nq, nk,
-            scale, first_dv, BLOCK_M, BLOCK_N, BLOCK_DV, D, DV, D_PAD, UNIT, EVEN_N, CAUSAL,
-            PRIMAL,
+            state, q, t_q, offs_m, k_base, v_base, t_k_base, t_v_base, row_strides, mask_base,
+            t_mask_base, masks_strides, start, nq, nk, scale, first_dv, BLOCK_M, BLOCK_N, BLOCK_DV,
+            D, DV, D_PAD, UNIT, EVEN_N, CAUSAL, PRIMAL,
         )  # fmt: skip
     m_i, l_i, r_i, c_i, o, t_o = state
 

@@ -104,7 +104,8 @@ def _weights(
     t_y,
     lse,
     mu,
-    masks,
+    mask_base,
+    t_mask_base,
     masks_strides,
     offs_m,
     offs_n,
@@ -122,13 +123,13 @@ def _weights(
     x, t_x, y, t_y: factors of S, rows of the tile first. tP is P where it is not needed.
     """
     queries, keys = tl.expand_dims(offs_m, AXIS), tl.expand_dims(offs_n, 1 - AXIS)
-    s = seed(masks[0], masks_strides[0], queries, keys, nq, nk, scale, SHAPE)
+    s = seed(mask_base, masks_strides[0], queries, keys, nq, nk, scale, SHAPE)
     s = dot(x, tl.trans(y), s) * (scale * LOG2E)
     s = hide(s, queries, keys, nk, CAUSAL, EVEN_N)
     p = tl.exp2(s - tl.expand_dims(lse, AXIS))
     t_p = p
     if NEED_TP:
-        t_s = seed(masks[1], masks_strides[1], queries, keys, nq, nk, scale, SHAPE)
+        t_s = seed(t_mask_base, masks_strides[1], queries, keys, nq, nk, scale, SHAPE)
         if t_x is not None:
             t_s = dot(t_x, tl.trans(y), t_s)
         if t_y is not None:
@@ -264,10 +265,8 @@ def _attention_jvp_bwd_keys_kernel(
         t_q_base = base_of(t_q_ptr, strides[3], 0, b, h, begin_q, UNIT)
         d_o_base = base_of(d_o_ptr, strides[6], 0, b, h, begin_q, UNIT)
         dt_o_base = base_of(dt_o_ptr, strides[7], 0, b, h, begin_q, UNIT)
-        mask_bases = (
-            base_of_mask(masks[0], masks_strides[0], 0, b, h),
-            base_of_mask(masks[1], masks_strides[1], 0, b, h),
-        )
+        mask_base = base_of_mask(masks[0], masks_strides[0], 0, b, h)
+        t_mask_base = base_of_mask(masks[1], masks_strides[1], 0, b, h)
         first_stat = (b * heads + h) * total_q + begin_q
         for start in range(first, end, BLOCK_M):
             dt_k, d_k, dt_v, d_v = state
@@ -281,7 +280,8 @@ def _attention_jvp_bwd_keys_kernel(
             delta0 = _load_stat(stats[2], first_stat, offs_m, nq)
             delta1 = _load_stat(stats[3], first_stat, offs_m, nq)
             p, t_p = _weights(
-                k, t_k, q, t_q, lse, mu, mask_bases, masks_strides, offs_m, offs_n, nq, nk, scale,
+                k, t_k, q, t_q, lse, mu, mask_base, t_mask_base, masks_strides, offs_m, offs_n,
+                nq, nk, scale,
                 [BLOCK_N, BLOCK_M], 0, CAUSAL, True, NEED_TP,
             )  # fmt: skip
             if d_v_ptr is not None and d_o_ptr is not None:
@@ -372,10 +372,8 @@ def _attention_jvp_bwd_queries_kernel(
     t_k_base = base_of(t_k_ptr, strides[4], 0, b, g, begin_k, UNIT)
     v_base = base_of(v_ptr, strides[2], 0, b, g, begin_k, UNIT)
     t_v_base = base_of(t_v_ptr, strides[5], 0, b, g, begin_k, UNIT)
-    mask_bases = (
-        base_of_mask(masks[0], masks_strides[0], 0, b, h),
-        base_of_mask(masks[1], masks_strides[1], 0, b, h),
-    )
+    mask_base = base_of_mask(masks[0], masks_strides[0], 0, b, h)
+    t_mask_base = base_of_mask(masks[1], masks_strides[1], 0, b, h)
 
     state = (
         tl.zeros([BLOCK_M, D_PAD], tl.float32),
@@ -392,7 +390,8 @@ def _attention_jvp_bwd_queries_kernel(
         v = load_rows(v_base, strides[2][3], offs_n, nk, cols_v, DV, True, PAD_V, UNIT)
         t_v = load_rows(t_v_base, strides[5][3], offs_n, nk, cols_v, DV, True, PAD_V, UNIT)
         p, t_p = _weights(
-            q, t_q, k, t_k, lse, mu, mask_bases, masks_strides, offs_m, offs_n, nq, nk, scale,
+            q, t_q, k, t_k, lse, mu, mask_base, t_mask_base, masks_strides, offs_m, offs_n, nq, nk,
+            scale,
             [BLOCK_M, BLOCK_N], 1, CAUSAL, False, NEED_TP,
         )  # fmt: skip
         ds0, ds1 = _score_gradients(
