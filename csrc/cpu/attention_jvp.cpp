@@ -25,9 +25,9 @@ constexpr std::int64_t kKeys = 64;
 
 template <typename T>
 struct AttentionTile {
-    Rows<const T> q, k, v, t_q, t_k, t_v;  // q and t_q start at the first query of the tile
-    Mask<T> mask, t_mask;                  // likewise
-    Rows<T> o, t_o;
+    HeadRows<const T> q, k, v, t_q, t_k, t_v;  // q and t_q start at the first query of the tile
+    Mask<T> mask, t_mask;                      // likewise
+    HeadRows<T> o, t_o;
     acc_t<T>*lse, *mu;
     std::int64_t mu_direction;
     std::int64_t queries, keys, d, dv, directions;

@@ -55,15 +55,15 @@ struct RowStats {
 // One query head of a sequence, and one key head.
 template <typename T>
 struct QueryHead {
-    Rows<const T> q, t_q, d_o, dt_o;
+    HeadRows<const T> q, t_q, d_o, dt_o;
     Mask<T> mask, t_mask;
     RowStats<acc_t<T>> stats;
     acc_t<T>*d_q, *dt_q;  // this range's part, rows `ld` apart; null where not wanted
 };
 template <typename T>
 struct KeyHead {
-    Rows<const T> k, v, t_k, t_v;
-    Rows<T> d_k, d_v, dt_k, dt_v;
+    HeadRows<const T> k, v, t_k, t_v;
+    HeadRows<T> d_k, d_v, dt_k, dt_v;
 };
 
 // The scratch of one thread.
@@ -202,9 +202,9 @@ std::int64_t range_of_keys(const std::vector<Sequence>& sequences, std::int64_t 
 
 // Rows [first, first + count) of d_q (or dt_q) of a head: the parts of the ranges that see them.
 template <typename T>
-void sum_parts(const Rows<T>& to, const acc_t<T>* parts, std::int64_t distance, const Plan& plan,
-               std::int64_t first, std::int64_t count, std::int64_t range, std::int64_t keys,
-               acc_t<T>* sum) {
+void sum_parts(const HeadRows<T>& to, const acc_t<T>* parts, std::int64_t distance,
+               const Plan& plan, std::int64_t first, std::int64_t count, std::int64_t range,
+               std::int64_t keys, acc_t<T>* sum) {
     if (to.data == nullptr) return;
     const acc_t<T> scale = static_cast<acc_t<T>>(plan.scale);
     for (std::int64_t i = first; i < first + count; ++i) {

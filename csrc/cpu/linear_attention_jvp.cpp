@@ -33,18 +33,15 @@ template <typename Acc>
 struct LinearWorkspace {
     Acc *f, *t_f;  // [kTile, D]
     Acc *v, *t_v;  // [kTile, Dv]: values, later numerators
-    Acc* ones;     // [Dv]
 
     static std::int64_t elements(const LinearDims& dims) {
-        return 2 * kTile * (dims.d_pad + dims.dv_pad) + dims.dv_pad;
+        return 2 * kTile * (dims.d_pad + dims.dv_pad);
     }
     LinearWorkspace(Acc* base, const LinearDims& dims) {
         f = base;
         t_f = f + kTile * dims.d_pad;
         v = t_f + kTile * dims.d_pad;
         t_v = v + kTile * dims.dv_pad;
-        ones = t_v + kTile * dims.dv_pad;
-        std::fill_n(ones, dims.dv_pad, Acc(1));
     }
 };
 

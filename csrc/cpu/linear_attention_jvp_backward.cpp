@@ -36,12 +36,11 @@ struct LinearWorkspace {
     Acc *num, *t_num, *s, *r;        // [kTile, Dv]
     Acc *transposed, *t_transposed;  // [Dv, D] of a state
     Acc *s_last, *r_last;            // [kTile]
-    Acc* ones;                       // [Dv]
     Acc* state;                      // a state
 
     static std::int64_t elements(const LinearDims& dims) {
         return 4 * kTile * (dims.d_pad + dims.dv_pad) + 2 * dims.d_pad * dims.dv_pad + 2 * kTile +
-               dims.dv_pad + LinearState<Acc>::elements(dims);
+               LinearState<Acc>::elements(dims);
     }
     LinearWorkspace(Acc* base, const LinearDims& dims) {
         const auto take = [&base](std::int64_t n) {
@@ -53,9 +52,7 @@ struct LinearWorkspace {
         for (Acc** block : {&num, &t_num, &s, &r}) *block = take(kTile * dims.dv_pad);
         for (Acc** block : {&transposed, &t_transposed}) *block = take(dims.d_pad * dims.dv_pad);
         for (Acc** block : {&s_last, &r_last}) *block = take(kTile);
-        ones = take(dims.dv_pad);
         state = take(LinearState<Acc>::elements(dims));
-        std::fill_n(ones, dims.dv_pad, Acc(1));
     }
 };
 

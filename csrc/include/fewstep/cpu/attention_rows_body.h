@@ -6,7 +6,7 @@
 // into `scratch` with zeros past d. Rows that lie further apart are gathered too: strides of some
 // kilobytes would map to one cache set. Null stays null.
 template <typename T, typename Acc>
-const Acc* tile_rows(const Rows<const T>& from, std::int64_t first, std::int64_t count,
+const Acc* tile_rows(const HeadRows<const T>& from, std::int64_t first, std::int64_t count,
                      std::int64_t d, std::int64_t ld, Acc scale, Acc* scratch) {
     if (from.data == nullptr) return nullptr;
     const T* rows = from.data + first * from.stride;
@@ -24,8 +24,8 @@ const Acc* tile_rows(const Rows<const T>& from, std::int64_t first, std::int64_t
 
 // Rows [count, d] to columns: [d, ld], times `scale`; columns past `count` are zero.
 template <typename T, typename Acc>
-void pack_columns(const Rows<const T>& from, std::int64_t first, std::int64_t count, std::int64_t d,
-                  std::int64_t ld, Acc scale, Acc* to) {
+void pack_columns(const HeadRows<const T>& from, std::int64_t first, std::int64_t count,
+                  std::int64_t d, std::int64_t ld, Acc scale, Acc* to) {
     const T* rows = from.data + first * from.stride;
     for (std::int64_t i = 0; i < d; ++i) {
         for (std::int64_t m = 0; m < count; ++m) {
@@ -37,7 +37,7 @@ void pack_columns(const Rows<const T>& from, std::int64_t first, std::int64_t co
 
 // Accumulated rows `ld` apart to where they belong; null is not wanted.
 template <typename T, typename Acc>
-void store_rows(const Rows<T>& to, std::int64_t first, std::int64_t count, std::int64_t d,
+void store_rows(const HeadRows<T>& to, std::int64_t first, std::int64_t count, std::int64_t d,
                 const Acc* from, std::int64_t ld) {
     if (to.data == nullptr) return;
     for (std::int64_t j = 0; j < count; ++j) {

@@ -15,18 +15,18 @@ namespace fewstep::cpu {
 // Rows of one head: unit stride within a row. `direction` is the distance of the next direction of
 // a tangent. Null where a tensor is absent.
 template <typename T>
-struct Rows {
+struct HeadRows {
     T* data = nullptr;
     std::int64_t stride = 0, direction = 0;
 
-    Rows at(std::int64_t r) const {
+    HeadRows at(std::int64_t r) const {
         return {data == nullptr ? nullptr : data + r * direction, stride, direction};
     }
 };
 
 // The rows of x, [B, H, N, D] or [R, B, H, N, D], from `row` of head h on.
 template <typename T>
-Rows<T> head_rows(const TensorView* x, std::int64_t b, std::int64_t h, std::int64_t row) {
+HeadRows<T> head_rows(const TensorView* x, std::int64_t b, std::int64_t h, std::int64_t row) {
     if (x == nullptr) return {};
     const int lead = x->ndim - 4;
     return {x->ptr<T>() + b * x->stride(lead) + h * x->stride(lead + 1) + row * x->stride(lead + 2),

@@ -56,8 +56,8 @@ void pull_back_queries(const LinearQueries<T>& x, const LinearWorkspace<acc_t<T>
         const std::int64_t count = std::min(kTile, x.count - first);
         load_features(x.q, x.t_q, first, count, dims.d, dims.d_pad, w.f, w.t_f);
         const DualProduct<Acc> numerators{w.f,          w.t_f,          dims.d_pad, 1,
-                                          state.matrix, state.t_matrix, dims.d,     nullptr,
-                                          w.num,        w.t_num,        dims.dv_pad};
+                                          state.matrix, state.t_matrix, dims.d,     w.num,
+                                          w.t_num,      dims.dv_pad};
         dual_matmul(numerators, count, dims.dv_pad);
         load_values(x.d_o, first, count, dims.dv, dims.dv_pad, w.r);
         load_values(x.dt_o, first, count, dims.dv, dims.dv_pad, w.s);
@@ -76,14 +76,14 @@ void pull_back_queries(const LinearQueries<T>& x, const LinearWorkspace<acc_t<T>
             add_scaled(f, last.r, dims.d_pad, d_state.t_sum);
             add_scaled(t_f, last.s, dims.d_pad, d_state.t_sum);
         }
-        const DualProduct<Acc> states{w.f,        w.t_f, 1,      dims.d_pad,     w.s,
-                                      w.r,        count, w.ones, d_state.matrix, d_state.t_matrix,
-                                      dims.dv_pad};
+        const DualProduct<Acc> states{
+            w.f,         w.t_f, 1, dims.d_pad, w.s, w.r, count, d_state.matrix, d_state.t_matrix,
+            dims.dv_pad, true};
         dual_matmul(states, dims.d, dims.dv_pad);
         if (!x.d_q && !x.d_t_q) continue;
         const DualProduct<Acc> features{
-            w.s,     w.r,     dims.dv_pad, 1,     w.transposed, w.t_transposed,
-            dims.dv, nullptr, w.d_t_f,     w.d_f, dims.d_pad};
+            w.s,     w.r,     dims.dv_pad, 1,         w.transposed, w.t_transposed,
+            dims.dv, w.d_t_f, w.d_f,       dims.d_pad};
         dual_matmul(features, count, dims.d_pad);
         for (std::int64_t row = 0; row < count; ++row) {
             Acc* d_f = w.d_f + row * dims.d_pad;
@@ -110,9 +110,8 @@ void pull_back_keys(const LinearKeys<T>& x, const LinearWorkspace<acc_t<T>>& w,
             const DualProduct<Acc> features{w.s,          x.t_v ? w.r : nullptr,
                                             dims.dv_pad,  1,
                                             w.transposed, w.t_transposed,
-                                            dims.dv,      nullptr,
-                                            w.d_t_f,      w.d_f,
-                                            dims.d_pad};
+                                            dims.dv,      w.d_t_f,
+                                            w.d_f,        dims.d_pad};
             dual_matmul(features, count, dims.d_pad);
             for (std::int64_t row = 0; row < count; ++row) {
                 add_scaled(d_state.sum, Acc(1), dims.d_pad, w.d_t_f + row * dims.d_pad);
@@ -130,7 +129,6 @@ void pull_back_keys(const LinearKeys<T>& x, const LinearWorkspace<acc_t<T>>& w,
                                       d_state.matrix,
                                       d_state.t_matrix,
                                       dims.d,
-                                      nullptr,
                                       w.t_num,
                                       w.num,
                                       dims.dv_pad};

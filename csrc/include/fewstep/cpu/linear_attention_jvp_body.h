@@ -13,10 +13,17 @@ void sum_state(const LinearKeys<T>& x, const LinearWorkspace<acc_t<T>>& w,
         load_features(x.k, x.t_k, first, count, dims.d, dims.d_pad, w.f, w.t_f);
         load_values(x.v, first, count, dims.dv, dims.dv_pad, w.v);
         load_values(x.t_v, first, count, dims.dv, dims.dv_pad, w.t_v);
-        const DualProduct<Acc> product{
-            w.f,          x.t_k ? w.t_f : nullptr, 1,          dims.d_pad,
-            w.v,          x.t_v ? w.t_v : nullptr, count,      w.ones,
-            state.matrix, state.t_matrix,          dims.dv_pad};
+        const DualProduct<Acc> product{w.f,
+                                       x.t_k ? w.t_f : nullptr,
+                                       1,
+                                       dims.d_pad,
+                                       w.v,
+                                       x.t_v ? w.t_v : nullptr,
+                                       count,
+                                       state.matrix,
+                                       state.t_matrix,
+                                       dims.dv_pad,
+                                       true};
         dual_matmul(product, dims.d, dims.dv_pad);
         for (std::int64_t row = 0; row < count; ++row) {
             add_scaled(w.f + row * dims.d_pad, Acc(1), dims.d_pad, state.sum);
@@ -39,9 +46,8 @@ void apply_state(const LinearQueries<T>& x, const LinearWorkspace<acc_t<T>>& w,
         const DualProduct<Acc> product{w.f,          x.t_q ? w.t_f : nullptr,
                                        dims.d_pad,   1,
                                        state.matrix, x.state_has_tangent ? state.t_matrix : nullptr,
-                                       dims.d,       nullptr,
-                                       w.v,          w.t_v,
-                                       dims.dv_pad};
+                                       dims.d,       w.v,
+                                       w.t_v,        dims.dv_pad};
         dual_matmul(product, count, dims.dv_pad);
         for (std::int64_t row = 0; row < count; ++row) {
             const Acc* f = w.f + row * dims.d_pad;
