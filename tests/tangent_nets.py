@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -49,10 +50,28 @@ def point():
     return [torch.randn(2, 5, 16, dtype=torch.float64, generator=generator) for _ in range(2)]
 
 
+class WrittenOut(TorchFunctionMode):
+    """Writes layer_norm out: gradients through torch's tangents of it are wrong (torch 2.13)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.layer_norm:
+            return func(*args, **(kwargs or {}))
+        return layer_norm(*args, **(kwargs or {}))
+
+
+def layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+    over = tuple(range(-len(shape), 0))
+    u = x - x.mean(over, keepdim=True)
+    y = u * (u.square().mean(over, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
 def unfused_jvp(f, x, t):
-    """What torch gives without its fused kernels."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(f, (x,), (t,))
+    """(out, t_out) without fused kernels and without forward mode, by two pullbacks."""
+    with WrittenOut(), sdpa_kernel(SDPBackend.MATH):
+        out, pull = torch.func.vjp(f, x)
+        return out, torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(out))[1](t)[0]
 
 
 def gradients(net, out, t_out):

@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import fewstep
-from fewstep.tangent import mode
+from fewstep.tangent import interceptors, mode
 from fewstep.tangent.interceptors import INTERCEPTORS
+from helpers import relative_error
 from tangent_nets import double_net, gradients, point, unfused_jvp
 
 
@@ -207,6 +208,7 @@ def test_flex_attention_with_a_function_of_the_scores_raises():
         in_mode(lambda q: flex_attention.flex_attention(q, q, q, lambda s, *_: s * 2), q, q)
 
 
+AFFINE = (torch.linspace(0.5, 2, 4).double(), torch.linspace(-1, 1, 4).double())
 LAST = {
     "softmax": lambda x: x.softmax(-1),
     "softmax in float32": lambda x: F.softmax(x, -1, dtype=torch.float32).double(),
@@ -214,6 +216,12 @@ LAST = {
     "logsumexp": lambda x: x.logsumexp((0, 2)),
     "logsumexp, kept": lambda x: torch.logsumexp(x, -1, keepdim=True),
     "glu": F.glu,
+    "layer_norm": lambda x: F.layer_norm(x, (4,)),
+    "layer_norm with parameters": lambda x: F.layer_norm(x, (4,), *AFFINE, 1e-3),
+    "layer_norm with parameters that move": lambda x: F.layer_norm(x, (4,), x[0, 0], x[0, 1]),
+    "layer_norm over two axes": lambda x: F.layer_norm(x, (3, 4)),
+    "rms_norm": lambda x: F.rms_norm(x, (4,), AFFINE[0]),
+    "rms_norm over two axes": lambda x: F.rms_norm(x, (3, 4), eps=1e-3),
     "group_norm of a view": lambda x: F.group_norm(x.transpose(1, 2), 2),
 }
 
@@ -221,11 +229,10 @@ LAST = {
 @pytest.mark.parametrize("way", ["outside jvp", "duals"])
 @pytest.mark.parametrize("name", LAST)
 def test_other_functions(name, way):
-    """Tangent and the gradient through it, against two pullbacks, which need no forward mode."""
+    """Tangent and the gradient through it."""
     f = LAST[name]
     x, t = (a.requires_grad_() for a in (normal(2, 3, 4), normal(2, 3, 4)))
-    out, pull = torch.func.vjp(f, x)
-    want = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(out))[1](t)[0]
+    out, want = unfused_jvp(f, x, t)
     got = WAYS[way](f, x, t)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if "float32" in name else {}
     torch.testing.assert_close(tuple(got), (out, want), **tolerance)
@@ -236,7 +243,45 @@ def test_other_functions(name, way):
     torch.testing.assert_close(*grads, **tolerance)
 
 
+def test_torch_alone_has_wrong_gradients_of_layer_norm_s_tangent():
+    """Why it is replaced. Should this fail, torch has mended it."""
+    x, t, f = normal(2, 4).requires_grad_(), normal(2, 4), LAST["layer_norm"]
+    right, wrong = (
+        torch.autograd.grad(jvp(f, x, t)[1].cos().sum(), x)[0]
+        for jvp in (unfused_jvp, lambda f, x, t: torch.func.jvp(f, (x,), (t,)))
+    )
+    assert relative_error(wrong, right) > 1e-2
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_norms_run_in_one_pass(norm, monkeypatch):
+    calls = []
+    fused = interceptors.norm_jvp
+    monkeypatch.setattr(
+        interceptors, "norm_jvp", lambda *a, **k: calls.append(k["kind"]) or fused(*a, **k)
+    )
+    x, f = normal(2, 3, 4), getattr(F, norm)
+    in_mode(lambda x: f(x, (4,)), x, x)
+    assert calls == [norm.removesuffix("_norm")]
+    with fewstep.forward_mode():  # nobody differentiates: torch's own
+        f(x, (4,))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_a_norm_differentiated_forward_twice(name):
+    x, t = normal(2, 3, 4), normal(2, 3, 4)
+    with fewstep.forward_mode():
+        _, got = torch.func.jvp(lambda x: torch.func.jvp(LAST[name], (x,), (t,))[1], (x,), (t,))
+
+    def slope(step):
+        return unfused_jvp(LAST[name], x + step * t, t)[1]
+
+    # A central difference: truncation of some step^2, rounding of 2^-52 / step.
+    torch.testing.assert_close(got, (slope(1e-5) - slope(-1e-5)) / 2e-5, rtol=1e-6, atol=1e-7)
+
+
 def test_every_interceptor_is_used_by_a_test_above():
     known = {"scaled_dot_product_attention", "multi_head_attention_forward", "group_norm", "glu"}
-    known |= {"softmax", "log_softmax", "logsumexp"}
+    known |= {"softmax", "log_softmax", "logsumexp", "layer_norm", "rms_norm"}
     assert {f.__name__.removeprefix("special_") for f in INTERCEPTORS} <= known

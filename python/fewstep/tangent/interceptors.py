@@ -4,6 +4,8 @@
                                  torch.nn.MultiheadAttention, FlexAttention)
     softmax, log_softmax,        of plain dual numbers: torch's rule writes over what a backward
     logsumexp                    through the tangent needs, and that raises (torch 2.13)
+    F.layer_norm, F.rms_norm     one pass instead of ten; and a backward through the tangent of
+                                 torch's layer_norm is silently wrong (torch 2.13, PyTorch 196700)
     F.glu                        its tangent has no backward
     F.group_norm                 its forward mode views the input and raises on a strided one
 
@@ -22,9 +24,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 from ..ops._autograd import is_differentiated, transform
+from ..ops.norm_jvp import norm_jvp
 from .attention import is_forward, scaled_dot_product_attention, unpack
 
 Handler = Callable[..., Any]
@@ -114,6 +118,75 @@ def _logsumexp(original: Handler, x: Any, *args: Any, **kwargs: Any) -> Any:
     return forward_ad.make_dual(y, t_y)
 
 
+def _is_nested() -> bool:
+    """Return whether a forward derivative is taken of a forward derivative."""
+    levels = retrieve_all_functorch_interpreters()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+
+
+def _composite_norm(
+    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
+) -> Tensor:
+    """Return the norm by torch's operators, whose derivatives of every order are right."""
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    over = tuple(range(-axes, 0))
+    if kind == "layer":
+        wide = wide - wide.mean(over, keepdim=True)
+    y = wide * (wide.square().mean(over, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _norm(
+    original: Callable[[], Tensor],
+    x: Any,
+    shape: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+) -> Tensor:
+    if not isinstance(x, Tensor) or not is_forward():
+        return original()
+    if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
+        x = x if x.dtype == torch.float64 else x.float()  # as autocast does on GPUs
+    primal, tangent = unpack(x)
+    parameters = [p for p in (weight, bias) if p is not None]
+    constant = all(unpack(p)[1] is None for p in parameters)
+    if tangent is None and constant:
+        return original()
+    served = len(shape) == 1 and all(p.dtype in (x.dtype, torch.float32) for p in parameters)
+    if not served or not constant or tangent is None or _is_nested():
+        return _composite_norm(x, len(shape), weight, bias, eps, kind)
+    options = {"weight": weight, "bias": bias, "kind": kind, "eps": eps}
+    return forward_ad.make_dual(*norm_jvp(primal, tangent, **options))
+
+
+def _layer_norm(
+    original: Handler,
+    input: Any,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    plain = functools.partial(original, input, normalized_shape, weight, bias, eps)
+    return _norm(plain, input, normalized_shape, weight, bias, eps, "layer")
+
+
+def _rms_norm(
+    original: Handler,
+    input: Any,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    plain = functools.partial(original, input, normalized_shape, weight, eps)
+    if eps is None and isinstance(input, Tensor):
+        eps = torch.finfo(input.dtype).eps
+    return _norm(plain, input, normalized_shape, weight, None, eps, "rms")  # type: ignore[arg-type]
+
+
 def _glu(original: Handler, x: Any, dim: int = -1) -> Any:
     if not (isinstance(x, Tensor) and is_forward()):
         return original(x, dim)
@@ -134,6 +207,8 @@ INTERCEPTORS: dict[Handler, Handler] = {
         _log_softmax,
     ),
     **dict.fromkeys((torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp), _logsumexp),
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
     F.glu: _glu,
     F.group_norm: _group_norm,
 }
