@@ -1,7 +1,8 @@
 """Imports run one way, and `import fewstep` is light.
 
 cli -> patching -> areas -> ops -> {reference, kernels, _native}. The areas do not import each
-other; diffusers is imported only where it must be.
+other, except distillation, which stands on tangent (docs/adr/0004-distillation-stands-on-tangent.md);
+diffusers is imported only where it must be.
 """
 
 import ast
@@ -24,6 +25,7 @@ ALLOWED = {
     "kernels": set(),
     "ops": {"reference", "kernels", "_native"},
     **{area: OPS for area in AREAS},
+    "distillation": OPS | {"tangent"},
     "metrics": {"assets"},
     "assets": {"sampling"},
     "patching": OPS | AREAS | {"assets"},
