@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep.tangent import jvp
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t [B]) -> velocity [B, ...]; conditioning is already bound."""
@@ -101,11 +102,10 @@ def flow_derivative(F: VelocityFn, x: Tensor, t: Tensor, v: Tensor) -> tuple[Ten
 
     The derivative is detached. F keeps its graph where gradients are on, so that the same pass
     also serves the loss: one forward less per training step than a derivative taken apart.
-    Attention runs in the math backend: the fused ones have no forward mode.
+    Attention runs in `fewstep.ops.attention_jvp`, also in unmodified models (`fewstep.jvp`).
     """
     _check_batch(x, t, v=v)
-    with sdpa_kernel(SDPBackend.MATH):
-        value, derivative = torch.func.jvp(F, (x, t), (v.to(x.dtype), torch.ones_like(t)))
+    value, derivative = jvp(F, (x, t), (v.to(x.dtype), torch.ones_like(t)))
     return value.to(x.dtype), derivative.detach().to(x.dtype)
 
 
