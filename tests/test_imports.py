@@ -1,8 +1,8 @@
 """Imports run one way, and `import fewstep` is light.
 
 cli -> patching -> areas -> ops -> {reference, kernels, _native}. The areas do not import each
-other, except distillation, which stands on tangent (docs/adr/0004-distillation-stands-on-tangent.md);
-diffusers is imported only where it must be.
+other, except distillation, which stands on tangent (ADR 0004); diffusers is imported only where it
+must be.
 """
 
 import ast
