@@ -25,7 +25,7 @@ def test_right_or_raises(kind, ending, tmp_path):
     ]  # fmt: skip
     outputs = []
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
