@@ -8,7 +8,7 @@
 
 (arXiv 2505.13447.) The network is a small transformer over four tokens: the two coordinates, r and
 t. `fewstep.jvp` returns u and du/dt from one pass; gradients flow into the weights through u. Takes
-about a minute on two CPU cores, and draws the samples beside the data.
+one to two minutes on two CPU cores, and draws the samples beside the data.
 
     python examples/two_moons_meanflow.py --output two_moons.png
 """
