@@ -105,7 +105,7 @@ step "every gate" 200 "$PYTHON" -m fewstep doctor --check
 tests=()
 for op in "${ops[@]}"; do
     [[ -f tests/ops/test_$op.py ]] && tests+=("tests/ops/test_$op.py")
-    [[ $op == attention_jvp ]] && tests+=(tests/ops/test__attention_triton.py)
+    [[ $op == attention_jvp ]] && tests+=(tests/ops/test__attention.py)
 done
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
 if ((dry_run)); then

@@ -64,11 +64,6 @@ class Masks:
         return 0 if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
 
 
-def pad_head_dim(x: int) -> int:
-    """Return how many columns hold x of them: a power of two, and at least the 16 of a product."""
-    return max(16, triton.next_power_of_2(x))
-
-
 def is_hopper(device: torch.device) -> bool:
     """Return whether tiles of sm_90 and later fit; so it is taken where there is no GPU."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)

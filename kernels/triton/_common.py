@@ -1,12 +1,15 @@
-"""What the kernels share: conversions that Triton's CPU interpreter gets wrong on bfloat16.
+"""What the kernels share: conversions that Triton's CPU interpreter gets wrong, and sizes.
 
 Seen on Triton 3.9's interpreter: a cast from float32 to bfloat16 truncates instead of rounding, and
-`tl.dot` on bfloat16 operands returns garbage. Both helpers compile to the plain operation on a GPU.
+`tl.dot` on bfloat16 operands returns garbage. `narrow` and `dot` compile to the plain operation on
+a GPU.
 """
 
 from __future__ import annotations
 
 import os
+
+from torch import Tensor
 
 import triton
 import triton.language as tl
@@ -31,3 +34,13 @@ def dot(a, b, acc):
     if INTERPRETED:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+def pad_head_dim(x: int) -> int:
+    """Return how many columns hold x of them: a power of two, and at least the 16 of a product."""
+    return max(16, triton.next_power_of_2(x))
+
+
+def strides_of(axes: int, *tensors: Tensor | None) -> list[int]:
+    """Return the first `axes` strides of each tensor; zeros, unused, for what is absent."""
+    return [s for x in tensors for s in ((0,) * axes if x is None else x.stride()[:axes])]

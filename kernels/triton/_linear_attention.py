@@ -12,7 +12,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import dot, narrow
+from ._common import dot, narrow, pad_head_dim
 
 TOKENS = 256  # of one program
 
@@ -77,21 +77,11 @@ def tiles(d: int, dv: int, block: int = 64) -> dict[str, int]:
     Tiles of `block` tokens, or 16 with wide heads: what keeps registers from spilling, compiled
     with Triton 3.9 for sm_90. The times are not measured on a GPU yet.
     """
-    d_pad, dv_pad = padded(d), padded(dv)
+    d_pad, dv_pad = pad_head_dim(d), pad_head_dim(dv)
     narrow = d_pad * dv_pad <= 32 * 32
     sizes = {"TOKENS": TOKENS, "BLOCK": block if narrow else 16, "D": d, "DV": dv}
     sizes |= {"D_PAD": d_pad, "DV_PAD": dv_pad}
     return sizes | {"num_warps": 4 if narrow else 8, "num_stages": 2}
-
-
-def padded(size: int) -> int:
-    """Return the power of two a head dim is padded to; tl.dot takes at least 16."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def strides_of(*tensors: Tensor | None) -> list[int]:
-    """Return the first three strides of each tensor; those of what is absent are not used."""
-    return [s for x in tensors for s in ((0, 0, 0) if x is None else x.stride()[:3])]
 
 
 def new_partials(q: Tensor, v: Tensor, tokens: int) -> Tensor:

@@ -24,11 +24,6 @@ def store_tile(ptr, stride_b, stride_n, b, n, cols, value, mask):
     tl.store(pointers, narrow(value, ptr.dtype.element_ty), mask=mask)
 
 
-def strides_of(*tensors: Tensor | None) -> list[int]:
-    """Return the strides in B and N of each tensor; those of what is absent are not used."""
-    return [stride for x in tensors for stride in ((0, 0) if x is None else x.stride()[:2])]
-
-
 def present(default: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     """Return the tensors, with some tensor in the place of absent ones: kernels take no None."""
     return [default if x is None else x for x in tensors]

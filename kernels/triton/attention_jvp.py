@@ -45,13 +45,12 @@ from ._attention import (
     is_hopper,
     load_rows,
     mask_strides,
-    pad_head_dim,
     safe_scale,
     seed,
     strides_in_units,
     tile_count,
 )
-from ._common import dot, narrow
+from ._common import dot, narrow, pad_head_dim
 
 MAX_BLOCK_DV = 128
 

@@ -48,13 +48,12 @@ from ._attention import (
     is_hopper,
     load_rows,
     mask_strides,
-    pad_head_dim,
     safe_scale,
     seed,
     strides_in_units,
     tile_count,
 )
-from ._common import dot, narrow
+from ._common import dot, narrow, pad_head_dim
 
 # By the larger padded head dim; the times are not measured on a GPU yet. One warpgroup: with two on
 # 64 rows the tiles of scores go through shared memory, and much is spilled.

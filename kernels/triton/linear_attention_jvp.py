@@ -19,7 +19,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import narrow
+from ._common import narrow, strides_of
 from ._linear_attention import (
     TOKENS,
     features,
@@ -29,7 +29,6 @@ from ._linear_attention import (
     product,
     store_rows,
     store_state,
-    strides_of,
     tiles,
 )
 
@@ -192,7 +191,7 @@ def launch_linear_attention_jvp(
             k if t_k is None else t_k,
             v if t_v is None else t_v,
             partials,
-            *strides_of(k, v, t_k, t_v),
+            *strides_of(3, k, v, t_k, t_v),
             batch,
             heads,
             nk,
@@ -211,7 +210,7 @@ def launch_linear_attention_jvp(
         t_state,
         o,
         t_o,
-        *strides_of(q, t_q, o, t_o),
+        *strides_of(3, q, t_q, o, t_o),
         batch,
         heads,
         nq,

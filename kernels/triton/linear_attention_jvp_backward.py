@@ -19,6 +19,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from ._common import strides_of
 from ._linear_attention import (
     TOKENS,
     features,
@@ -28,7 +29,6 @@ from ._linear_attention import (
     product,
     store_rows,
     store_state,
-    strides_of,
     tiles,
 )
 
@@ -275,7 +275,7 @@ def launch_linear_attention_jvp_backward(
         _linear_attention_jvp_backward_queries_kernel[(batch * heads * partials.shape[0],)](
             *present(d_o, dt_o, q, t_q, state, t_state, d_q, d_t_q),
             partials,
-            *strides_of(d_o, dt_o, q, t_q, d_q, d_t_q),
+            *strides_of(3, d_o, dt_o, q, t_q, d_q, d_t_q),
             batch,
             heads,
             nq,
@@ -293,7 +293,7 @@ def launch_linear_attention_jvp_backward(
     d_states = torch.sum(partials, 0)
     _linear_attention_jvp_backward_keys_kernel[(batch * heads * triton.cdiv(nk, TOKENS),)](
         *present(k, v, t_k, t_v, d_states, *gradients),
-        *strides_of(k, v, t_k, t_v, *gradients),
+        *strides_of(3, k, v, t_k, t_v, *gradients),
         batch,
         heads,
         nk,

@@ -13,7 +13,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._rows import load_tile, present, store_tile, strides_of
+from ._common import strides_of
+from ._rows import load_tile, present, store_tile
 
 MAX_BLOCK_C = 1024
 TILE = 2048
@@ -96,7 +97,7 @@ def launch_modulate_jvp(
         *present(x, x, y, gate, t_x, t_y, t_gate),
         out,
         t_out,
-        *strides_of(x, y, gate, t_x, t_y, t_gate, out, t_out),
+        *strides_of(2, x, y, gate, t_x, t_y, t_gate, out, t_out),
         rows,
         tokens,
         C=columns,

@@ -15,7 +15,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._rows import load_tile, present, store_tile, strides_of
+from ._common import strides_of
+from ._rows import load_tile, present, store_tile
 
 ROWS_PER_SUM = 16
 MAX_BLOCK_C = 512
@@ -142,7 +143,7 @@ def launch_modulate_jvp_backward(
     grid = (batch * triton.cdiv(tokens, ROWS_PER_SUM), triton.cdiv(columns, block_c))
     _modulate_jvp_backward_kernel[grid](
         *present(y, *tensors, gate_sums, t_gate_sums),
-        *strides_of(*tensors),
+        *strides_of(2, *tensors),
         tokens,
         C=columns,
         ROWS=ROWS_PER_SUM,

@@ -15,7 +15,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._rows import load_tile, present, store_tile, strides_of
+from ._common import strides_of
+from ._rows import load_tile, present, store_tile
 
 TILE = 2048  # elements of a tile of rows that are shorter
 
@@ -144,7 +145,7 @@ def launch_norm_jvp(
         y,
         t_y,
         stats,
-        *strides_of(x, t_x, scale, shift, t_scale, t_shift, y, t_y),
+        *strides_of(2, x, t_x, scale, shift, t_scale, t_shift, y, t_y),
         rows,
         tokens,
         eps,

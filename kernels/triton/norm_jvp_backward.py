@@ -18,7 +18,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._rows import load_tile, present, store_tile, strides_of
+from ._common import strides_of
+from ._rows import load_tile, present, store_tile
 
 ROWS_PER_SUM = 16
 TILE = 1024  # elements of a tile of rows that are shorter
@@ -217,7 +218,7 @@ def launch_norm_jvp_backward(
     outputs = (d_x, d_t_x, d_scale, d_t_scale)
     _norm_jvp_backward_kernel[(batch * triton.cdiv(tokens, ROWS_PER_SUM),)](
         *present(x, d_y, dt_y, x, t_x, stats, *inputs, *outputs, sums),
-        *strides_of(d_y, dt_y, x, t_x, scale, t_scale, *outputs),
+        *strides_of(2, d_y, dt_y, x, t_x, scale, t_scale, *outputs),
         tokens,
         C=columns,
         ROWS=ROWS_PER_SUM,

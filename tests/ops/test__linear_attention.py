@@ -1,0 +1,63 @@
+"""What the linear attention kernels share: features, states in memory, sizes of tiles."""
+
+import torch
+import triton
+import triton.language as tl
+from fewstep.kernels._common import pad_head_dim
+from fewstep.kernels._linear_attention import (
+    TOKENS,
+    features,
+    load_rows,
+    load_state,
+    new_partials,
+    store_rows,
+    store_state,
+    tiles,
+)
+
+from helpers import DEVICES, padded, padding_intact
+
+
+@triton.jit
+def _features(x_ptr, t_ptr, out_ptr, n, D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr):
+    offs, cols = tl.arange(0, BLOCK), tl.arange(0, PAD)
+    x = load_rows(x_ptr, D, offs, n, cols, D)
+    t = load_rows(t_ptr, D, offs, n, cols, D)
+    store_rows(out_ptr, D, offs, n, cols, D, features(x, t))
+
+
+@triton.jit
+def _copy_state(
+    a_ptr, b_ptr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr
+):
+    matrix, vector = load_state(a_ptr, D, DV, DP, VP)
+    store_state(b_ptr, matrix, vector, D, DV, DP, VP)
+
+
+def test_features_are_relu_and_its_derivative():
+    for device in DEVICES:
+        x, t = (padded(torch.randn(5, 24, device=device)) for _ in range(2))
+        x[0, :3] = torch.tensor([0.0, -0.0, float("nan")])
+        for tangent, want in ((x, x.relu()), (t, torch.where(x <= 0, 0.0, t))):
+            out = padded(torch.zeros(5, 24, device=device))
+            _features[(1,)](x, tangent, out, 5, D=24, BLOCK=8, PAD=32)
+            torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+            assert padding_intact(out)
+
+
+def test_a_state_comes_back_whole():
+    for device in DEVICES:
+        for d, dv in ((8, 24), (16, 16)):
+            state = padded(torch.randn(d, dv + 1, device=device))
+            copy = padded(torch.zeros(d, dv + 1, device=device))
+            sizes = pad_head_dim(d), pad_head_dim(dv)
+            _copy_state[(1,)](state, copy, D=d, DV=dv, DP=sizes[0], VP=sizes[1])
+            assert torch.equal(copy, state)
+            assert padding_intact(copy)
+
+
+def test_sizes():
+    assert [pad_head_dim(d) for d in (8, 16, 24, 72)] == [16, 16, 32, 128]
+    assert tiles(32, 32)["BLOCK"] > tiles(64, 64)["BLOCK"]
+    q, v = torch.empty(2, 3, 1, 8), torch.empty(2, 3, TOKENS + 1, 16)
+    assert new_partials(q, v, TOKENS + 1).shape == (2, 2, 2, 3, 8, 17)
