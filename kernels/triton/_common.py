@@ -44,3 +44,8 @@ def pad_head_dim(x: int) -> int:
 def strides_of(axes: int, *tensors: Tensor | None) -> list[int]:
     """Return the first `axes` strides of each tensor; zeros, unused, for what is absent."""
     return [s for x in tensors for s in ((0,) * axes if x is None else x.stride()[:axes])]
+
+
+def present(default: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Return the tensors, with some tensor in the place of absent ones: kernels take no None."""
+    return [default if x is None else x for x in tensors]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
 
@@ -22,8 +20,3 @@ def store_tile(ptr, stride_b, stride_n, b, n, cols, value, mask):
     """Store a float32 tile, rounded to the dtype of `ptr`."""
     pointers = ptr + (b * stride_b + n * stride_n)[:, None] + cols[None, :]
     tl.store(pointers, narrow(value, ptr.dtype.element_ty), mask=mask)
-
-
-def present(default: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """Return the tensors, with some tensor in the place of absent ones: kernels take no None."""
-    return [default if x is None else x for x in tensors]

@@ -19,7 +19,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import strides_of
+from ._common import present, strides_of
 from ._linear_attention import (
     TOKENS,
     features,
@@ -268,12 +268,9 @@ def launch_linear_attention_jvp_backward(
     options = tiles(d, dv, BLOCK)
     partials = new_partials(q, v, nq)
 
-    def present(*tensors: Tensor | None) -> list[Tensor]:
-        return [q if x is None else x for x in tensors]
-
     if nq:
         _linear_attention_jvp_backward_queries_kernel[(batch * heads * partials.shape[0],)](
-            *present(d_o, dt_o, q, t_q, state, t_state, d_q, d_t_q),
+            *present(q, d_o, dt_o, q, t_q, state, t_state, d_q, d_t_q),
             partials,
             *strides_of(3, d_o, dt_o, q, t_q, d_q, d_t_q),
             batch,
@@ -292,7 +289,7 @@ def launch_linear_attention_jvp_backward(
         return
     d_states = torch.sum(partials, 0)
     _linear_attention_jvp_backward_keys_kernel[(batch * heads * triton.cdiv(nk, TOKENS),)](
-        *present(k, v, t_k, t_v, d_states, *gradients),
+        *present(q, k, v, t_k, t_v, d_states, *gradients),
         *strides_of(3, k, v, t_k, t_v, *gradients),
         batch,
         heads,

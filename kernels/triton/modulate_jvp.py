@@ -13,8 +13,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import strides_of
-from ._rows import load_tile, present, store_tile
+from ._common import present, strides_of
+from ._rows import load_tile, store_tile
 
 MAX_BLOCK_C = 1024
 TILE = 2048

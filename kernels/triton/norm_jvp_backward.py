@@ -18,8 +18,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import strides_of
-from ._rows import load_tile, present, store_tile
+from ._common import present, strides_of
+from ._rows import load_tile, store_tile
 
 ROWS_PER_SUM = 16
 TILE = 1024  # elements of a tile of rows that are shorter

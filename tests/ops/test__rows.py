@@ -3,8 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from fewstep.kernels._common import strides_of
-from fewstep.kernels._rows import load_tile, present, store_tile
+from fewstep.kernels._common import present, strides_of
+from fewstep.kernels._rows import load_tile, store_tile
 
 from helpers import DEVICES, padded, padding_intact
 
