@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -97,6 +98,7 @@ def test_a_reentrant_checkpoint_raises():
 SEAMS = [
     (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"),
     (flex_attention, "flex_attention"),
+    (torch.inference_mode, "__enter__"),
 ]
 
 
@@ -281,7 +283,59 @@ def test_a_norm_differentiated_forward_twice(name):
     torch.testing.assert_close(got, (slope(1e-5) - slope(-1e-5)) / 2e-5, rtol=1e-6, atol=1e-7)
 
 
+def weighted_by_counts(read):
+    """Scale x by a function of how many of its entries are positive, which numpy computes."""
+
+    def f(x):
+        counts = read((x > 0).flatten().long().bincount(minlength=2))
+        assert isinstance(counts, np.ndarray)
+        assert counts.dtype == np.int64
+        return x * int(counts.cumsum(0)[-1] - counts[0])
+
+    return f
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.numpy, np.asarray])
+@pytest.mark.parametrize("way", WAYS)
+def test_integers_become_numpy_arrays(way, read):
+    """The experts of HiDream's image transformer are routed so."""
+    x, t = normal(3, 4), normal(3, 4)
+    f = weighted_by_counts(read)
+    for got in (WAYS[way](f, x, t), WAYS[way](torch.no_grad()(f), x, t)):
+        torch.testing.assert_close(tuple(got), (f(x), t * (x > 0).sum()))
+    _, twice = in_mode(lambda x: torch.func.jvp(lambda x: f(x).square(), (x,), (t,))[1], x, t)
+    torch.testing.assert_close(twice, 2 * (t * (x > 0).sum()).square())
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.numpy, np.asarray])
+def test_what_may_have_a_tangent_becomes_no_numpy_array(read):
+    """Nor does a batch of integers, which is more than one array."""
+    x = normal(3, 4)
+    for way in (in_mode, by_duals):
+        with pytest.raises(RuntimeError):
+            way(lambda x: x * read(x).sum(), x, x)
+    with fewstep.forward_mode(), pytest.raises(RuntimeError):
+        torch.func.vmap(lambda x: x * int(read((x > 0).long()).sum()))(x)
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_inference_mode_ends_where_it_should(around):
+    with torch.inference_mode(around):
+        before = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        with fewstep.forward_mode():
+            inside = torch.is_grad_enabled()
+            with torch.inference_mode():
+                assert not torch.is_inference_mode_enabled()
+                assert not torch.is_grad_enabled()
+                with torch.inference_mode(False):
+                    assert torch.is_grad_enabled()
+                assert not torch.is_grad_enabled()
+            assert torch.is_grad_enabled() == inside == (not around)
+        assert (torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == before
+
+
 def test_every_interceptor_is_used_by_a_test_above():
     known = {"scaled_dot_product_attention", "multi_head_attention_forward", "group_norm", "glu"}
+    known |= {"numpy", "__array__", "_make_dual"}  # the last: test_silent_wrong.py
     known |= {"softmax", "log_softmax", "logsumexp", "layer_norm", "rms_norm"}
     assert {f.__name__.removeprefix("special_") for f in INTERCEPTORS} <= known

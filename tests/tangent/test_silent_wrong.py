@@ -54,9 +54,9 @@ def jvp(f, x=X, t=T):
     return torch.func.jvp(f, x, t)
 
 
-def duals(f):
+def duals(f, x=X, t=T):
     with forward_ad.dual_level():
-        return tuple(forward_ad.unpack_dual(f(*map(forward_ad.make_dual, X, T))))
+        return tuple(forward_ad.unpack_dual(f(*map(forward_ad.make_dual, x, t))))
 
 
 def partial(*positions):
@@ -124,6 +124,38 @@ def in_inference_mode(f):
         return jvp(f)
 
 
+def entered_inside(context, by):
+    """The derivative of a function decorated with no_grad or inference_mode: that of the function.
+
+    torch.inference_mode drops tangents, also those of fewstep's functions; forward_mode keeps them.
+    """
+
+    def way(f):
+        if f is oracle:
+            return jvp(f)
+        with fewstep.forward_mode():
+            return by(context()(f))
+
+    return way
+
+
+def inference_tensors(by):
+    """Inputs that were made in inference mode."""
+
+    def way(f):
+        with torch.inference_mode():
+            x, t = (tuple(a.clone() for a in b) for b in (X, T))
+        with fewstep.forward_mode():
+            return by(f, x, t)
+
+    return way
+
+
+def by_fewstep_in_inference_mode(f):
+    with torch.inference_mode():
+        return fewstep.jvp(f, tuple(x.clone() for x in X), tuple(t.clone() for t in T))
+
+
 def hvp(f):
     return jvp(torch.func.grad(loss_of(f), (0, 1, 2)))
 
@@ -148,6 +180,15 @@ RIGHT = {
     "checkpointed gradient": checkpointed_gradient,
     "functionalize": lambda f: torch.func.functionalize(f)(*X),
     "inference mode": in_inference_mode,
+    "fewstep.jvp in inference mode": by_fewstep_in_inference_mode,
+    **{
+        f"{by.__name__} of inputs from inference mode": inference_tensors(by) for by in (jvp, duals)
+    },
+    **{
+        f"{context.__name__} inside {by.__name__}": entered_inside(context, by)
+        for context in (torch.no_grad, torch.inference_mode)
+        for by in (jvp, duals)
+    },
 }
 RAISES = {
     "functionalize of jvp": lambda f: torch.func.functionalize(lambda *x: jvp(f, x)[1])(*X),
@@ -229,12 +270,13 @@ def test_explicit_tangents_compile_with_the_gradient_of_everything():
 
 
 def test_the_hazards_are_real():
-    """torch's fused attention raises in forward mode; a detached query is a lost tangent."""
+    """Attention raises, inference mode loses tangents; a detached query is a lost tangent."""
     with pytest.raises(NotImplementedError):
         jvp(F.scaled_dot_product_attention)
     with sdpa_kernel(SDPBackend.MATH):
         right = jvp(F.scaled_dot_product_attention)[1]
     torch.testing.assert_close(right, jvp(oracle)[1])
+    assert not jvp(torch.inference_mode()(torch.sin), X[:1], T[:1])[1].any()
     lost = jvp(lambda q, k, v: oracle(q.detach(), k, v))[1]
     with pytest.raises(AssertionError):
         torch.testing.assert_close(lost, right)

@@ -8,6 +8,9 @@
                                  torch's layer_norm is silently wrong (torch 2.13, PyTorch 196700)
     F.glu                        its tangent has no backward
     F.group_norm                 its forward mode views the input and raises on a strided one
+    Tensor.numpy                 of integers, which have no tangent to lose: raises in torch.func.
+                                 Of what has one: dual numbers lose it
+    forward_ad.make_dual         of what torch.inference_mode made: the tangent doesn't stick
 
 Calls that nobody differentiates stay torch's own.
 """
@@ -24,10 +27,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+)
+from torch._functorch.pyfunctorch import (
+    retrieve_all_functorch_interpreters,
+    temporarily_clear_interpreter_stack,
+)
 from torch.autograd import forward_ad
 
-from ..ops._autograd import is_differentiated, transform
+from ..ops._autograd import DerivativeError, is_differentiated, transform
 from ..ops.norm_jvp import norm_jvp
 from .attention import is_forward, scaled_dot_product_attention, unpack
 
@@ -198,6 +209,25 @@ def _group_norm(original: Handler, x: Any, *args: Any, **kwargs: Any) -> Any:
     return original(x.contiguous() if is_forward() else x, *args, **kwargs)
 
 
+def _numpy(original: Handler, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if _has_plain_dual(x) and unpack(x)[1] is not None:
+        raise DerivativeError(
+            "Tensor.numpy: expected a tensor without a tangent, got one that would lose it; "
+            "x.detach() has none"
+        )
+    inside = x
+    while is_gradtrackingtensor(inside):
+        inside = get_unwrapped(inside)
+    if x.is_floating_point() or x.is_complex() or is_functorch_wrapped_tensor(inside):
+        return original(x, *args, **kwargs)
+    with temporarily_clear_interpreter_stack():
+        return original(inside, *args, **kwargs)
+
+
+def _make_dual(original: Handler, *pair: Tensor, **kwargs: Any) -> Any:
+    return original(*(x.clone() if x.is_inference() else x for x in pair), **kwargs)
+
+
 INTERCEPTORS: dict[Handler, Handler] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
@@ -211,6 +241,8 @@ INTERCEPTORS: dict[Handler, Handler] = {
     F.rms_norm: _rms_norm,
     F.glu: _glu,
     F.group_norm: _group_norm,
+    **dict.fromkeys((Tensor.numpy, Tensor.__array__), _numpy),
+    torch._VF._make_dual: _make_dual,  # type: ignore[attr-defined]
 }
 """torch function -> handler(original, *args, **kwargs). The one place where a fused op enters.
 

@@ -6,20 +6,26 @@ attention from: diffusers' dispatcher and its older processors, `sdpa_kernel` co
 torch.nn.MultiheadAttention. A call that nobody differentiates (a teacher under no_grad, say) stays
 torch's own.
 
-Three functions of torch are seen by no such mode. They are replaced in their modules while any
-thread is inside: FlexAttention, what runs a checkpointed block again (`_checkpoint.py`), and the
-tangent of FSDP2's hook. The replacements do nothing for threads that are not inside.
+Four functions of torch are seen by no such mode. They are replaced in their modules while any
+thread is inside: FlexAttention, what runs a checkpointed block again (`_checkpoint.py`), the
+tangent of FSDP2's hook, and the entry of torch.inference_mode. The replacements do nothing for
+threads that are not inside.
+
+torch.inference_mode drops tangents without a word. Inside forward_mode it is torch.no_grad, which
+keeps them: a model whose forward is decorated with either has the derivative it should have.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import _checkpoint, interceptors
@@ -49,11 +55,22 @@ def forward_mode() -> Iterator[None]:
 
     It may be entered inside or outside of torch.func.jvp, and more than once. It belongs to the
     thread that enters it. Outside the context nothing is changed and nothing costs anything.
+    torch.inference_mode, around it or inside, has the effect of torch.no_grad.
     """
     if is_active():
         yield
         return
-    with _replaced(), _Mode():
+    with _replaced(), _tangents_kept(), _Mode():
+        yield
+
+
+@contextlib.contextmanager
+def _tangents_kept() -> Iterator[None]:
+    """Leave torch.inference_mode for torch.no_grad, if the caller is in it."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
         yield
 
 
@@ -74,6 +91,16 @@ def _run_again(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return _checkpoint.generator(original, forward_mode, *args, **kwargs)
 
 
+def _enter_inference_mode(original: Callable[..., Any], context: torch.inference_mode) -> None:
+    entered, context.mode = context.mode, False
+    try:
+        original(context)
+    finally:
+        context.mode = entered
+    if entered:
+        torch.set_grad_enabled(False)  # until the context restores what it found
+
+
 def _pass_on(original: Callable[..., Any], ctx: Any, group: Any, *tangents: Any) -> Any:
     """The tangents of FSDP2's hook on the inputs of a module, which is the identity.
 
@@ -87,6 +114,7 @@ _FSDP = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
 _SEAMS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): _run_again,
     ("torch.nn.attention.flex_attention", "flex_attention"): interceptors.flex_attention,
+    ("torch.autograd.grad_mode", "inference_mode.__enter__"): _enter_inference_mode,
     (_FSDP, "RegisterPostBackwardFunction.jvp"): _pass_on,
 }
 """(module, name) -> handler(original, *args, **kwargs), if the module is imported."""
@@ -108,7 +136,8 @@ def _put_in() -> None:
             continue
         _found[module, path] = owner, name, vars(owner).get(name, _MISSING)
         replacement = _when_active(original, handler)
-        setattr(owner, name, staticmethod(replacement) if parents else replacement)
+        static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+        setattr(owner, name, staticmethod(replacement) if static else replacement)
 
 
 def _put_back() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .case import Case, N, at
@@ -24,33 +26,33 @@ def _training(model, inputs):
     return model.train()(**inputs, return_dict=False)
 
 
+_HIDREAM = Case(
+    {
+        **HEADS,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "caption_channels": [16, 4],
+        "text_emb_dim": 8,
+        "num_routed_experts": 2,
+        "num_activated_experts": 1,
+        "axes_dims_rope": (4, 2, 2),
+        "max_resolution": (8, 8),
+        "llama_layers": (0, 1),
+    },
+    {"hidden_states": N(1, 4, 8, 8), "timesteps": at(2.5)},
+    {
+        "encoder_hidden_states_t5": N(1, 6, 16),
+        "encoder_hidden_states_llama3": N(2, 1, 6, 4),
+        "pooled_embeds": N(1, 8),
+    },
+)
+
 CASES: dict[str, Case] = {
-    "HiDreamImageTransformer2DModel": Case(
-        {
-            **HEADS,
-            "patch_size": 2,
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "caption_channels": [16, 4],
-            "text_emb_dim": 8,
-            "num_routed_experts": 2,
-            "num_activated_experts": 1,
-            "axes_dims_rope": (4, 2, 2),
-            "max_resolution": (8, 8),
-            "llama_layers": (0, 1),
-        },
-        {"hidden_states": N(1, 4, 8, 8), "timesteps": at(2.5)},
-        {
-            "encoder_hidden_states_t5": N(1, 6, 16),
-            "encoder_hidden_states_llama3": N(2, 1, 6, 4),
-            "pooled_embeds": N(1, 8),
-        },
-        call=_training,
-        note="in training mode: its inference experts move routing counts to numpy, which func.jvp "
-        "refuses",
-    ),
+    "HiDreamImageTransformer2DModel": _HIDREAM,
+    "HiDreamImageTransformer2DModel (training)": replace(_HIDREAM, call=_training),
     "HunyuanImageTransformer2DModel": Case(
         {
             **HEADS,

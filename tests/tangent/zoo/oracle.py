@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -86,12 +87,18 @@ def dense_flex(
     return scores.softmax(-1).nan_to_num(0.0) @ value
 
 
-class _ContiguousGroupNorm(TorchFunctionMode):
-    """F.group_norm's forward mode views its input and raises if that is not contiguous."""
+class _Repaired(TorchFunctionMode):
+    """F.group_norm's forward mode views its input and raises if that is not contiguous.
+
+    Tensor.numpy raises inside torch.func.jvp. Models ask it of routing counts.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.group_norm:
             args = (args[0].contiguous(), *args[1:])
+        if func is torch.Tensor.numpy:
+            assert not args[0].is_floating_point(), "a tangent would be lost"
+            return np.array(args[0].tolist())
         return func(*args, **(kwargs or {}))
 
 
@@ -101,7 +108,7 @@ def plain_attention() -> Iterator[None]:
     given = flex_attention.flex_attention
     flex_attention.flex_attention = dense_flex
     try:
-        with sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
+        with sdpa_kernel(SDPBackend.MATH), _Repaired():
             yield
     finally:
         flex_attention.flex_attention = given
