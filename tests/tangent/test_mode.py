@@ -223,6 +223,7 @@ LAST = {
     "layer_norm with parameters that move": lambda x: F.layer_norm(x, (4,), x[0, 0], x[0, 1]),
     "layer_norm over two axes": lambda x: F.layer_norm(x, (3, 4)),
     "rms_norm": lambda x: F.rms_norm(x, (4,), AFFINE[0]),
+    "rms_norm with a narrow weight": lambda x: F.rms_norm(x, (4,), AFFINE[0].float()),
     "rms_norm over two axes": lambda x: F.rms_norm(x, (3, 4), eps=1e-3),
     "group_norm of a view": lambda x: F.group_norm(x.transpose(1, 2), 2),
 }

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..ops._autograd import transform
-from .attention import unpack
+from .levels import unpack
 
 
 def generator(

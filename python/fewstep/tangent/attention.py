@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..ops._autograd import transform
 from ..ops.attention_jvp import HEAD_DIMS, attention_jvp
+from .levels import is_forward, unpack
 
 _WIDEST = HEAD_DIMS[-1]
 
@@ -126,29 +126,6 @@ def _attention(
     if all(t is None for t in (*tangents, t_mask)):
         return o
     return forward_ad.make_dual(o, t_o)
-
-
-def is_forward() -> bool:
-    """Return whether the innermost derivative being taken here is a forward one."""
-    if torch.compiler.is_compiling():
-        return False  # the op takes it from there: right, or it raises
-    active = transform()
-    if active is not None:
-        return active == torch._C._functorch.TransformType.Jvp
-    return forward_ad._current_level >= 0
-
-
-def unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return (primal, tangent) at the current level; a tangent known to be zero is None."""
-    if not x.is_floating_point():
-        return x, None
-    primal, tangent = forward_ad.unpack_dual(x)
-    if tangent is not None and tangent._is_zerotensor():
-        tangent = None
-    return primal, tangent
-
-
-# --- shapes and dtypes ----------------------------------------------------------------------------
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

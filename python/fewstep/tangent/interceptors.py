@@ -32,15 +32,14 @@ from torch._C._functorch import (
     is_functorch_wrapped_tensor,
     is_gradtrackingtensor,
 )
-from torch._functorch.pyfunctorch import (
-    retrieve_all_functorch_interpreters,
-    temporarily_clear_interpreter_stack,
-)
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 from ..ops._autograd import DerivativeError, is_differentiated, transform
+from ..ops._rows import acc_dtype
 from ..ops.norm_jvp import norm_jvp
-from .attention import is_forward, scaled_dot_product_attention, unpack
+from .attention import scaled_dot_product_attention
+from .levels import is_forward, is_nested, unpack
 
 Handler = Callable[..., Any]
 
@@ -78,9 +77,6 @@ def _multi_head_attention_forward() -> Handler:
 def _multi_head_attention(original: Handler, *args: Any, **kwargs: Any) -> Any:
     del original
     return _multi_head_attention_forward()(*args, **kwargs)
-
-
-# --- dual numbers ---------------------------------------------------------------------------------
 
 
 def _has_plain_dual(x: Any) -> bool:
@@ -129,12 +125,6 @@ def _logsumexp(original: Handler, x: Any, *args: Any, **kwargs: Any) -> Any:
     return forward_ad.make_dual(y, t_y)
 
 
-def _is_nested() -> bool:
-    """Return whether a forward derivative is taken of a forward derivative."""
-    levels = retrieve_all_functorch_interpreters()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
-
-
 def _composite_norm(
     x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
 ) -> Tensor:
@@ -166,8 +156,8 @@ def _norm(
     constant = all(unpack(p)[1] is None for p in parameters)
     if tangent is None and constant:
         return original()
-    served = len(shape) == 1 and all(p.dtype in (x.dtype, torch.float32) for p in parameters)
-    if not served or not constant or tangent is None or _is_nested():
+    served = len(shape) == 1 and all(p.dtype in (x.dtype, acc_dtype(x)) for p in parameters)
+    if not served or not constant or tangent is None or is_nested():
         return _composite_norm(x, len(shape), weight, bias, eps, kind)
     options = {"weight": weight, "bias": bias, "kind": kind, "eps": eps}
     return forward_ad.make_dual(*norm_jvp(primal, tangent, **options))
@@ -247,12 +237,10 @@ INTERCEPTORS: dict[Handler, Handler] = {
 """torch function -> handler(original, *args, **kwargs). The one place where a fused op enters.
 
 A handler is called with the mode off. It is to return `original(*args, **kwargs)` for what it
-doesn't serve; `attention.is_forward` says whether a tangent may be there, `attention.unpack` gives
+doesn't serve; `levels.is_forward` says whether a tangent may be there, `levels.unpack` gives
 (primal, tangent) of a tensor at the current level, and `forward_ad.make_dual` puts them together.
 """
 
-
-# --- FlexAttention --------------------------------------------------------------------------------
 
 _masks: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
 

@@ -8,8 +8,8 @@ torch's own.
 
 Four functions of torch are seen by no such mode. They are replaced in their modules while any
 thread is inside: FlexAttention, what runs a checkpointed block again (`_checkpoint.py`), the
-tangent of FSDP2's hook, and the entry of torch.inference_mode. The replacements do nothing for
-threads that are not inside.
+tangent of FSDP2's hook, and the entry of torch.inference_mode. So are the methods of diffusers that
+spell out a fused op (`blocks.py`). The replacements do nothing for threads that are not inside.
 
 torch.inference_mode drops tangents without a word. Inside forward_mode it is torch.no_grad, which
 keeps them: a model whose forward is decorated with either has the derivative it should have.
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from . import _checkpoint, interceptors
+from . import _checkpoint, blocks, interceptors
 
 
 class _Mode(TorchFunctionMode):
@@ -74,9 +74,6 @@ def _tangents_kept() -> Iterator[None]:
         yield
 
 
-# --- functions that no mode sees ------------------------------------------------------------------
-
-
 def _when_active(original: Callable[..., Any], handler: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -116,6 +113,7 @@ _SEAMS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.nn.attention.flex_attention", "flex_attention"): interceptors.flex_attention,
     ("torch.autograd.grad_mode", "inference_mode.__enter__"): _enter_inference_mode,
     (_FSDP, "RegisterPostBackwardFunction.jvp"): _pass_on,
+    **blocks.METHODS,
 }
 """(module, name) -> handler(original, *args, **kwargs), if the module is imported."""
 
@@ -133,6 +131,8 @@ def _put_in() -> None:
         )
         original = getattr(owner, name, None)
         if (module, path) in _found or original is None:
+            continue
+        if (module, path) in blocks.METHODS and not blocks.is_own(original, module, path):
             continue
         _found[module, path] = owner, name, vars(owner).get(name, _MISSING)
         replacement = _when_active(original, handler)
