@@ -18,6 +18,14 @@ TOKENS = 256  # of one program
 
 
 @triton.jit
+def find_chunk(batch, heads):
+    """Return (head of all, chunk of it, sample, head of the sample) that the program works on."""
+    head = (tl.program_id(0) % (batch * heads)).to(tl.int64)
+    chunk = (tl.program_id(0) // (batch * heads)).to(tl.int64)
+    return head, chunk, head // heads, head % heads
+
+
+@triton.jit
 def product(a, b, acc):
     """Return acc + a @ b; float32 operands as three TF32 products on a GPU (about 2^-21)."""
     if a.dtype == tl.float32:

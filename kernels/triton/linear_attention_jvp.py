@@ -19,10 +19,11 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import narrow, strides_of
+from ._common import narrow, present, strides_of
 from ._linear_attention import (
     TOKENS,
     features,
+    find_chunk,
     load_rows,
     load_state,
     new_partials,
@@ -64,9 +65,7 @@ def _linear_attention_jvp_state_kernel(
     HAS_TK: tl.constexpr,
     HAS_TV: tl.constexpr,
 ):
-    head = (tl.program_id(0) % (batch * heads)).to(tl.int64)
-    chunk = (tl.program_id(0) // (batch * heads)).to(tl.int64)
-    b, h = head // heads, head % heads
+    head, chunk, b, h = find_chunk(batch, heads)
     cols, cols_v = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     matrix = tl.zeros([D_PAD, DV_PAD], tl.float32)
     t_matrix = tl.zeros([D_PAD, DV_PAD], tl.float32)
@@ -130,9 +129,7 @@ def _linear_attention_jvp_kernel(
     HAS_TQ: tl.constexpr,
     HAS_TSTATE: tl.constexpr,
 ):
-    head = (tl.program_id(0) % (batch * heads)).to(tl.int64)
-    chunk = (tl.program_id(0) // (batch * heads)).to(tl.int64)
-    b, h = head // heads, head % heads
+    head, chunk, b, h = find_chunk(batch, heads)
     cols, cols_v = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     size: tl.constexpr = D * (DV + 1)
     matrix, vector = load_state(state_ptr + head * size, D, DV, D_PAD, DV_PAD)
@@ -186,10 +183,7 @@ def launch_linear_attention_jvp(
     partials = new_partials(q, v, nk)
     if nk:
         _linear_attention_jvp_state_kernel[(batch * heads * partials.shape[0],)](
-            k,
-            v,
-            k if t_k is None else t_k,
-            v if t_v is None else t_v,
+            *present(k, k, v, t_k, t_v),
             partials,
             *strides_of(3, k, v, t_k, t_v),
             batch,
@@ -204,12 +198,7 @@ def launch_linear_attention_jvp(
     if nq == 0:
         return
     _linear_attention_jvp_kernel[(batch * heads * triton.cdiv(nq, TOKENS),)](
-        q,
-        q if t_q is None else t_q,
-        state,
-        t_state,
-        o,
-        t_o,
+        *present(q, q, t_q, state, t_state, o, t_o),
         *strides_of(3, q, t_q, o, t_o),
         batch,
         heads,

@@ -23,6 +23,7 @@ from ._common import present, strides_of
 from ._linear_attention import (
     TOKENS,
     features,
+    find_chunk,
     load_rows,
     load_state,
     new_partials,
@@ -80,9 +81,7 @@ def _linear_attention_jvp_backward_queries_kernel(
     HAS_DQ: tl.constexpr,
     HAS_DTQ: tl.constexpr,
 ):
-    head = (tl.program_id(0) % (batch * heads)).to(tl.int64)
-    chunk = (tl.program_id(0) // (batch * heads)).to(tl.int64)
-    b, h = head // heads, head % heads
+    head, chunk, b, h = find_chunk(batch, heads)
     cols, cols_v = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     size: tl.constexpr = D * (DV + 1)
     matrix, vector = load_state(state_ptr + head * size, D, DV, D_PAD, DV_PAD)
@@ -194,9 +193,7 @@ def _linear_attention_jvp_backward_keys_kernel(
     HAS_DTK: tl.constexpr,
     HAS_DTV: tl.constexpr,
 ):
-    head = (tl.program_id(0) % (batch * heads)).to(tl.int64)
-    chunk = (tl.program_id(0) // (batch * heads)).to(tl.int64)
-    b, h = head // heads, head % heads
+    head, chunk, b, h = find_chunk(batch, heads)
     cols, cols_v = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     size: tl.constexpr = D * (DV + 1)
     d_ptr = d_states_ptr + head * size

@@ -7,6 +7,7 @@ from fewstep.kernels._common import pad_head_dim
 from fewstep.kernels._linear_attention import (
     TOKENS,
     features,
+    find_chunk,
     load_rows,
     load_state,
     new_partials,
@@ -32,6 +33,21 @@ def _copy_state(
 ):
     matrix, vector = load_state(a_ptr, D, DV, DP, VP)
     store_state(b_ptr, matrix, vector, D, DV, DP, VP)
+
+
+@triton.jit
+def _find_chunk(out_ptr, batch, heads):
+    head, chunk, b, h = find_chunk(batch, heads)
+    tl.store(out_ptr + tl.program_id(0), head * 1000 + chunk * 100 + b * 10 + h)
+
+
+def test_programs_share_out_heads_and_chunks():
+    """Chunk 0 of every head comes first: programs that run together share no state."""
+    for device in DEVICES:
+        found = torch.zeros(12, dtype=torch.int64, device=device)
+        _find_chunk[(12,)](found, 2, 3)
+        want = [[h * 1000 + c * 100 + h // 3 * 10 + h % 3 for h in range(6)] for c in range(2)]
+        assert found.view(2, 6).tolist() == want
 
 
 def test_features_are_relu_and_its_derivative():
