@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep import ops
-from fewstep.bench import Benchmark, Case, baseline, copy_limit, implementations
+from fewstep.bench import Benchmark, Case, baseline, copy_limit, implementations, matmul_limit
 
 CASES = [
     Case("SANA 1.6B 512px", {"B": 1, "H": 70, "N": 256, "D": 32}, torch.float32, quick=True),
@@ -69,6 +69,9 @@ BENCHMARK = Benchmark(
         *implementations("linear_attention_jvp_backward", fused, with_states),
         baseline("autograd of torch.func.jvp", unfused, with_graph),
         copy_limit(),
+        # Sums and states are float32 on either device; a CPU multiplies in float32 too.
+        matmul_limit(torch.float32, only="cpu"),
+        matmul_limit(only="cuda"),
     ],
     flops,
     bytes_moved,

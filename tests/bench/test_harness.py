@@ -139,6 +139,12 @@ def test_inputs_rotate_past_the_cache(small_cache):
     assert timed == [float(i % 8) for i in range(10)]
 
 
+def test_a_limit_may_be_one_of_one_device_type_only():
+    case, x = bench.Case("c", {}, torch.float32), torch.ones(1)
+    assert callable(bench.matmul_limit(torch.float32, only="cpu").make(case, x))
+    assert bench.matmul_limit(only="cuda").make(case, x) == "it is the limit on cuda only"
+
+
 def test_limits_measure_their_own_work(small_cache):
     providers = [bench.baseline("torch", lambda x: x + 1), bench.copy_limit()]
     found = by_provider(run_case(fake(providers), CASE, SETTINGS, {}))

@@ -53,10 +53,15 @@ def _factors(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, to
     return a, b.t()
 
 
-def matmul_limit(dtype: torch.dtype | None = None) -> Provider:
-    """Return the rate of a large matrix product in `dtype` (the case's dtype if None)."""
+def matmul_limit(dtype: torch.dtype | None = None, only: str | None = None) -> Provider:
+    """Return the rate of a large matrix product in `dtype` (the case's dtype if None).
+
+    With `only`, "cpu" or "cuda", it is a limit on that type of device alone.
+    """
 
     def make(case: Case, *inputs: Any) -> Thunk | str:
+        if only not in (None, _device(inputs).type):
+            return f"it is the limit on {only} only"
         kind = dtype or case.dtype
         a, b = _factors(_device(inputs), kind)
         if kind == torch.int8:
