@@ -2,6 +2,8 @@
 // is kRowsPerTask rows of one batch item. The kernel is modulate_jvp_body.h.
 #include "fewstep/ops/modulate_jvp.h"
 
+#include <vector>
+
 #include "fewstep/check.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/rows.h"
@@ -10,28 +12,12 @@
 namespace fewstep::cpu {
 namespace {
 
+// What is absent is a row of ones or zeros.
 template <typename T>
 struct ModulateTask {
     Rows<const T> x, y, gate, t_x, t_y, t_gate;
     Rows<T> out, t_out;
     std::int64_t count, columns;
-};
-
-// The scratch of one thread, each a row; `ones` and `zeros` stand for what is absent.
-template <typename Acc>
-struct ModulateWorkspace {
-    static constexpr std::int64_t kRows = 9;
-    Acc *x, *y, *gate, *t_x, *t_y, *t_gate, *out, *ones, *zeros;
-    std::int64_t padded;
-
-    // `base` holds zeros.
-    ModulateWorkspace(Acc* base, std::int64_t columns) : padded(pad_up(columns)) {
-        for (Acc** row : {&x, &y, &gate, &t_x, &t_y, &t_gate, &out, &ones, &zeros}) {
-            *row = base;
-            base += padded;
-        }
-        std::fill_n(ones, padded, Acc(1));
-    }
 };
 
 }  // namespace
@@ -44,7 +30,7 @@ namespace fewstep::cpu {
 namespace {
 
 template <typename T>
-using Kernel = void (*)(const ModulateTask<T>&, const ModulateWorkspace<acc_t<T>>&);
+using Kernel = void (*)(const ModulateTask<T>&);
 
 template <typename T>
 Kernel<T> choose_kernel() {
@@ -75,25 +61,16 @@ void modulate_jvp(const TensorView& x, const TensorView& y, const TensorView* ga
     expect(&t_out, "t_out");
     dispatch_float(x.dtype, "x", [&](auto tag) {
         using T = decltype(tag);
-        using Acc = acc_t<T>;
         const Kernel<T> kernel = choose_kernel<T>();
-        const std::int64_t elements = ModulateWorkspace<Acc>::kRows * pad_up(columns);
-        for_each_task<Acc>(batch, rows, elements, [&](Acc* base) {
-            const ModulateWorkspace<Acc> workspace(base, columns);
-            return
-                [=, &x, &y, &out, &t_out](std::int64_t b, std::int64_t first, std::int64_t count) {
-                    const ModulateTask<T> task{rows_of<const T>(&x, b, first),
-                                               rows_of<const T>(&y, b, first),
-                                               rows_of<const T>(gate, b, first),
-                                               rows_of<const T>(t_x, b, first),
-                                               rows_of<const T>(t_y, b, first),
-                                               rows_of<const T>(t_gate, b, first),
-                                               rows_of<T>(&out, b, first),
-                                               rows_of<T>(&t_out, b, first),
-                                               count,
-                                               columns};
-                    kernel(task, workspace);
-                };
+        const std::vector<T> zeros(columns), ones(columns, Convert<T>::from(1));
+        for_each_task<acc_t<T>>(batch, rows, 0, [&](acc_t<T>*) {
+            return [&](std::int64_t b, std::int64_t first, std::int64_t count) {
+                kernel({rows_of<const T>(&x, b, first), rows_of<const T>(&y, b, first),
+                        rows_or(gate, b, first, ones.data()), rows_or(t_x, b, first, zeros.data()),
+                        rows_or(t_y, b, first, zeros.data()),
+                        rows_or(t_gate, b, first, zeros.data()), rows_of<T>(&out, b, first),
+                        rows_of<T>(&t_out, b, first), count, columns});
+            };
         });
     });
 }

@@ -4,6 +4,8 @@
 // kernel is modulate_jvp_backward_body.h.
 #include "fewstep/ops/modulate_jvp_backward.h"
 
+#include <vector>
+
 #include "fewstep/check.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/rows.h"
@@ -14,29 +16,13 @@ namespace {
 
 static_assert(kModulateJvpBackwardRows == kRowsPerTask, "a task is what one partial sum covers");
 
+// An input that is absent is a row of ones or zeros, an output that is not wanted null.
 template <typename T>
 struct ModulateBackwardTask {
     Rows<const T> d_out, dt_out, y, gate, t_y, t_gate;
     Rows<T> d_y, d_t_y, d_gate, d_t_gate;
-    void *gate_sums, *t_gate_sums;  // [columns] of the accumulation type, or null
+    bool wants_gates;
     std::int64_t count, columns;
-};
-
-// The scratch of one thread, each a row; `ones` and `zeros` stand for what is absent.
-template <typename Acc>
-struct ModulateBackwardWorkspace {
-    static constexpr std::int64_t kRows = 9;
-    Acc *d_out, *dt_out, *y, *gate, *t_y, *t_gate, *out, *ones, *zeros;
-    std::int64_t padded;
-
-    // `base` holds zeros.
-    ModulateBackwardWorkspace(Acc* base, std::int64_t columns) : padded(pad_up(columns)) {
-        for (Acc** row : {&d_out, &dt_out, &y, &gate, &t_y, &t_gate, &out, &ones, &zeros}) {
-            *row = base;
-            base += padded;
-        }
-        std::fill_n(ones, padded, Acc(1));
-    }
 };
 
 }  // namespace
@@ -49,7 +35,7 @@ namespace fewstep::cpu {
 namespace {
 
 template <typename T>
-using Kernel = void (*)(const ModulateBackwardTask<T>&, const ModulateBackwardWorkspace<acc_t<T>>&);
+using Kernel = void (*)(const ModulateBackwardTask<T>&, acc_t<T>*, acc_t<T>*);
 
 template <typename T>
 Kernel<T> choose_kernel() {
@@ -93,33 +79,35 @@ void modulate_jvp_backward(const TensorView* d_out, const TensorView* dt_out, co
         using T = decltype(tag);
         using Acc = acc_t<T>;
         const Kernel<T> kernel = choose_kernel<T>();
-        const std::int64_t elements = ModulateBackwardWorkspace<Acc>::kRows * pad_up(columns);
-        for_each_task<Acc>(batch, rows, elements, [&](Acc* base) {
-            const ModulateBackwardWorkspace<Acc> workspace(base, columns);
-            return [=, &y](std::int64_t b, std::int64_t first, std::int64_t count) {
-                // The partial sum of this task, zeroed; null stays null.
-                const auto partial = [&](const TensorView* view) -> Acc* {
-                    if (view == nullptr) return nullptr;
-                    Acc* const to =
-                        view->ptr<Acc>() + (b * chunks + first / kRowsPerTask) * columns;
-                    std::fill_n(to, columns, Acc(0));
-                    return to;
-                };
-                const ModulateBackwardTask<T> task{rows_of<const T>(d_out, b, first),
-                                                   rows_of<const T>(dt_out, b, first),
+        const std::vector<T> zeros(columns), ones(columns, Convert<T>::from(1));
+        const bool wants_gates = d_gate != nullptr || d_t_gate != nullptr || gate_sums != nullptr ||
+                                 t_gate_sums != nullptr;
+        const std::int64_t padded = pad_up(columns);
+        for_each_task<Acc>(batch, rows, 2 * padded, [&](Acc* sums) {
+            return [&, sums](std::int64_t b, std::int64_t first, std::int64_t count) {
+                const ModulateBackwardTask<T> task{rows_or(d_out, b, first, zeros.data()),
+                                                   rows_or(dt_out, b, first, zeros.data()),
                                                    rows_of<const T>(&y, b, first),
-                                                   rows_of<const T>(gate, b, first),
-                                                   rows_of<const T>(t_y, b, first),
-                                                   rows_of<const T>(t_gate, b, first),
+                                                   rows_or(gate, b, first, ones.data()),
+                                                   rows_or(t_y, b, first, zeros.data()),
+                                                   rows_or(t_gate, b, first, zeros.data()),
                                                    rows_of<T>(d_y, b, first),
                                                    rows_of<T>(d_t_y, b, first),
                                                    rows_of<T>(d_gate, b, first),
                                                    rows_of<T>(d_t_gate, b, first),
-                                                   partial(gate_sums),
-                                                   partial(t_gate_sums),
+                                                   wants_gates,
                                                    count,
                                                    columns};
-                kernel(task, workspace);
+                std::fill_n(sums, 2 * padded, Acc(0));
+                kernel(task, gate_sums == nullptr ? nullptr : sums,
+                       t_gate_sums == nullptr ? nullptr : sums + padded);
+                const std::int64_t at = (b * chunks + first / kRowsPerTask) * columns;
+                if (gate_sums != nullptr) {
+                    std::copy_n(sums, columns, gate_sums->ptr<Acc>() + at);
+                }
+                if (t_gate_sums != nullptr) {
+                    std::copy_n(sums + padded, columns, t_gate_sums->ptr<Acc>() + at);
+                }
             };
         });
     });

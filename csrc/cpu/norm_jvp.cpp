@@ -5,6 +5,7 @@
 #include "fewstep/ops/norm_jvp.h"
 
 #include <cmath>
+#include <vector>
 
 #include "fewstep/check.h"
 #include "fewstep/cpu/isa.h"
@@ -14,6 +15,7 @@
 namespace fewstep::cpu {
 namespace {
 
+// An input that is absent is a row of zeros; t_y is null where it is not wanted.
 template <typename T>
 struct NormTask {
     Rows<const T> x, t_x, scale, shift, t_scale, t_shift;
@@ -24,25 +26,22 @@ struct NormTask {
     double eps;
 };
 
-// The scratch of one thread, each a row; `ones` and `zeros` stand for what is absent.
+// The scratch of one thread, each a row: the parameters, and P, Q, R, S of the kernel.
 template <typename Acc>
 struct NormWorkspace {
-    static constexpr std::int64_t kRows = 11;
-    Acc *n, *t, *out, *factor, *shift, *t_scale, *t_shift, *weight, *bias, *ones, *zeros;
-    std::int64_t padded;
+    static constexpr std::int64_t kRows = 6;
+    Acc *weight, *bias, *p, *q, *r, *s;
 
     // `base` holds zeros.
     NormWorkspace(Acc* base, std::int64_t columns, const TensorView* weight_view,
-                  const TensorView* bias_view)
-        : padded(pad_up(columns)) {
-        for (Acc** row :
-             {&n, &t, &out, &factor, &shift, &t_scale, &t_shift, &weight, &bias, &ones, &zeros}) {
+                  const TensorView* bias_view) {
+        for (Acc** row : {&weight, &bias, &p, &q, &r, &s}) {
             *row = base;
-            base += padded;
+            base += pad_up(columns);
         }
-        std::fill_n(ones, padded, Acc(1));
-        std::copy_n(weight_view == nullptr ? ones : weight_view->ptr<Acc>(), columns, weight);
-        std::copy_n(bias_view == nullptr ? zeros : bias_view->ptr<Acc>(), columns, bias);
+        std::fill_n(weight, columns, Acc(1));
+        if (weight_view != nullptr) std::copy_n(weight_view->ptr<Acc>(), columns, weight);
+        if (bias_view != nullptr) std::copy_n(bias_view->ptr<Acc>(), columns, bias);
     }
 };
 
@@ -95,15 +94,16 @@ void norm_jvp(const TensorView& x, const TensorView* t_x, const TensorView* weig
         using Acc = acc_t<T>;
         const Kernel<T> kernel = choose_kernel<T>();
         const std::int64_t elements = NormWorkspace<Acc>::kRows * pad_up(columns);
+        const std::vector<T> zeros(columns);
         for_each_task<Acc>(batch, rows, elements, [&](Acc* base) {
             const NormWorkspace<Acc> workspace(base, columns, weight, bias);
-            return [=, &x, &y, &stats](std::int64_t b, std::int64_t first, std::int64_t count) {
+            return [&, workspace](std::int64_t b, std::int64_t first, std::int64_t count) {
                 const NormTask<T> task{rows_of<const T>(&x, b, first),
-                                       rows_of<const T>(t_x, b, first),
-                                       rows_of<const T>(scale, b, first),
-                                       rows_of<const T>(shift, b, first),
-                                       rows_of<const T>(t_scale, b, first),
-                                       rows_of<const T>(t_shift, b, first),
+                                       rows_or(t_x, b, first, zeros.data()),
+                                       rows_or(scale, b, first, zeros.data()),
+                                       rows_or(shift, b, first, zeros.data()),
+                                       rows_or(t_scale, b, first, zeros.data()),
+                                       rows_or(t_shift, b, first, zeros.data()),
                                        rows_of<T>(&y, b, first),
                                        rows_of<T>(t_y, b, first),
                                        stats.ptr<Acc>() + (b * rows + first) * 4,

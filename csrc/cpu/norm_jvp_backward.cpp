@@ -4,6 +4,8 @@
 // partial sums. The kernel is norm_jvp_backward_body.h.
 #include "fewstep/ops/norm_jvp_backward.h"
 
+#include <vector>
+
 #include "fewstep/check.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/rows.h"
@@ -14,6 +16,7 @@ namespace {
 
 static_assert(kNormJvpBackwardRows == kRowsPerTask, "a task is what one partial sum covers");
 
+// An input that is absent is a row of zeros, an output that is not wanted null.
 template <typename T>
 struct NormBackwardTask {
     Rows<const T> d_y, dt_y, x, t_x, scale, t_scale;
@@ -23,13 +26,14 @@ struct NormBackwardTask {
     bool centred;
 };
 
-// The scratch of one thread, each a row; `ones` and `zeros` stand for what is absent.
+// The scratch of one thread, each a row: the parameters, the modulation of a row or of all, P, R
+// and the sums s of the kernel, and the task's part of the sums over columns.
 template <typename Acc>
 struct NormBackwardWorkspace {
-    static constexpr std::int64_t kRows = 14 + kNormJvpColumnSums;
-    Acc *n, *t_n, *g, *h, *d_scale, *d_t_scale, *d_y, *dt_y, *factor, *t_scale, *weight, *bias,
-        *ones, *zeros;
-    Acc* sums[kNormJvpColumnSums];
+    static constexpr std::int64_t kRows = 12 + kNormJvpColumnSums;
+    Acc *weight, *bias, *ones, *zeros, *factor, *t_factor, *p, *r;
+    Acc* s[4];
+    Acc* sums[kNormJvpColumnSums];  // null where not wanted
     std::int64_t padded;
 
     // `base` holds zeros.
@@ -41,16 +45,14 @@ struct NormBackwardWorkspace {
             base += padded;
             return row;
         };
-        for (Acc** row : {&n, &t_n, &g, &h, &d_scale, &d_t_scale, &d_y, &dt_y, &factor, &t_scale,
-                          &weight, &bias, &ones, &zeros}) {
-            *row = take();
-        }
+        for (Acc** row : {&weight, &bias, &ones, &zeros, &factor, &t_factor, &p, &r}) *row = take();
+        for (Acc*& row : s) row = take();
         for (int i = 0; i < kNormJvpColumnSums; ++i) {
             sums[i] = columns_wanted >> i & 1 ? take() : nullptr;
         }
-        std::fill_n(ones, padded, Acc(1));
+        std::fill_n(ones, columns, Acc(1));
         std::copy_n(weight_view == nullptr ? ones : weight_view->ptr<Acc>(), columns, weight);
-        std::copy_n(bias_view == nullptr ? zeros : bias_view->ptr<Acc>(), columns, bias);
+        if (bias_view != nullptr) std::copy_n(bias_view->ptr<Acc>(), columns, bias);
     }
 };
 
@@ -115,15 +117,16 @@ void norm_jvp_backward(const TensorView* d_y, const TensorView* dt_y, const Tens
         using Acc = acc_t<T>;
         const Kernel<T> kernel = choose_kernel<T>();
         const std::int64_t elements = NormBackwardWorkspace<Acc>::kRows * pad_up(columns);
+        const std::vector<T> zeros(columns);
         for_each_task<Acc>(batch, rows, elements, [&](Acc* base) {
             const NormBackwardWorkspace<Acc> workspace(base, columns, weight, bias, columns_wanted);
-            return [=, &x, &stats](std::int64_t b, std::int64_t first, std::int64_t count) {
-                const NormBackwardTask<T> task{rows_of<const T>(d_y, b, first),
-                                               rows_of<const T>(dt_y, b, first),
+            return [&, workspace](std::int64_t b, std::int64_t first, std::int64_t count) {
+                const NormBackwardTask<T> task{rows_or(d_y, b, first, zeros.data()),
+                                               rows_or(dt_y, b, first, zeros.data()),
                                                rows_of<const T>(&x, b, first),
-                                               rows_of<const T>(t_x, b, first),
-                                               rows_of<const T>(scale, b, first),
-                                               rows_of<const T>(t_scale, b, first),
+                                               rows_or(t_x, b, first, zeros.data()),
+                                               rows_or(scale, b, first, zeros.data()),
+                                               rows_or(t_scale, b, first, zeros.data()),
                                                rows_of<T>(d_x, b, first),
                                                rows_of<T>(d_t_x, b, first),
                                                rows_of<T>(d_scale, b, first),

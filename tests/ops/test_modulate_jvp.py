@@ -98,6 +98,22 @@ def test_every_instruction_set(isa, monkeypatch):
         check(inputs(2, 3, 77, dtype), "native")
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_sixteen_bits_are_widened_exactly_and_rounded_to_nearest_even(dtype, isa, monkeypatch):
+    """Every bit pattern as x, others as y: subnormals, ties, overflow, infinities, NaN."""
+    monkeypatch.setenv("FEWSTEP_CPU_ISA", isa)
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
+    x, y = (v.view(dtype).view(2, 32, 1024)[..., :1019] for v in (patterns, patterns.roll(12345)))
+    gate = torch.tensor([0.25, 2.0**-9], dtype=dtype).view(2, 1, 1).expand(2, 1, 1019)
+    got, _ = ops.modulate_jvp(x, y, gate, impl="native")
+    # A power of two times y is exact in float32, so only the sum is rounded, and then the result.
+    want = (x.float() + gate.float() * y.float()).to(dtype)
+    assert torch.equal(got.isnan(), want.isnan())
+    exact = ~want.isnan()
+    assert torch.equal(got.view(torch.int16)[exact], want.view(torch.int16)[exact])
+
+
 def test_oracle_is_the_derivative():
     args = inputs(2, 7, 24, torch.float64, gate=(24,), t_gate=(2, 7, 24))
     for ours, theirs in zip(reference.modulate_jvp(*args), plain(*args), strict=True):

@@ -44,20 +44,20 @@ struct Convert<bfloat16> {
 template <>
 struct Convert<float16> {
     static float16 from(float value) {
+        // Branch-free so that it vectorises: all results, then the one that holds.
         const std::uint32_t bits = float_to_bits(value);
-        const std::uint16_t sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000);
+        const std::uint32_t sign = (bits >> 16) & 0x8000;
         const std::uint32_t magnitude = bits & 0x7fffffff;
-        if (magnitude > 0x7f800000) return {static_cast<std::uint16_t>(sign | 0x7e00)};   // NaN
-        if (magnitude >= 0x477ff000) return {static_cast<std::uint16_t>(sign | 0x7c00)};  // inf
-        if (magnitude < 0x38800000) {
-            // Subnormal: adding 0.5 puts the 10 kept bits at the bottom of the mantissa and lets
-            // the addition do the rounding.
-            const float shifted = bits_to_float(magnitude) + 0.5f;
-            const std::uint32_t kept = float_to_bits(shifted) - float_to_bits(0.5f);
-            return {static_cast<std::uint16_t>(sign | kept)};
-        }
-        const std::uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
-        return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000) >> 13))};
+        // Subnormal: adding 0.5 puts the 10 kept bits at the bottom of the mantissa and lets the
+        // addition do the rounding.
+        const float shifted = bits_to_float(magnitude) + 0.5f;
+        const std::uint32_t subnormal = float_to_bits(shifted) - float_to_bits(0.5f);
+        const std::uint32_t normal =
+            (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
+        const std::uint32_t infinite = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;  // or NaN
+        const std::uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+        const std::uint32_t kept = magnitude >= 0x477ff000 ? infinite : finite;
+        return {static_cast<std::uint16_t>(sign | kept)};
     }
 };
 

@@ -1,60 +1,58 @@
-// The kernel of modulate_jvp_backward for the rows of one task; a body of foreach_isa.h. Every
-// operand is a row of the accumulation type: widened into scratch, or of ones or zeros where it is
-// absent.
+// The kernel of modulate_jvp_backward for the rows of one task; a body of foreach_isa.h. Rows are
+// taken kRows at a time, so that what is summed over rows is read and written once for them all.
 
 #include "fewstep/cpu/row_body.h"
 
-// out = a b + c d
-template <typename Acc>
-void sum_of_products(const Acc* a, const Acc* b, const Acc* c, const Acc* d, std::int64_t padded,
-                     Acc* out) {
-    constexpr std::int64_t kWidth = Lanes<Acc>::kCount;
-    for (std::int64_t i = 0; i < padded; i += kWidth) {
-        store(out + i, load(a + i) * load(b + i) + load(c + i) * load(d + i));
-    }
-}
-
-template <typename Acc>
-void add_row(const Acc* from, std::int64_t n, Acc* to) {
-    for (std::int64_t i = 0; i < n; ++i) to[i] += from[i];
-}
-
-template <typename T>
-void modulate_backward_rows(const ModulateBackwardTask<T>& x,
-                            const ModulateBackwardWorkspace<acc_t<T>>& w) {
-    using Acc = acc_t<T>;
-    Acc* gate_sums = static_cast<Acc*>(x.gate_sums);
-    Acc* t_gate_sums = static_cast<Acc*>(x.t_gate_sums);
-    for (std::int64_t row = 0; row < x.count; ++row) {
-        const auto operand = [&](const Rows<const T>& from, Acc* scratch, const Acc* absent) {
-            return modulation_row<T, Acc>(from, row, x.columns, w.padded, 0, scratch, absent);
-        };
-        const Acc* gate = operand(x.gate, w.gate, w.ones);
-        const Acc* t_gate = operand(x.t_gate, w.t_gate, w.zeros);
-        const Acc* d_out = operand(x.d_out, w.d_out, w.zeros);
-        const Acc* dt_out = operand(x.dt_out, w.dt_out, w.zeros);
+template <bool kTail, int kRows, typename T>
+[[gnu::always_inline]] inline void pull_back_columns(const ModulateBackwardTask<T>& x,
+                                                     std::int64_t row, std::int64_t i,
+                                                     std::int64_t n, acc_t<T>* gate_sums,
+                                                     acc_t<T>* t_gate_sums) {
+    using V = Vec<acc_t<T>>;
+    V gate_sum = {}, t_gate_sum = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+        const std::int64_t at = row + r;
+        const V a = load_columns<kTail>(x.d_out[at] + i, n);
+        const V b = load_columns<kTail>(x.dt_out[at] + i, n);
+        const V gate = load_columns<kTail>(x.gate[at] + i, n);
         if (x.d_y) {
-            sum_of_products(gate, d_out, t_gate, dt_out, w.padded, w.out);
-            narrow_row(w.out, x.columns, x.d_y[row]);
+            const V t_gate = load_columns<kTail>(x.t_gate[at] + i, n);
+            store_columns<kTail>(x.d_y[at] + i, gate * a + t_gate * b, n);
         }
-        if (x.d_t_y) {
-            sum_of_products(gate, dt_out, w.zeros, w.zeros, w.padded, w.out);
-            narrow_row(w.out, x.columns, x.d_t_y[row]);
-        }
-        const bool wants_gate = x.d_gate || gate_sums != nullptr;
-        const bool wants_t_gate = x.d_t_gate || t_gate_sums != nullptr;
-        if (!wants_gate && !wants_t_gate) continue;
-        const Acc* y = operand(x.y, w.y, w.zeros);
-        if (wants_gate) {
-            const Acc* t_y = operand(x.t_y, w.t_y, w.zeros);
-            sum_of_products(d_out, y, dt_out, t_y, w.padded, w.out);
-            if (x.d_gate) narrow_row(w.out, x.columns, x.d_gate[row]);
-            if (gate_sums != nullptr) add_row(w.out, x.columns, gate_sums);
-        }
-        if (wants_t_gate) {
-            sum_of_products(dt_out, y, w.zeros, w.zeros, w.padded, w.out);
-            if (x.d_t_gate) narrow_row(w.out, x.columns, x.d_t_gate[row]);
-            if (t_gate_sums != nullptr) add_row(w.out, x.columns, t_gate_sums);
-        }
+        if (x.d_t_y) store_columns<kTail>(x.d_t_y[at] + i, gate * b, n);
+        if (!x.wants_gates) continue;
+        const V y = load_columns<kTail>(x.y[at] + i, n);
+        const V d_gate = a * y + b * load_columns<kTail>(x.t_y[at] + i, n), d_t_gate = b * y;
+        if (x.d_gate) store_columns<kTail>(x.d_gate[at] + i, d_gate, n);
+        if (x.d_t_gate) store_columns<kTail>(x.d_t_gate[at] + i, d_t_gate, n);
+        gate_sum += d_gate;
+        t_gate_sum += d_t_gate;
     }
+    if (gate_sums != nullptr) store(gate_sums + i, load(gate_sums + i) + gate_sum);
+    if (t_gate_sums != nullptr) store(t_gate_sums + i, load(t_gate_sums + i) + t_gate_sum);
+}
+
+template <int kRows, typename T>
+void pull_back_rows(const ModulateBackwardTask<T>& x, std::int64_t row, acc_t<T>* gate_sums,
+                    acc_t<T>* t_gate_sums) {
+    constexpr std::int64_t kWidth = Lanes<acc_t<T>>::kCount;
+    std::int64_t i = 0;
+    for (; i + kWidth <= x.columns; i += kWidth) {
+        pull_back_columns<false, kRows>(x, row, i, kWidth, gate_sums, t_gate_sums);
+    }
+    if (i == x.columns) return;
+    pull_back_columns<true, kRows>(x, row, i, x.columns - i, gate_sums, t_gate_sums);
+}
+
+// The sums, null where they are not wanted, are of whole vectors and hold zeros.
+template <typename T>
+void modulate_backward_rows(const ModulateBackwardTask<T>& x, acc_t<T>* gate_sums,
+                            acc_t<T>* t_gate_sums) {
+    constexpr int kRows = 4;
+    std::int64_t row = 0;
+    for (; row + kRows <= x.count; row += kRows) {
+        pull_back_rows<kRows>(x, row, gate_sums, t_gate_sums);
+    }
+    for (; row < x.count; ++row) pull_back_rows<1>(x, row, gate_sums, t_gate_sums);
 }

@@ -1,79 +1,136 @@
-// The kernel of norm_jvp for the rows of one task; a body of foreach_isa.h. Each step is a loop
-// over the row in scratch, which stays in the first-level cache. The primal is finished before the
-// tangent starts and never sees it, so its bits don't depend on it.
+// The kernel of norm_jvp for the rows of one task; a body of foreach_isa.h. A row comes from memory
+// once: its means, its variance and its results are three passes, the later ones from cache, and
+// each widens it again. The modulation and the parameters are taken together,
+//   P = (1 + scale) weight     Q = (1 + scale) bias + shift     y   = P n + Q
+//   R = t_scale weight         S = t_scale bias + t_shift       t_y = P t_n + R n + S
+// and kBlock rows that share them write their results together, so that P to S, which are longer
+// than the rows, are read once for all. The bits of y don't depend on the tangents.
 
 #include "fewstep/cpu/row_body.h"
 
-template <typename Acc>
-void modulate_primal(const NormWorkspace<Acc>& w, const Acc* factor, const Acc* shift) {
-    constexpr std::int64_t kWidth = Lanes<Acc>::kCount;
-    for (std::int64_t i = 0; i < w.padded; i += kWidth) {
-        const Vec<Acc> z = load(w.n + i) * load(w.weight + i) + load(w.bias + i);
-        store(w.out + i, z * load(factor + i) + load(shift + i));
+template <typename T>
+void fold_modulation(const NormTask<T>& x, std::int64_t row, const NormWorkspace<acc_t<T>>& w) {
+    const T *scale = x.scale[row], *shift = x.shift[row];
+    const T *t_scale = x.t_scale[row], *t_shift = x.t_shift[row];
+    for (std::int64_t i = 0; i < x.columns; ++i) {
+        const acc_t<T> factor = 1 + to_acc(scale[i]), t_factor = to_acc(t_scale[i]);
+        w.p[i] = factor * w.weight[i];
+        w.q[i] = factor * w.bias[i] + to_acc(shift[i]);
+        w.r[i] = t_factor * w.weight[i];
+        w.s[i] = t_factor * w.bias[i] + to_acc(t_shift[i]);
     }
 }
 
-// w.t holds t_u where kHasTX.
-template <bool kHasTX, bool kHasTScale, typename Acc>
-void modulate_tangent(const NormWorkspace<Acc>& w, Acc rstd, Acc a, const Acc* factor,
-                      const Acc* t_scale, const Acc* t_shift) {
-    constexpr std::int64_t kWidth = Lanes<Acc>::kCount;
-    for (std::int64_t i = 0; i < w.padded; i += kWidth) {
-        const Vec<Acc> n = load(w.n + i), weight = load(w.weight + i);
-        Vec<Acc> t_y = load(t_shift + i);
-        if constexpr (kHasTScale) t_y += load(t_scale + i) * (n * weight + load(w.bias + i));
-        if constexpr (kHasTX) {
-            t_y += load(factor + i) * (rstd * (load(w.t + i) - n * a) * weight);
+template <typename T, bool kTangent>
+struct AddRow {
+    const T *x, *t_x;
+    Vec<acc_t<T>> sum, t_sum;
+
+    template <bool kTail>
+    [[gnu::always_inline]] void at(std::int64_t i, std::int64_t n) {
+        sum += load_columns<kTail>(x + i, n);
+        if constexpr (kTangent) t_sum += load_columns<kTail>(t_x + i, n);
+    }
+};
+
+// The sums of u u and u t_u.
+template <typename T, bool kTangent>
+struct AddSquares {
+    const T *x, *t_x;
+    acc_t<T> mean, t_mean;
+    Vec<acc_t<T>> square, product;
+
+    template <bool kTail>
+    [[gnu::always_inline]] void at(std::int64_t i, std::int64_t n) {
+        using Acc = acc_t<T>;
+        const Vec<Acc> u = keep_columns<kTail, Acc>(load_columns<kTail>(x + i, n) - mean, n);
+        square += u * u;
+        if constexpr (kTangent) product += u * (load_columns<kTail>(t_x + i, n) - t_mean);
+    }
+};
+
+template <typename Acc>
+struct NormStats {
+    Acc mean, rstd, t_mean, a;
+};
+
+template <typename T, bool kTangent>
+NormStats<acc_t<T>> take_statistics(const NormTask<T>& x, std::int64_t row) {
+    using Acc = acc_t<T>;
+    const Acc columns = static_cast<Acc>(x.columns);
+    NormStats<Acc> stats{};
+    if (x.centred) {
+        AddRow<T, kTangent> sums{x.x[row], x.t_x[row], {}, {}};
+        for_columns<Acc>(sums, x.columns);
+        stats.mean = add_lanes<Acc>(sums.sum) / columns;
+        if constexpr (kTangent) stats.t_mean = add_lanes<Acc>(sums.t_sum) / columns;
+    }
+    AddSquares<T, kTangent> sums{x.x[row], x.t_x[row], stats.mean, stats.t_mean, {}, {}};
+    for_columns<Acc>(sums, x.columns);
+    const Acc variance = add_lanes<Acc>(sums.square) / columns;
+    stats.rstd = 1 / std::sqrt(variance + static_cast<Acc>(x.eps));
+    if constexpr (kTangent) stats.a = stats.rstd * (add_lanes<Acc>(sums.product) / columns);
+    return stats;
+}
+
+template <typename T, bool kTangent, int kRows>
+struct WriteRows {
+    const NormTask<T>& x;
+    const NormWorkspace<acc_t<T>>& w;
+    const NormStats<acc_t<T>>* stats;
+    std::int64_t row;
+
+    template <bool kTail>
+    [[gnu::always_inline]] void at(std::int64_t i, std::int64_t columns) {
+        using V = Vec<acc_t<T>>;
+        const V p = load(w.p + i), q = load(w.q + i), r = load(w.r + i), s = load(w.s + i);
+#pragma GCC unroll 4
+        for (int k = 0; k < kRows; ++k) {
+            const auto& of = stats[k];
+            const V n = (load_columns<kTail>(x.x[row + k] + i, columns) - of.mean) * of.rstd;
+            store_columns<kTail>(x.y[row + k] + i, p * n + q, columns);
+            if constexpr (kTangent) {
+                const V t_u = load_columns<kTail>(x.t_x[row + k] + i, columns) - of.t_mean;
+                const V t_n = (t_u - n * of.a) * of.rstd;
+                store_columns<kTail>(x.t_y[row + k] + i, p * t_n + (r * n + s), columns);
+            }
         }
-        store(w.out + i, t_y);
+    }
+};
+
+template <typename T, bool kTangent, int kRows>
+void norm_block(const NormTask<T>& x, const NormWorkspace<acc_t<T>>& w, std::int64_t row) {
+    using Acc = acc_t<T>;
+    NormStats<Acc> stats[kRows];
+    for (int k = 0; k < kRows; ++k) {
+        stats[k] = take_statistics<T, kTangent>(x, row + k);
+        Acc* const to = static_cast<Acc*>(x.stats) + (row + k) * 4;
+        to[0] = stats[k].mean;
+        to[1] = stats[k].rstd;
+        to[2] = stats[k].t_mean;
+        to[3] = stats[k].a;
+    }
+    WriteRows<T, kTangent, kRows> write{x, w, stats, row};
+    for_columns<Acc>(write, x.columns);
+}
+
+template <typename T, bool kTangent>
+void norm_task(const NormTask<T>& x, const NormWorkspace<acc_t<T>>& w) {
+    constexpr int kBlock = 4;
+    const bool shared = x.scale.stride == 0 && x.shift.stride == 0 && x.t_scale.stride == 0 &&
+                        x.t_shift.stride == 0;
+    std::int64_t row = 0;
+    if (shared) {
+        fold_modulation(x, 0, w);
+        for (; row + kBlock <= x.count; row += kBlock) norm_block<T, kTangent, kBlock>(x, w, row);
+    }
+    for (; row < x.count; ++row) {
+        if (!shared) fold_modulation(x, row, w);
+        norm_block<T, kTangent, 1>(x, w, row);
     }
 }
 
 template <typename T>
 void norm_rows(const NormTask<T>& x, const NormWorkspace<acc_t<T>>& w) {
-    using Acc = acc_t<T>;
-    const Acc columns = static_cast<Acc>(x.columns);
-    for (std::int64_t row = 0; row < x.count; ++row) {
-        const Acc* factor =
-            modulation_row<T, Acc>(x.scale, row, x.columns, w.padded, 1, w.factor, w.ones);
-        const Acc* shift =
-            modulation_row<T, Acc>(x.shift, row, x.columns, w.padded, 0, w.shift, w.zeros);
-        widen_row(x.x[row], x.columns, w.padded, w.n);
-        const Acc mean = x.centred ? sum_row(w.n, w.padded) / columns : 0;
-        if (x.centred) subtract_row(w.n, mean, x.columns, w.padded);
-        const Acc variance = dot_row(w.n, w.n, w.padded) / columns;
-        const Acc rstd = 1 / std::sqrt(variance + static_cast<Acc>(x.eps));
-        scale_row(w.n, rstd, w.padded);
-        modulate_primal(w, factor, shift);
-        narrow_row(w.out, x.columns, x.y[row]);
-
-        Acc t_mean = 0, a = 0;
-        if (x.t_x) {
-            widen_row(x.t_x[row], x.columns, w.padded, w.t);
-            t_mean = x.centred ? sum_row(w.t, w.padded) / columns : 0;
-            if (x.centred) subtract_row(w.t, t_mean, x.columns, w.padded);
-            a = dot_row(w.n, w.t, w.padded) / columns;
-        }
-        if (x.t_y) {
-            const Acc* t_scale =
-                modulation_row<T, Acc>(x.t_scale, row, x.columns, w.padded, 0, w.t_scale, w.zeros);
-            const Acc* t_shift =
-                modulation_row<T, Acc>(x.t_shift, row, x.columns, w.padded, 0, w.t_shift, w.zeros);
-            if (x.t_x && x.t_scale) {
-                modulate_tangent<true, true>(w, rstd, a, factor, t_scale, t_shift);
-            } else if (x.t_x) {
-                modulate_tangent<true, false>(w, rstd, a, factor, t_scale, t_shift);
-            } else if (x.t_scale) {
-                modulate_tangent<false, true>(w, rstd, a, factor, t_scale, t_shift);
-            } else {
-                modulate_tangent<false, false>(w, rstd, a, factor, t_scale, t_shift);
-            }
-            narrow_row(w.out, x.columns, x.t_y[row]);
-        }
-        Acc* stats = static_cast<Acc*>(x.stats) + row * 4;
-        stats[0] = mean;
-        stats[1] = rstd;
-        stats[2] = t_mean;
-        stats[3] = a;
-    }
+    return x.t_y ? norm_task<T, true>(x, w) : norm_task<T, false>(x, w);
 }

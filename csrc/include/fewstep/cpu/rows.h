@@ -33,6 +33,12 @@ Rows<T> rows_of(const TensorView* view, std::int64_t b, std::int64_t first) {
     return {data + b * view->stride(0) + first * view->stride(1), view->stride(1)};
 }
 
+// As rows_of; where there is no view, `absent` is every row.
+template <typename T>
+Rows<const T> rows_or(const TensorView* view, std::int64_t b, std::int64_t first, const T* absent) {
+    return view == nullptr ? Rows<const T>{absent, 0} : rows_of<const T>(view, b, first);
+}
+
 // Scratch blocks start at, and are as long as, whole multiples of this many elements: every vector
 // width divides it, and threads don't share cache lines.
 constexpr std::int64_t kPad = 16;
@@ -40,12 +46,12 @@ inline std::int64_t pad_up(std::int64_t n) {
     return (n + kPad - 1) / kPad * kPad;
 }
 
-// Zeroed scratch for `threads` times `elements`, aligned to 64 bytes.
+// Zeroed scratch for `threads` times `elements` (at least one), aligned to 64 bytes.
 template <typename Acc>
 class Scratch {
   public:
     Scratch(std::int64_t threads, std::int64_t elements)
-        : elements_(pad_up(elements)),
+        : elements_(pad_up(std::max<std::int64_t>(elements, 1))),
           data_(static_cast<Acc*>(
               ::operator new(threads * elements_ * sizeof(Acc), std::align_val_t(64)))) {
         std::fill_n(data_.get(), threads * elements_, Acc(0));

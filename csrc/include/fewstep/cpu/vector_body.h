@@ -39,6 +39,28 @@ template <typename T>
     return x;
 }
 
+// The sum over lanes, of halves.
+template <typename Acc>
+[[gnu::always_inline]] inline Acc add_lanes(const Vec<Acc>& x) {
+    Acc lanes[Lanes<Acc>::kCount];
+    store(lanes, x);
+#pragma GCC unroll 4
+    for (int half = Lanes<Acc>::kCount / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+}
+
+// a b + c d with the same rounding wherever it is compiled: the compiler may contract either
+// product with the sum, and the zero, which it must not drop, decides for a b.
+template <typename T>
+[[gnu::always_inline]] inline Vec<T> sum_of_products(const Vec<T>& a, const Vec<T>& b,
+                                                     const Vec<T>& c, const Vec<T>& d) {
+    const Vec<T> second = c * d + T(0);
+    return a * b + second;
+}
+
 // exp(r) on |r| <= log(2) / 2. float: 1 + r + r^2 p(r), p of degree 4 fitted for the least largest
 // relative error (3e-9 before rounding). double: the Taylor sum of degree 13 (4e-18).
 [[gnu::always_inline]] inline Vec<float> exp_reduced(const Vec<float>& r) {
@@ -90,3 +112,5 @@ template <typename T>
     const Vec<T> y = exp_reduced(r) * power;
     return x < Constants::kSmallest ? Vec<T>{} : y;
 }
+
+#include "fewstep/cpu/storage_body.h"
