@@ -18,7 +18,7 @@ from diffusers.models.normalization import MochiRMSNorm, RMSNorm
 from torch import nn
 
 import fewstep
-from fewstep.tangent import blocks, interceptors
+from fewstep.tangent import blocks, deferred
 from helpers import relative_error
 from tangent.zoo.oracle import Wide
 from tangent_nets import gradients, unfused_jvp
@@ -72,7 +72,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(module, op, lambda *a, **k: found.append(name) or fused(*a, **k))
 
     spy_on(blocks, "linear_attention_jvp", "linear")
-    spy_on(interceptors, "norm_jvp", "norm")
+    spy_on(deferred, "norm_jvp", "norm")
     return found
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import fewstep
-from fewstep.tangent import interceptors, mode
+from fewstep.tangent import deferred, mode
 from fewstep.tangent.interceptors import INTERCEPTORS
 from helpers import relative_error
 from tangent_nets import double_net, gradients, point, unfused_jvp
@@ -259,9 +259,9 @@ def test_torch_alone_has_wrong_gradients_of_layer_norm_s_tangent():
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_norms_run_in_one_pass(norm, monkeypatch):
     calls = []
-    fused = interceptors.norm_jvp
+    fused = deferred.norm_jvp
     monkeypatch.setattr(
-        interceptors, "norm_jvp", lambda *a, **k: calls.append(k["kind"]) or fused(*a, **k)
+        deferred, "norm_jvp", lambda *a, **k: calls.append(k["kind"]) or fused(*a, **k)
     )
     x, f = normal(2, 3, 4), getattr(F, norm)
     in_mode(lambda x: f(x, (4,)), x, x)

@@ -86,9 +86,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, d_out: Tensor | None, dt_out: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not ctx.saved_tensors:
+    saved = ctx.saved_tensors
+    if not saved:
         return d_out, d_out, None, dt_out, dt_out, None
-    y, gate, t_y, t_gate = ctx.saved_tensors
+    y, gate, t_y, t_gate = saved
     needs = dict(
         zip(("x", "y", "gate", "t_x", "t_y", "t_gate"), ctx.needs_input_grad, strict=False)
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..ops._autograd import transform
+from . import deferred
 from .levels import unpack
 
 
@@ -31,6 +32,7 @@ def generator(
     original: Callable[..., Any], context: Callable[[], Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Call torch's generator of a checkpoint with a block that can be run again in `context()`."""
+    deferred.settle_in((args, kwargs))
     signature = inspect.signature(original)
     block = next(iter(signature.parameters))
     bound = signature.bind(*args, **kwargs)
@@ -38,7 +40,14 @@ def generator(
     given[block] = _second_run(
         given[block], given.get("args", ()), given.get("kwargs", {}), context
     )
-    return original(*bound.args, **bound.kwargs)
+    return _settled(original(*bound.args, **bound.kwargs))
+
+
+def _settled(steps: Iterator[None]) -> Iterator[None]:
+    """Compute what the block has deferred before torch stops to look at what is saved."""
+    for step in steps:
+        yield step
+        deferred.settle(spent=True)
 
 
 def _second_run(
@@ -68,7 +77,7 @@ def _second_run(
     primals, tangents = (tuple(pairs[i][j] for i in where) for j in (0, 1))
 
     def run(*_: Any, **__: Any) -> Any:
-        with context():
+        with deferred.in_forward(), context():
             if not where:
                 return block()
             if level is not None:

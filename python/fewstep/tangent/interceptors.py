@@ -37,7 +37,7 @@ from torch.autograd import forward_ad
 
 from ..ops._autograd import DerivativeError, is_differentiated, transform
 from ..ops._rows import acc_dtype
-from ..ops.norm_jvp import norm_jvp
+from . import deferred
 from .attention import scaled_dot_product_attention
 from .levels import is_forward, is_nested, unpack
 
@@ -159,8 +159,7 @@ def _norm(
     served = len(shape) == 1 and all(p.dtype in (x.dtype, acc_dtype(x)) for p in parameters)
     if not served or not constant or tangent is None or is_nested():
         return _composite_norm(x, len(shape), weight, bias, eps, kind)
-    options = {"weight": weight, "bias": bias, "kind": kind, "eps": eps}
-    return forward_ad.make_dual(*norm_jvp(primal, tangent, **options))
+    return deferred.norm(primal, tangent, weight, bias, kind, eps)
 
 
 def _layer_norm(

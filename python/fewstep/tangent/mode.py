@@ -28,17 +28,22 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from . import _checkpoint, blocks, interceptors
+from . import _checkpoint, blocks, deferred, interceptors
 
 
 class _Mode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():
+            result = deferred.before(func, types, args, kwargs)
+            if result is not NotImplemented:
+                return result
         handler = interceptors.INTERCEPTORS.get(func)
         if handler is None:
-            return func(*args, **(kwargs or {}))
-        return handler(func, *args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        return handler(func, *args, **kwargs)
 
 
 def is_active() -> bool:
@@ -58,9 +63,10 @@ def forward_mode() -> Iterator[None]:
     torch.inference_mode, around it or inside, has the effect of torch.no_grad.
     """
     if is_active():
-        yield
+        with deferred.settled():
+            yield
         return
-    with _replaced(), _tangents_kept(), _Mode():
+    with _replaced(), _tangents_kept(), _Mode(), deferred.settled():
         yield
 
 
@@ -113,6 +119,11 @@ _SEAMS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.nn.attention.flex_attention", "flex_attention"): interceptors.flex_attention,
     ("torch.autograd.grad_mode", "inference_mode.__enter__"): _enter_inference_mode,
     (_FSDP, "RegisterPostBackwardFunction.jvp"): _pass_on,
+    ("torch.autograd.forward_ad", "exit_dual_level"): deferred.settle_first,
+    ("torch.nn.parallel.distributed", "DistributedDataParallel._post_forward"): (
+        deferred.settle_first
+    ),
+    ("torch.autograd", "Function.apply"): deferred.apply,
     **blocks.METHODS,
 }
 """(module, name) -> handler(original, *args, **kwargs), if the module is imported."""
@@ -135,9 +146,12 @@ def _put_in() -> None:
         if (module, path) in blocks.METHODS and not blocks.is_own(original, module, path):
             continue
         _found[module, path] = owner, name, vars(owner).get(name, _MISSING)
-        replacement = _when_active(original, handler)
-        static = isinstance(inspect.getattr_static(owner, name), staticmethod)
-        setattr(owner, name, staticmethod(replacement) if static else replacement)
+        kind = type(inspect.getattr_static(owner, name))
+        if kind in (staticmethod, classmethod):
+            original = getattr(original, "__func__", original)
+            setattr(owner, name, kind(_when_active(original, handler)))
+        else:
+            setattr(owner, name, _when_active(original, handler))
 
 
 def _put_back() -> None:
