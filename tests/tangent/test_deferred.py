@@ -187,6 +187,21 @@ def test_fused(name, way, calls):
     point.compare(lambda x: f(point, x), way)
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_a_loss_of_the_output_alone_leaves_the_tangents_alone(name):
+    """Its backward doesn't walk through what has led to the tangents, with zeros."""
+    point, walked = Point(), []
+    t = point.t.sin()
+    t.register_hook(walked.append)
+    out, t_out = by_duals(lambda x: FUSED[name][0](point, x), point.x, t)
+    (got,) = torch.autograd.grad(out.sin().sum(), point.x, retain_graph=True)
+    assert not walked
+    plain = FUSED[name][0](point, point.x)
+    torch.testing.assert_close(got, torch.autograd.grad(plain.sin().sum(), point.x)[0])
+    t_out.sum().backward()
+    assert walked
+
+
 UNFUSED = {
     "another factor": lambda p, x: layer(x) * p.v(x, 0) + p.v(x, 1),
     "a number": lambda p, x: 2 * layer(x) + 1,

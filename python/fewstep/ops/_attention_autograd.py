@@ -62,9 +62,6 @@ def _no_mask_gradient() -> DerivativeError:
     )
 
 
-# --- calls of the two ops, one direction, 4-d -----------------------------------------------------
-
-
 def _with_impl(function: Any, impl: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """Call an op with the implementation that served the forward, or with `auto` if it can't."""
     try:
@@ -93,9 +90,6 @@ def _along(
     from .attention_jvp import attention_jvp
 
     return _with_impl(attention_jvp, impl, *primals, *tangents, return_stats=True, **masking)
-
-
-# --- B --------------------------------------------------------------------------------------------
 
 
 def _delta(lse: Tensor, *terms: Tensor | None) -> Tensor:
@@ -236,9 +230,6 @@ def _gradient_jvp(ctx: Any, saved: Sequence[Tensor | None], *t: Tensor | None) -
     return *(x if needs >> i & 1 else None for i, x in enumerate((d_q, d_k, d_v))), None, None, None
 
 
-# --- batching -------------------------------------------------------------------------------------
-
-
 def _fold(x: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | None:
     """Return x with the batched axis `dim` merged into `axis`, as its slower part."""
     if x is None:
@@ -321,9 +312,6 @@ gradient = differentiable(
     22,
     Derivative(_setup_gradient, _gradient_backward, _gradient_vmap, _gradient_jvp),
 )
-
-
-# --- the forward op -------------------------------------------------------------------------------
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

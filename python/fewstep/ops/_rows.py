@@ -8,6 +8,7 @@ comes back as one row per token, or as sums over the tokens where it has one row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +125,17 @@ def expect_wanted(wanted: Sequence[str] | None, primals: dict[str, Tensor | None
                 f"wanted: expected names of given tensors among {', '.join(names)}, got {name!r}"
             )
     return sum(1 << names.index(name) for name in set(wanted))
+
+
+def wanted_names(names: Sequence[str], ctx: Any, *cotangents: Tensor | None) -> list[str]:
+    """Return the inputs of an op whose gradients a backward has to compute.
+
+    Those of tangents come from `cotangents` alone. Without any they are left out rather than zero:
+    a zero would be taken through everything that has led to the tangents.
+    """
+    skipped = all(c is None for c in cotangents)
+    needs = zip(names, ctx.needs_input_grad, strict=False)
+    return [name for name, need in needs if need and not (skipped and name.startswith("t_"))]
 
 
 def names_in(asked: int, names: Sequence[str]) -> list[str]:

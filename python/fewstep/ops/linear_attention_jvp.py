@@ -39,7 +39,7 @@ from ._linear_attention import (
     validate,
 )
 from ._register import register
-from ._rows import DTYPES
+from ._rows import DTYPES, wanted_names
 from ._select import Implementation, refuse_native, select
 from .linear_attention_jvp_backward import linear_attention_jvp_backward
 
@@ -129,8 +129,10 @@ def _backward(
     d_state: Tensor | None,
     d_t_state: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
+    if d_o is None and dt_o is None and d_state is None and d_t_state is None:
+        return (None,)  # reached through other branches of the graph
     saved = ctx.saved_tensors
-    wanted = [name for name, need in zip(NAMES, ctx.needs_input_grad, strict=False) if need]
+    wanted = wanted_names(NAMES, ctx, dt_o, d_state, d_t_state)
     gradients = linear_attention_jvp_backward(
         d_o, dt_o, *saved, eps=ctx.eps, wanted=wanted, impl=ctx.impl
     )

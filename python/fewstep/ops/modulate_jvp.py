@@ -32,6 +32,7 @@ from ._rows import (
     expect_rows,
     fold,
     fold_broadcast,
+    wanted_names,
 )
 from ._select import Implementation, refuse_native, refuse_triton, select
 from .modulate_jvp_backward import modulate_jvp_backward
@@ -86,20 +87,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, d_out: Tensor | None, dt_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None and dt_out is None:
+        return (None,)  # reached through other branches of the graph
     saved = ctx.saved_tensors
     if not saved:
         return d_out, d_out, None, dt_out, dt_out, None
     y, gate, t_y, t_gate = saved
-    needs = dict(
-        zip(("x", "y", "gate", "t_x", "t_y", "t_gate"), ctx.needs_input_grad, strict=False)
-    )
-    wanted = [name for name in ("y", "gate", "t_y", "t_gate") if needs[name]]
+    wanted = [v for v in wanted_names(_NAMES, ctx, dt_out) if v not in ("x", "t_x")]
     d_y, d_gate, d_t_y, d_t_gate = modulate_jvp_backward(
         d_out, dt_out, y, gate, t_y, t_gate, wanted=wanted, impl=ctx.impl
     )
     return d_out, d_y, d_gate, dt_out, d_t_y, d_t_gate
 
 
+_NAMES = ("x", "y", "gate", "t_x", "t_y", "t_gate")
 _op = register(
     "modulate_jvp",
     "(Tensor x, Tensor y, Tensor? gate, Tensor? t_x, Tensor? t_y, Tensor? t_gate, str impl)"

@@ -34,7 +34,7 @@ from ..reference.norm_jvp import norm_jvp as _reference
 from ._autograd import Derivative
 from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._register import register
-from ._rows import DTYPES, acc_dtype, fold, fold_broadcast
+from ._rows import DTYPES, acc_dtype, fold, fold_broadcast, wanted_names
 from ._select import Implementation, refuse_native, select
 from .norm_jvp_backward import norm_jvp_backward
 
@@ -133,8 +133,10 @@ def _through_stats(
 def _backward(
     ctx: Any, d_y: Tensor | None, dt_y: Tensor | None, d_stats: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if d_y is None and dt_y is None and d_stats is None:
+        return (None,)  # reached through other branches of the graph
     x, t_x, *operands, stats = ctx.saved_tensors
-    wanted = [name for name, need in zip(NAMES, ctx.needs_input_grad, strict=False) if need]
+    wanted = wanted_names(NAMES, ctx, dt_y, d_stats)
     options = dict(zip(NAMES[2:], operands, strict=True))
     gradients = norm_jvp_backward(
         d_y, dt_y, x, t_x, stats, **options, wanted=wanted, kind=ctx.kind, impl=ctx.impl

@@ -17,6 +17,9 @@ read a Deferred:
   autograd.Function, a checkpoint, DDP, the end of a dual level, the end of forward_mode
   (`mode._SEAMS`). Below torch's functions, in C++, a Deferred has no memory and raises.
 
+Only a write that torch can't know of (through a numpy array that shares memory) between the norm
+and the addition would go unnoticed.
+
 It happens with one level of forward derivatives and nothing else around it: plain dual numbers or
 one torch.func.jvp; no vmap, no tracing, not inside an autograd.Function or a backward pass.
 """
@@ -333,7 +336,7 @@ def _product(y: Tensor, gate: Tensor) -> _Node | None:
     """Return y * gate as a node if it may turn out to be a gated branch."""
     node = _Product(y.shape, y.dtype, y.device, (y, gate))
     worth = y.dim() > 2 and gate.numel() < y.numel() and y.dtype in DTYPES
-    if not worth or not _is_plain(y) or not node.fits(gate):
+    if not worth or y.stride(-1) != 1 or not _is_plain(y) or not node.fits(gate):
         return None
     if all(unpack(v)[1] is None for v in (y, gate)):
         return None
