@@ -1,10 +1,11 @@
 // cache_metric on the CPU: memory-bound, one read of each input. Every chunk of kCacheMetricChunk
-// elements is reduced in its accumulation type by one thread (the loop is vectorised by the
-// compiler, per instruction set), then the chunks are added in order in float64.
+// elements is reduced in its accumulation type by one thread (cache_metric_body.h),
+// then the chunks are added in order in float64.
 #include "fewstep/ops/cache_metric.h"
 
 #include <algorithm>
-#include <cmath>
+#include <limits>
+#include <type_traits>
 
 #include "fewstep/cpu/isa.h"
 #include "fewstep/dispatch.h"
@@ -17,64 +18,25 @@ struct Sums {
     double scale = 0;
 };
 
-// One contiguous run of columns. `previous` and `residual` may be null.
-template <typename T>
-[[gnu::always_inline]] inline void reduce_run(const T* x, const T* y, const T* previous,
-                                              T* residual, std::int64_t n, Sums& sums) {
-    acc_t<T> change = 0, scale = 0;
-    if (previous != nullptr) {
-#pragma omp simd reduction(+ : change, scale)
-        for (std::int64_t i = 0; i < n; ++i) {
-            const acc_t<T> p = to_acc(previous[i]);
-            change += std::abs(to_acc(x[i]) - to_acc(y[i]) - p);
-            scale += std::abs(p);
-        }
-    } else {
-#pragma omp simd reduction(+ : change, scale)
-        for (std::int64_t i = 0; i < n; ++i) {
-            const acc_t<T> base = to_acc(y[i]);
-            change += std::abs(to_acc(x[i]) - base);
-            scale += std::abs(base);
-        }
-    }
-    // The run is in the first-level cache by now; a second loop keeps both vectorised.
-    if (residual != nullptr) {
-        for (std::int64_t i = 0; i < n; ++i) {
-            residual[i] = Convert<T>::from(to_acc(x[i]) - to_acc(y[i]));
-        }
-    }
-    sums.change += change;
-    sums.scale += scale;
-}
+}  // namespace
+}  // namespace fewstep::cpu
 
-#if defined(__x86_64__)
-template <typename T>
-FEWSTEP_TARGET_AVX512 void run_avx512(const T* x, const T* y, const T* previous, T* residual,
-                                      std::int64_t n, Sums& sums) {
-    reduce_run(x, y, previous, residual, n, sums);
-}
-template <typename T>
-FEWSTEP_TARGET_AVX2 void run_avx2(const T* x, const T* y, const T* previous, T* residual,
-                                  std::int64_t n, Sums& sums) {
-    reduce_run(x, y, previous, residual, n, sums);
-}
-#endif
-template <typename T>
-void run_portable(const T* x, const T* y, const T* previous, T* residual, std::int64_t n,
-                  Sums& sums) {
-    reduce_run(x, y, previous, residual, n, sums);
-}
+#define FEWSTEP_ISA_BODY "fewstep/cpu/cache_metric_body.h"
+#include "fewstep/cpu/foreach_isa.h"
+
+namespace fewstep::cpu {
+namespace {
 
 template <typename T>
-using RunFunction = void (*)(const T*, const T*, const T*, T*, std::int64_t, Sums&);
+using RunFunction = Sums (*)(const T*, const T*, const T*, T*, std::int64_t);
 
 template <typename T>
 RunFunction<T> choose_run() {
 #if defined(__x86_64__)
-    if (isa() == Isa::kAvx512) return run_avx512<T>;
-    if (isa() == Isa::kAvx2) return run_avx2<T>;
+    if (isa() == Isa::kAvx512) return avx512::reduce_run<T>;
+    if (isa() == Isa::kAvx2) return avx2::reduce_run<T>;
 #endif
-    return run_portable<T>;
+    return portable::reduce_run<T>;
 }
 
 template <typename T>
@@ -95,8 +57,10 @@ void reduce_chunks(const TensorView& x, const TensorView& y, const TensorView* p
             for (std::int64_t i = chunk * kCacheMetricChunk; i < end;) {
                 const std::int64_t row = i / columns, col = i % columns;
                 const std::int64_t n = std::min(columns - col, end - i);
-                run(at(&x, b, row, col), at(&y, b, row, col), at(previous, b, row, col),
-                    at(residual, b, row, col), n, sums);
+                const Sums more = run(at(&x, b, row, col), at(&y, b, row, col),
+                                      at(previous, b, row, col), at(residual, b, row, col), n);
+                sums.change += more.change;
+                sums.scale += more.scale;
                 i += n;
             }
             partials[(b * chunks + chunk) * 2] = sums.change;
