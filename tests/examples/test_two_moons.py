@@ -24,7 +24,9 @@ def test_training_moves_samples_towards_the_data():
     data = example.moons(500, seed=10)
     before, after = (
         example.energy_distance(data, example.sample(net, 500, 1))
-        for net in (example.train(1, 64, seed=0), example.train(60, 64, seed=0))
+        for net in (example.train(1, 128, seed=0), example.train(300, 128, seed=0))
     )
     torch.set_num_threads(threads)
-    assert after < before / 2
+    # Before, u is about 0 and the samples are the noise, which has the moments of the data. Three
+    # seeds came to 0.28 to 0.39 of its distance.
+    assert after < before * 2 / 3
