@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fewstep import ops
+from fewstep.cli import doctor
 from fewstep.cli.main import app
 from fewstep.ops import _gate
 
@@ -52,8 +54,26 @@ def test_check_runs_the_gates_and_sets_the_exit_code(monkeypatch, verdict, code)
     assert "reference" not in {impl for _, impl in asked}
 
 
+@pytest.mark.parametrize("verdict", ["passed", "a wrong sum"])
+def test_auto_goes_by_what_check_found_on_a_gpu(monkeypatch, verdict):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(doctor, "_devices", lambda: [device])
+    monkeypatch.setattr(doctor, "runnable", lambda op, device: ["triton"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_gate, "_machine", lambda index: "a machine")
+    monkeypatch.setattr(_gate, "_validated", dict)
+    monkeypatch.setattr(_gate, "_known", {})
+    monkeypatch.setattr(_gate, "run_gate", lambda op, impl, device: verdict)
+    assert {entry["verdict"] for entry in doctor.checks()} == {verdict}
+    _gate._known.clear()  # as a new process, which must not have to run a gate again
+    monkeypatch.setattr(_gate, "run_gate", lambda *args: pytest.fail("a gate was run again"))
+    for op in ops.OPS:
+        reason = _gate.refusal(op, "triton", device)
+        assert (reason is None) == (verdict == "passed")
+
+
 def test_one_real_gate_passes():
-    assert _gate.run_gate("cache_metric", "native", _gate.torch.device("cpu")) == "passed"
+    assert _gate.run_gate("cache_metric", "native", torch.device("cpu")) == "passed"
 
 
 def test_help_is_quick_and_loads_no_torch():

@@ -18,9 +18,8 @@ def asked(monkeypatch):
     monkeypatch.setattr(
         _gate, "run_gate", lambda op, impl, device: gates.append((op, impl)) or gates_verdict(op)
     )
-    _gate._verdict.cache_clear()
-    yield gates
-    _gate._verdict.cache_clear()
+    monkeypatch.setattr(_gate, "_known", {})
+    return gates
 
 
 def gates_verdict(op):
@@ -29,7 +28,7 @@ def gates_verdict(op):
 
 def test_a_verdict_is_asked_once_and_kept_on_disk(asked):
     assert _gate.refusal("good", "triton", CUDA) is None
-    _gate._verdict.cache_clear()  # as a new process
+    _gate._known.clear()  # as a new process
     assert _gate.refusal("good", "triton", CUDA) is None
     assert asked == [("good", "triton")]
 
@@ -37,9 +36,28 @@ def test_a_verdict_is_asked_once_and_kept_on_disk(asked):
 def test_an_edited_kernel_is_asked_again(asked, monkeypatch):
     assert _gate.refusal("good", "triton", CUDA) is None
     monkeypatch.setattr(_gate, "fingerprint", lambda impl: "another")
-    _gate._verdict.cache_clear()
+    _gate._known.clear()
     assert _gate.refusal("good", "triton", CUDA) is None
     assert asked == [("good", "triton")] * 2
+
+
+def test_a_recorded_verdict_is_the_one_that_auto_reads(asked):
+    assert _gate.refusal("good", "triton", CUDA) is None
+    # A later check (`fewstep doctor --check`) counts at once, here and in the next process.
+    _gate.record("good", "triton", 0, "a wrong sum")
+    for _ in range(2):
+        assert "a wrong sum" in _gate.refusal("good", "triton", CUDA)
+        _gate._known.clear()
+    assert asked == [("good", "triton")]
+
+
+def test_a_read_only_home_costs_one_gate_per_kernel_and_process(asked, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder can be made in here")
+    monkeypatch.setenv("FEWSTEP_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    for _ in range(2):
+        assert _gate.refusal("good", "triton", CUDA) is None
+        assert _gate.refusal("bad", "triton", CUDA)
+    assert asked == [("good", "triton"), ("bad", "triton")]
 
 
 def test_fingerprints_cover_the_files():

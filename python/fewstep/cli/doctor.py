@@ -95,7 +95,7 @@ def checks() -> Iterator[dict[str, Any]]:
                 start = time.perf_counter()
                 verdict = _gate.run_gate(op, impl, device)
                 if device.index is not None:  # what `auto` will go by from now on
-                    _gate._store(_gate._machine(device.index), f"{op}:{impl}", verdict)
+                    _gate.record(op, impl, device.index, verdict)
                 seconds = round(time.perf_counter() - start, 1)
                 yield {
                     "op": op,

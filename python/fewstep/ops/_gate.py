@@ -114,14 +114,28 @@ def last_error(stderr: str) -> str:
     return re.sub(r"\s+", " ", message)[:400]
 
 
-@functools.cache
+_known: dict[tuple[str, str, int], str] = {}  # of this process: a read-only home asks once
+
+
+def _key(op: str, impl: str) -> str:
+    return f"{op}:{impl}:{fingerprint(impl)}"
+
+
+def record(op: str, impl: str, index: int, verdict: str) -> None:
+    """Keep the verdict on a kernel on CUDA device `index`: `auto` goes by it from now on."""
+    _known[op, impl, index] = verdict
+    _store(_machine(index), _key(op, impl), verdict)
+
+
 def _verdict(op: str, impl: str, index: int) -> str:
-    machine, key = _machine(index), f"{op}:{impl}:{fingerprint(impl)}"
-    cached = _load().get(machine, {}).get(key)
-    if cached is None:
-        cached = run_gate(op, impl, torch.device("cuda", index))
-        _store(machine, key, cached)
-    return cached
+    known = _known.get((op, impl, index))
+    if known is None:
+        known = _load().get(_machine(index), {}).get(_key(op, impl))
+        if known is None:
+            known = run_gate(op, impl, torch.device("cuda", index))
+            record(op, impl, index, known)
+        _known[op, impl, index] = known
+    return known
 
 
 def refusal(op: str, impl: str, device: torch.device) -> str | None:
