@@ -1,9 +1,27 @@
-"""Helpers of the op tests: layouts that catch out-of-bounds accesses, and derived tolerances."""
+"""Helpers of the op tests: devices, layouts that catch out-of-bounds accesses, tolerances."""
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+HAS_CUDA = torch.cuda.is_available()
+DEVICES = ["cpu", *(["cuda"] if HAS_CUDA else [])]
+CUDA_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+
+
+def place(op: str, impl: str | None, device: str | None, has_cuda: bool = HAS_CUDA) -> str | None:
+    """Return the device type that a test of one kernel runs on, or None where it can't run there.
+
+    `device` is the one that the test asks for, None if it leaves the choice: Triton takes the GPU
+    where there is one and its CPU interpreter otherwise, never both in a process.
+    """
+    if impl == "triton":
+        only = "cuda" if has_cuda else "cpu"
+        return only if device in (None, only) else None
+    if impl == "native" and device == "cuda" and not any(CUDA_SOURCES.glob(f"{op}*.cu")):
+        return None
+    return device or "cpu"
 
 
 def padded(x: Tensor, pad: int = 37) -> Tensor:

@@ -15,6 +15,7 @@ from helpers import DEVICES, padded, padding_intact, relative_error, row_sliced
 pytest.importorskip("triton")
 from fewstep.kernels import _attention, attention_jvp, attention_jvp_backward
 
+pytestmark = pytest.mark.triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NEVER = -float("inf")
 SCALE = 0.3
@@ -37,7 +38,7 @@ def _one_thread():
 
 
 def inputs(
-    nq, nk, d=24, dv=40, heads=(2, 1), batch=1, directions=None, dtype=torch.float32, device="cpu"
+    nq, nk, d=24, dv=40, heads=(2, 1), batch=1, directions=None, dtype=torch.float32, device=None
 ):
     """q, k, v, t_q, t_k, t_v; `heads` are those of q and of k."""
     shapes = [(batch, heads[0], nq, d), (batch, heads[1], nk, d), (batch, heads[1], nk, dv)]

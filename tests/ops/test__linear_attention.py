@@ -1,5 +1,6 @@
 """What the linear attention kernels share: features, states in memory, sizes of tiles."""
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +18,8 @@ from fewstep.kernels._linear_attention import (
 )
 
 from helpers import DEVICES, padded, padding_intact
+
+pytestmark = pytest.mark.triton
 
 
 @triton.jit
@@ -41,35 +44,35 @@ def _find_chunk(out_ptr, batch, heads):
     tl.store(out_ptr + tl.program_id(0), head * 1000 + chunk * 100 + b * 10 + h)
 
 
-def test_programs_share_out_heads_and_chunks():
+@pytest.mark.parametrize("device", DEVICES)
+def test_programs_share_out_heads_and_chunks(device):
     """Chunk 0 of every head comes first: programs that run together share no state."""
-    for device in DEVICES:
-        found = torch.zeros(12, dtype=torch.int64, device=device)
-        _find_chunk[(12,)](found, 2, 3)
-        want = [[h * 1000 + c * 100 + h // 3 * 10 + h % 3 for h in range(6)] for c in range(2)]
-        assert found.view(2, 6).tolist() == want
+    found = torch.zeros(12, dtype=torch.int64, device=device)
+    _find_chunk[(12,)](found, 2, 3)
+    want = [[h * 1000 + c * 100 + h // 3 * 10 + h % 3 for h in range(6)] for c in range(2)]
+    assert found.view(2, 6).tolist() == want
 
 
-def test_features_are_relu_and_its_derivative():
-    for device in DEVICES:
-        x, t = (padded(torch.randn(5, 24, device=device)) for _ in range(2))
-        x[0, :3] = torch.tensor([0.0, -0.0, float("nan")])
-        for tangent, want in ((x, x.relu()), (t, torch.where(x <= 0, 0.0, t))):
-            out = padded(torch.zeros(5, 24, device=device))
-            _features[(1,)](x, tangent, out, 5, D=24, BLOCK=8, PAD=32)
-            torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
-            assert padding_intact(out)
+@pytest.mark.parametrize("device", DEVICES)
+def test_features_are_relu_and_its_derivative(device):
+    x, t = (padded(torch.randn(5, 24, device=device)) for _ in range(2))
+    x[0, :3] = torch.tensor([0.0, -0.0, float("nan")])
+    for tangent, want in ((x, x.relu()), (t, torch.where(x <= 0, 0.0, t))):
+        out = padded(torch.zeros(5, 24, device=device))
+        _features[(1,)](x, tangent, out, 5, D=24, BLOCK=8, PAD=32)
+        torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+        assert padding_intact(out)
 
 
-def test_a_state_comes_back_whole():
-    for device in DEVICES:
-        for d, dv in ((8, 24), (16, 16)):
-            state = padded(torch.randn(d, dv + 1, device=device))
-            copy = padded(torch.zeros(d, dv + 1, device=device))
-            sizes = pad_head_dim(d), pad_head_dim(dv)
-            _copy_state[(1,)](state, copy, D=d, DV=dv, DP=sizes[0], VP=sizes[1])
-            assert torch.equal(copy, state)
-            assert padding_intact(copy)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_state_comes_back_whole(device):
+    for d, dv in ((8, 24), (16, 16)):
+        state = padded(torch.randn(d, dv + 1, device=device))
+        copy = padded(torch.zeros(d, dv + 1, device=device))
+        sizes = pad_head_dim(d), pad_head_dim(dv)
+        _copy_state[(1,)](state, copy, D=d, DV=dv, DP=sizes[0], VP=sizes[1])
+        assert torch.equal(copy, state)
+        assert padding_intact(copy)
 
 
 def test_sizes():

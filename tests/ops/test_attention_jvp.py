@@ -34,7 +34,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def inputs(nq, nk, d, dv=None, dtype=torch.float32, device="cpu", lead=(2, 3)):
+def inputs(nq, nk, d, dv=None, dtype=torch.float32, device=None, lead=(2, 3)):
     """q, k, v, t_q, t_k, t_v."""
     shapes = [(*lead, nq, d), (*lead, nk, d), (*lead, nk, dv or d)] * 2
     return [torch.randn(shape).to(device, dtype) for shape in shapes]
@@ -98,11 +98,13 @@ def test_native_matches_oracle(d, dtype):
     ("nq", "nk", "d", "dv"),
     [(1, 1, 8, 8), (15, 31, 24, 24), (33, 129, 40, 64), (65, 130, 64, 72), (130, 33, 128, 96)],
 )
+@pytest.mark.triton
 def test_triton_matches_oracle(nq, nk, d, dv, dtype, device):
     check(inputs(nq, nk, d, dv, dtype=dtype, device=device, lead=(1, 2)), "triton")
 
 
 @pytest.mark.parametrize("d", [160, 256])
+@pytest.mark.triton
 def test_triton_wide_heads(d):
     check(inputs(17, 40, d, dtype=torch.float16, lead=(1, 1)), "triton")
 

@@ -1,11 +1,14 @@
 """cache_metric: every implementation against the fp64 oracle, at odd sizes and layouts."""
 
+import functools
+import importlib
+
 import pytest
 import torch
 
-from fewstep import ops, reference
+from fewstep import _native, ops, reference
 from fewstep.ops._register import DerivativeError
-from helpers import DEVICES, padded, relative_error, row_sliced, strided
+from helpers import DEVICES, padded, padding_intact, relative_error, row_sliced, strided
 
 IMPLS = ["reference", "native", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -17,7 +20,7 @@ def impl(request):
     return request.param
 
 
-def inputs(shape, dtype, device="cpu"):
+def inputs(shape, dtype, device=None):
     return [torch.randn(shape).to(device, dtype) for _ in range(3)]
 
 
@@ -64,6 +67,29 @@ def test_float64_native():
 def test_layouts_do_not_read_padding(layout, impl):
     x, y, p = (layout(t) for t in inputs((3, 19, 70), torch.float32))
     check((x, y), p, impl, per_sample=True)
+
+
+def launcher(impl):
+    if impl == "native":
+        return functools.partial(_native.call, "cache_metric")
+    return importlib.import_module("fewstep.kernels.cache_metric").launch_cache_metric
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", ["native", "triton"])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 3, 67), (1, 2, 8_201)], ids=str)
+def test_writes_only_its_outputs(shape, impl, device):
+    x, y, p = inputs(shape, torch.float32, device)
+    chunks = -(-shape[1] * shape[2] // ops.module("cache_metric").CHUNK)
+    residual = padded(torch.zeros_like(x))
+    partials = padded(torch.zeros(shape[0], chunks, 2, dtype=torch.float64, device=device))
+    metric = padded(torch.zeros(shape[0], device=device))
+    launcher(impl)(x, y, p, residual, partials, metric)
+    for out in (residual, partials, metric):
+        assert padding_intact(out)
+    assert torch.equal(residual, x - y)
+    want, _ = reference.cache_metric(x.double(), y.double(), previous=p.double(), per_sample=True)
+    assert relative_error(metric, want) < 3.8e-6
 
 
 def test_zero_over_zero_is_zero_and_division_by_zero_is_inf(impl):

@@ -28,7 +28,7 @@ def impl(request):
     return request.param
 
 
-def operands(rows, N, K, device="cpu"):
+def operands(rows, N, K, device=None):
     a = torch.randint(-128, 128, (*rows, K), dtype=torch.int8)
     w = torch.randint(-128, 128, (N, K), dtype=torch.int8)
     a_scale, w_scale, bias = torch.rand(rows) + 0.1, torch.rand(N) + 0.1, torch.randn(N) * 100

@@ -36,7 +36,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def inputs(nq, nk, d, dv=None, dtype=torch.float32, device="cpu", lead=(1, 2)):
+def inputs(nq, nk, d, dv=None, dtype=torch.float32, device=None, lead=(1, 2)):
     """q, k, v, t_q, t_k, t_v."""
     shapes = [(*lead, nq, d), (*lead, nk, d), (*lead, nk, dv or d)] * 2
     return [torch.randn(shape).to(device, dtype) for shape in shapes]
@@ -111,6 +111,7 @@ def test_native_adds_chunks_of_tokens(dtype):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 8), (15, 33, 24, 40), (70, 300, 32), (3, 5, 128, 112)])
+@pytest.mark.triton
 def test_triton(shape, dtype, device):
     check(inputs(*shape, dtype=dtype, device=device, lead=(1, 1)), "triton")
 
@@ -372,6 +373,7 @@ for module in (forward, backward):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "dtype"), [(32, "bf16"), (64, "fp32")])
+@pytest.mark.triton
 def test_triton_compiles_for_hopper(d, dtype):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     child = subprocess.run(

@@ -32,7 +32,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def inputs(nq, nk, d, dv=None, dtype=torch.float32, device="cpu", lead=(1, 2)):
+def inputs(nq, nk, d, dv=None, dtype=torch.float32, device=None, lead=(1, 2)):
     """d_o, dt_o and q, k, v, t_q, t_k, t_v."""
     dv = dv or d
     shapes = [(nq, dv)] * 2 + [(nq, d), (nk, d), (nk, dv)] * 2
@@ -105,6 +105,7 @@ def test_native_adds_chunks_of_tokens(dtype):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(15, 33, 24, 40), (270, 70, 32), (3, 5, 128, 112)])
+@pytest.mark.triton
 def test_triton(shape, dtype, device):
     check(inputs(*shape, dtype=dtype, device=device, lead=(1, 1)), "triton")
 

@@ -32,7 +32,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def inputs(b, n, c, dtype=torch.float32, device="cpu", **shapes):
+def inputs(b, n, c, dtype=torch.float32, device=None, **shapes):
     """x, y, gate, t_x, t_y, t_gate; gates [B, 1, C] unless a shape is given by name."""
     default = {name: (b, n, c) for name in NAMES} | {"gate": (b, 1, c), "t_gate": (b, 1, c)}
     default |= shapes
@@ -87,6 +87,7 @@ def test_native(shape, dtype):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 1152)], ids=str)
+@pytest.mark.triton
 def test_triton(shape, dtype, device):
     check(inputs(*shape, dtype, device), "triton")
 

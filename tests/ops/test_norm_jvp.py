@@ -39,7 +39,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def inputs(b, n, c, dtype=torch.float32, device="cpu", **shapes):
+def inputs(b, n, c, dtype=torch.float32, device=None, **shapes):
     """x and a dict of everything else; modulation [B, 1, C] unless a shape is given by name."""
     default = {"t_x": (b, n, c), "weight": (c,), "bias": (c,)}
     default |= {name: (b, 1, c) for name in NAMES[3:]} | shapes
@@ -110,6 +110,7 @@ def test_native(shape, dtype, kind):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 1152)], ids=str)
+@pytest.mark.triton
 def test_triton(shape, dtype, kind, device):
     check(*inputs(*shape, dtype, device), kind, "triton")
 

@@ -38,7 +38,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def inputs(b, n, c, dtype=torch.float32, device="cpu", **shapes):
+def inputs(b, n, c, dtype=torch.float32, device=None, **shapes):
     """Cotangents d_y and dt_y, and the inputs of norm_jvp by name."""
     default = {"x": (b, n, c), "t_x": (b, n, c), "weight": (c,), "bias": (c,)}
     default |= {name: (b, 1, c) for name in NAMES[4:]} | shapes
@@ -120,6 +120,7 @@ def test_native(shape, dtype, kind):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 2, 1152)], ids=str)
+@pytest.mark.triton
 def test_triton(shape, dtype, kind, device):
     check(*inputs(*shape, dtype, device), kind, "triton")
 

@@ -61,13 +61,14 @@ def refuse_native(op: str, args: Sequence[Any], dtypes: Sequence[torch.dtype]) -
 
 
 def refuse_triton(args: Sequence[Any], dtypes: Sequence[torch.dtype]) -> str | None:
-    """Return why a Triton kernel can't run: not installed, wrong device, or the dtype."""
+    """Return why a Triton kernel can't run: not installed, the dtype, or the wrong device."""
     x = first_tensor(args)
     if not _HAS_TRITON:
         return "Triton is not installed"
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    reason = _refuse_dtype(x, dtypes)
+    if reason is None and x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton needs a GPU (or TRITON_INTERPRET=1), got device '{x.device}'"
-    return _refuse_dtype(x, dtypes)
+    return reason
 
 
 def _refuse_dtype(x: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
