@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import subprocess
 import time
 
 import pytest
@@ -169,6 +170,36 @@ def test_records_are_json_with_the_machine(small_cache):
 def test_commit_can_be_given(monkeypatch):
     monkeypatch.setenv("FEWSTEP_COMMIT", "abc+dirty")
     assert environment.commit(None) == ("abc", True)
+
+
+def test_the_commit_is_the_packages_and_not_that_of_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("FEWSTEP_COMMIT", raising=False)
+    assert environment.commit(None) == (None, None)
+    here = environment.environment(CPU)["commit"]
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.chdir(tmp_path)
+    assert environment.environment(CPU)["commit"] == here
+    # Installed elsewhere: no checkout around the package.
+    site = tmp_path / "lib" / "site-packages" / "fewstep" / "bench"
+    monkeypatch.setattr(environment, "__file__", str(site / "environment.py"))
+    assert environment.package_checkout() is None
+    assert environment.environment(CPU)["commit"] is None
+
+
+def test_records_are_no_local_changes(monkeypatch, tmp_path):
+    monkeypatch.delenv("FEWSTEP_COMMIT", raising=False)
+    record, code = tmp_path / "benchmarks" / "results" / "x.jsonl", tmp_path / "x.py"
+    record.parent.mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for path in (record, code):
+        path.write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    assert environment.commit(tmp_path)[1] is False
+    record.write_text("2")
+    assert environment.commit(tmp_path)[1] is False
+    code.write_text("2")
+    assert environment.commit(tmp_path)[1] is True
 
 
 def test_discovery_and_its_errors(tmp_path, monkeypatch):

@@ -69,6 +69,33 @@ def test_show_reads_records_back(folder):
     assert runner.invoke(app, ["bench", "show", str(folder / "benchmarks")]).exit_code == 1
 
 
+def test_what_is_no_record_is_named(tmp_path):
+    (tmp_path / "text.md").write_text("# words")
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    for name in ("nothing", "text.md", "other.jsonl"):
+        result = runner.invoke(app, ["bench", "show", str(tmp_path / name)], env={"COLUMNS": "300"})
+        assert result.exit_code == 2, name
+        assert name in result.output
+        assert "Traceback" not in result.output
+
+
+def test_an_output_that_cannot_be_written_is_an_error_before_the_first_measurement(
+    folder, monkeypatch
+):
+    monkeypatch.setattr("fewstep.cli.bench.run_benchmark", lambda *args: pytest.fail("measured"))
+    (folder / "file").write_text("")
+    result = invoke("--device", "cpu", "--quick", "--output", "file/out")
+    assert result.exit_code == 2
+    assert "--output" in result.output
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(folder, device):
+    result = invoke("--device", device, "--quick")
+    assert result.exit_code == 2
+    assert device in result.output
+
+
 def test_a_failed_gate_sets_the_exit_code(folder, monkeypatch):
     def check(op, impl, device):
         raise AssertionError("not close")

@@ -1,11 +1,13 @@
 """`fewstep demo` on a tiny untrained pipeline: files, fields, and counts that are counted."""
 
+import itertools
 import json
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import fewstep
 from fewstep.assets.digits import DigitsPipeline, digits_transformer
 from fewstep.cli import demo, demo_rows
 from fewstep.cli.main import app
@@ -53,6 +55,7 @@ class NoChange:
 
 def run(weights, output, *more):
     options = f"--weights {weights} --output {output} --samples 40 --batch 20 --teacher-steps 5"
+    options += " --device cpu"
     return runner.invoke(app, ["demo", *options.split(), *more], env={"COLUMNS": "200"})
 
 
@@ -73,12 +76,17 @@ def test_files_fields_and_honest_counts(weights, tmp_path, monkeypatch):
     base = rows["teacher"]
     assert base["speedup"] == base["frechet_ratio"] == 1
     evaluations = {key: row["evaluations"] for key, row in rows.items()}
-    expected = {"teacher": 10, "teacher-8": 16, "teacher-4": 8, "student-2": 2, "student-1": 1}
+    expected = {"teacher": 10, "teacher-8": 16, "student-2": 2, "student-1": 1}
     assert evaluations.items() >= expected.items()
     # The stand-in patch neither caches nor quantises: the same images, and no credit for it.
     assert rows["teacher-cache"]["identical"]
     assert rows["teacher-cache"]["full_evaluations"] == evaluations["teacher-cache"] == 10
-    assert rows["student-all"]["psnr_against"] == "student-2"
+    assert rows["student-w8a8"]["against"] == rows["student-w8a8"]["adds_to"] == "student-2"
+    assert rows["teacher-cache"]["relative_l2"] == 0
+    assert rows["teacher-8"]["relative_l2"] > 0
+    added = [row for row in rows.values() if row["adds_to"] is not None]
+    assert all(row["distinct"] is False for row in added)
+    assert result.output.count("as above") >= len(added)
     for row in rows.values():
         assert row["seconds_per_image"] > 0
         ratio = base["seconds_per_image"] / row["seconds_per_image"]
@@ -96,11 +104,9 @@ def test_the_real_patches(tmp_path):
         assert row["full_evaluations"] <= row["evaluations"]
         assert bool(row["explanation"]) == bool(row["patch"])
     # Steps come from the patch; a call's own count has no effect then.
-    assert rows["teacher-4"]["evaluations"] == 8
-    # The first and the last step always run in full: nothing is left to skip in two.
-    assert rows["student-all"]["full_evaluations"] == rows["student-all"]["evaluations"] == 2
+    assert rows["teacher-8"]["evaluations"] == 16
     # int8 changes the images, and not beyond recognition.
-    for key in ("teacher-8-w8a8", "student-w8a8"):
+    for key in ("student-1-w8a8", "student-w8a8"):
         assert not rows[key]["identical"]
         assert rows[key]["psnr_db"] > 10
 
@@ -115,11 +121,11 @@ def test_a_patch_that_fails_is_shown_and_sets_the_exit_code(weights, tmp_path, m
     result = run(weights, tmp_path)
     assert result.exit_code == 1
     assert (
-        "not run: teacher, 8 guided steps + w8a8: NotImplementedError: no int8 here"
+        "not run: teacher, 8 guided steps + cache + w8a8: NotImplementedError: no int8 here"
         in result.output
     )
     rows = {row["key"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
-    assert rows["teacher-8-w8a8"]["speedup"] is None
+    assert rows["teacher-8-all"]["speedup"] is None
     assert rows["student-2"]["frechet"] > 0
 
 
@@ -142,9 +148,55 @@ def test_blocks_that_a_cache_skips_are_not_counted():
     assert not network._forward_pre_hooks
 
 
+def sampled(seconds, shift=0.0):
+    images = [torch.full((2, 1, 16, 16), shift)] * len(seconds)
+    return demo_rows.Sampled(demo_rows.Row("x", "x", "x"), seconds=seconds, images=images)
+
+
+@pytest.mark.parametrize(
+    ("times", "other_times", "shift", "apart"),
+    [
+        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], 0.5, True),
+        ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], 0.5, True),  # slower is seen as well
+        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], 0.0, False),  # the same images: it did nothing
+        ([1.0, 1.5, 2.0], [1.2, 1.9, 2.6], 0.5, False),
+    ],
+)
+def test_rows_are_told_apart_by_images_and_quartiles(times, other_times, shift, apart):
+    assert demo_rows.told_apart(sampled(times, shift), sampled(other_times)) is apart
+
+
+def test_every_patch_of_the_plan_adds_to_the_row_above_and_none_caches_two_steps():
+    rows = demo_rows.plan(50)
+    for above, row in itertools.pairwise(rows):
+        assert row.adds_to in (None, above.key)
+        if row.adds_to is not None:
+            assert len(row.patch.items() - above.patch.items()) == 1
+        assert "cache" not in row.patch or row.patch.get("steps", 50) > 2
+    assert {row.against for row in rows} <= {None, *(row.key for row in rows)}
+
+
+def test_the_record_goes_to_a_folder_of_the_device(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "apply", NoChange)
+    result = run(weights, tmp_path / "out", "--record", str(tmp_path / "results"))
+    assert result.exit_code == 0, result.output
+    (record,) = tmp_path.glob("results/*/demo.json")
+    assert record.read_text() == (tmp_path / "out" / "report.json").read_text()
+
+
+def test_version():
+    result = runner.invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"fewstep {fewstep.__version__}\n")
+
+
 def test_bad_requests_are_refused(weights, tmp_path):
     result = run(weights, tmp_path, "--samples", "20")
     assert result.exit_code == 2
     assert "more than 32 images" in result.output
     result = run(tmp_path / "nothing", tmp_path)
     assert result.exit_code == 2
+    (tmp_path / "file").write_text("")
+    for options in ("--teacher-steps 0", "--batch 0", f"--output {tmp_path / 'file'}"):
+        result = run(weights, tmp_path, *options.split())
+        assert result.exit_code == 2, options
+        assert options.split()[0] in result.output

@@ -51,24 +51,33 @@ def cpu_model() -> str:
     return name + family
 
 
-def commit(checkout: Path | None) -> tuple[str | None, bool | None]:
-    """Return the commit and whether tracked files differ from it.
+def package_checkout() -> Path | None:
+    """Return the checkout that this package is imported from; None where it is installed."""
+    root = Path(__file__).parents[3]
+    here = (root / ".git").exists() and (root / "python" / "fewstep" / "bench").is_dir()
+    return root if here else None
 
-    FEWSTEP_COMMIT, "<hash>" or "<hash>+dirty", stands in where a copy travels without its .git.
+
+def commit(checkout: Path | None) -> tuple[str | None, bool | None]:
+    """Return the commit and whether tracked files differ from it; (None, None) without a checkout.
+
+    Records under benchmarks/results/ don't count as changes: a run writes them. FEWSTEP_COMMIT,
+    "<hash>" or "<hash>+dirty", stands in where a copy travels without its .git.
     """
     given = os.environ.get("FEWSTEP_COMMIT")
     if given:
         return given.removesuffix("+dirty"), given.endswith("+dirty")
-    head = _output("git", "rev-parse", "HEAD", cwd=checkout)
+    head = _output("git", "rev-parse", "HEAD", cwd=checkout) if checkout is not None else None
     if head is None:
         return None, None
-    return head, bool(_output("git", "status", "--porcelain", "-uno", cwd=checkout))
+    changes = ("status", "--porcelain", "-uno", "--", ".", ":(exclude)benchmarks/results")
+    return head, bool(_output("git", *changes, cwd=checkout))
 
 
-def environment(device: torch.device, checkout: Path | None = None) -> dict[str, Any]:
-    """Return the machine's part of a record."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return the machine's part of a record, with the commit of the package that runs."""
     cuda = device.type == "cuda"
-    head, dirty = commit(checkout)
+    head, dirty = commit(package_checkout())
     return {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_model(),
         "device_type": device.type,

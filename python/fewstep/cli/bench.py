@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,27 +16,7 @@ from ..bench.environment import environment, slug
 from ..bench.measure import QUICK, Budget
 from ..bench.model import Benchmark, Case
 from ..bench.table import case_table, reasons, summary_markdown, summary_table
-
-
-def resolve_device(text: str) -> torch.device:
-    """Return the device asked for; `auto` is the GPU where there is one.
-
-    Raises:
-        typer.BadParameter: no such device here.
-    """
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise typer.BadParameter(f"--device: expected cpu, cuda or auto, got {text!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(
-            f"--device: {text!r} was asked for, but torch finds no CUDA device"
-        )
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
+from .device import resolve_device
 
 
 class Writer:
@@ -49,13 +28,19 @@ class Writer:
         self.opened: set[Path] = set()
         if output is not None and output.suffix not in (".jsonl", ".json"):
             self.folder = output / slug(device)
+        # Now rather than after minutes of measuring: a folder that can't be made is an error.
+        folder = self.folder if self.folder is not None or output is None else output.parent
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise typer.BadParameter(f"--output: {error}") from error
 
     def write(self, op: str, lines: Sequence[str]) -> None:
         """Append an op's lines; a file left by an earlier run is replaced."""
         path = self.folder / f"{op}.jsonl" if self.folder is not None else self.output
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if path in self.opened else "w") as file:
             file.writelines(line + "\n" for line in lines)
         self.opened.add(path)
@@ -82,7 +67,7 @@ def main(
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     settings = Settings(device, quick, QUICK if quick else Budget())
-    machine = environment(device, directory)
+    machine = environment(device)
     console = Console(stderr=json)
     writer = Writer(output, machine["device"])
     total = sum(len(benchmark.select(device, quick)) for benchmark in loaded)
@@ -131,13 +116,19 @@ def show(paths: Sequence[Path], markdown: bool) -> int:
     files = [f for p in paths for f in (sorted(p.rglob("*.jsonl")) if p.is_dir() else [p])]
     machines: dict[str, list[Result]] = {}
     for file in files:
-        for line in file.read_text().splitlines():
-            record = jsonlib.loads(line)
-            title = (
-                f"{record['device']} · {record['threads']} threads · torch {record['torch']} · "
-                f"commit {(record['commit'] or 'unknown')[:10]}"
-            )
-            machines.setdefault(title, []).append(Result.from_record(record))
+        try:
+            records = [jsonlib.loads(line) for line in file.read_text().splitlines()]
+            for record in records:
+                title = (
+                    f"{record['device']} · {record['threads']} threads · torch {record['torch']} · "
+                    f"commit {(record['commit'] or 'unknown')[:10]}"
+                )
+                machines.setdefault(title, []).append(Result.from_record(record))
+        except (ValueError, TypeError, KeyError) as error:
+            raise typer.BadParameter(
+                f"PATHS: expected records written by `fewstep bench ops --output`, got {file} "
+                f"({type(error).__name__}: {error})"
+            ) from error
     console = Console()
     if not machines:
         console.print("no records: expected *.jsonl written by `fewstep bench ops --output`")

@@ -25,8 +25,9 @@ from torch import Tensor
 
 import fewstep
 
-from ..bench.environment import environment
-from .demo_rows import Row, Sampled, Score, plan, real_level, score
+from ..bench.environment import environment, slug
+from .demo_rows import Row, Sampled, Score, plan, real_level, score, synchronize
+from .device import resolve_device
 
 MIN_BATCHES = 2
 
@@ -62,9 +63,11 @@ def apply(pipe: Any, **wanted: Any) -> Any:
     return fewstep.patch(pipe, **wanted)
 
 
-def prepare(row: Row, weights: Path | None) -> Sampled:
+def prepare(
+    row: Row, weights: Path | None, device: torch.device, batch: int, teacher_steps: int
+) -> Sampled:
     """Return the row with its own patched pipeline, warmed up, or with the reason why not."""
-    sampled = Sampled(row, load(row.weights, weights))
+    sampled = Sampled(row, load(row.weights, weights).to(device))
     if row.patch:
         try:
             handle = apply(sampled.pipe, **row.patch)
@@ -72,7 +75,11 @@ def prepare(row: Row, weights: Path | None) -> Sampled:
         except Exception as error:  # shown in the table and in the exit status
             sampled.failure = f"{type(error).__name__}: {error}"
             return sampled
-    sampled.pipe(torch.arange(2), num_inference_steps=2, output_type="latent")
+    # A GPU compiles and tunes kernels for the shapes it meets, so it warms up on a whole batch.
+    images, steps = (batch, teacher_steps) if device.type == "cuda" else (2, 2)
+    call = {"num_inference_steps": steps} if row.weights == "teacher" else {}
+    sampled.pipe(torch.arange(images) % 10, output_type="latent", **call)
+    synchronize(device)
     return sampled
 
 
@@ -96,7 +103,7 @@ def choose_threads(pipe: Any) -> int:
     return min(best, key=lambda threads: best[threads])
 
 
-WIDE = 125  # columns of text that the whole table takes
+WIDE = 136  # columns of text that the whole table takes
 
 
 def results_table(scores: Sequence[Score], real: float, samples: int, width: int = WIDE) -> Table:
@@ -104,12 +111,10 @@ def results_table(scores: Sequence[Score], real: float, samples: int, width: int
     wide = width >= WIDE
     table = Table(title=f"{samples} images per row", title_justify="left")
     table.add_column("", overflow="fold")
-    names = ["evaluations", "ms / image", "speed-up", "Frechet", "ratio", "accuracy", "PSNR"]
-    for name in names if wide else ["evals", *names[1:5]]:
+    names = ["evaluations", "ms / image (quartiles)", "speed-up", "Frechet", "ratio", "accuracy"]
+    names = [*names, "PSNR", "rel. L2"] if wide else ["evals", "ms / image", *names[2:5]]
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    if wide:
-        table.add_column("PSNR against", no_wrap=True)
-    labels = {s.key: s.label for s in scores}
     head = "\0"
     for s in scores:
         # A row that adds to the one above is shown as what it adds.
@@ -123,12 +128,15 @@ def results_table(scores: Sequence[Score], real: float, samples: int, width: int
             evaluations += f" ({s.full_evaluations:.3g} full)"
         decibels = "" if math.isnan(s.psnr_db) else f"{s.psnr_db:.1f} dB"
         decibels = "identical" if s.psnr_db == math.inf else decibels
-        last = (f"{s.accuracy:.1%}", decibels, labels.get(s.psnr_against or "", ""))
+        off = "" if math.isnan(s.relative_l2) else f"{s.relative_l2:.3g}"
+        last = (f"{s.accuracy:.1%}", decibels, off)
+        q1, median, q3 = (1e3 * seconds for seconds in (s.q1, s.seconds_per_image, s.q3))
+        spread = f" ({q1:.1f}-{q3:.1f})" if wide else f" ±{(q3 - q1) / 2:.1f}"
         table.add_row(
             label,
             evaluations,
-            f"{1e3 * s.seconds_per_image:.1f}",
-            f"{s.speedup:.2f}x",
+            f"{median:.1f}{spread}",
+            s.speedup_text,
             f"{s.frechet:.3f}" if s.frechet < 100 else f"{s.frechet:.0f}",
             f"{s.frechet_ratio:.2f}",
             *(last if wide else ()),
@@ -203,8 +211,11 @@ def main(
     seconds: float,
     teacher_steps: int,
     weights: Path | None,
+    device_text: str,
+    record: Path | None,
 ) -> int:
     """Run the demo; return 1 if a row could not be run."""
+    device = resolve_device(device_text)
     console = Console()
     if not console.is_terminal:  # a log or a pipe: no reason to squeeze the table
         console = Console(width=140)
@@ -220,18 +231,20 @@ def main(
             f"--samples, --batch: expected more than 32 images in whole batches, got {samples} "
             f"in batches of {batch}"
         )
+    output.mkdir(parents=True, exist_ok=True)
     threads_before = torch.get_num_threads()
     try:
-        torch.set_num_threads(choose_threads(load("teacher", weights)))
-        machine = environment(torch.device("cpu"), Path.cwd())
+        if device.type == "cpu":
+            torch.set_num_threads(choose_threads(load("teacher", weights)))
+        machine = environment(device)
         console.print(
-            f"{machine['cpu']} · {machine['threads']} threads · torch {machine['torch']}",
+            f"{machine['device']} · {machine['threads']} threads · torch {machine['torch']}",
             highlight=False,
         )
         rows = []
         for row in plan(teacher_steps):
             with console.status(f"preparing {row.label}"):
-                rows.append(prepare(row, weights))
+                rows.append(prepare(row, weights, device, batch, teacher_steps))
         labels = torch.arange(samples // batch * batch) % 10
         scores, real = run(rows, labels, batch, seed, teacher_steps, seconds, console)
     finally:
@@ -239,7 +252,6 @@ def main(
 
     done = len(rows[0].seconds) * batch
     console.print(results_table(scores, real, done, console.width), highlight=False)
-    output.mkdir(parents=True, exist_ok=True)
     good = [s for s in scores if s.failure is None]
     pictures = {r.row.key: torch.cat(r.images) for r in rows if r.images}
     # One real image per column, of the column's class.
@@ -258,28 +270,36 @@ def main(
         "weights": "packaged" if weights is None else str(weights),
         "rows": [s.record() for s in scores],
     }
-    (output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    written = [output / "report.json"]
+    if record is not None:
+        written.append(record / slug(machine["device"]) / "demo.json")
+    for path in written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     for s in scores:
         if s.failure is not None:
             reason = (
                 s.failure if len(s.failure) < 200 else s.failure[:200] + " ... (see the report)"
             )
             console.print(f"not run: {s.label}: {reason}", highlight=False)
-    closing(console, output)
+    closing(console, [output / "samples.png", output / "tradeoff.png", *written])
     return int(any(s.failure is not None for s in scores))
 
 
-def closing(console: Console, output: Path) -> None:
+def closing(console: Console, written: Sequence[Path]) -> None:
     """Say what the columns mean, where the files are, and what to do next."""
     console.print(
-        "speed-up and ratio are to the first row, in this run. Evaluations are counted by hooks; "
-        '"full" counts the blocks that a cache left to run. Frechet distances are of few samples: '
-        "compare them with each other and with the real row, not with other runs "
+        'speed-up and ratio are to the first row, in this run; "as above": the images are the same '
+        "or the quartile ranges of the times overlap. Evaluations are counted by hooks; "
+        '"full" counts the blocks that a cache left to run. PSNR and relative L2 are to the images '
+        "of the same seeds: without the patches at the same steps, other steps to the first row. "
+        "A Frechet distance falls as the number of images grows: compare these with each other "
+        "and with the real row, not with runs of other sizes "
         "(python examples/digits/evaluate.py takes all 898).",
         highlight=False,
     )
-    for name in ("samples.png", "tradeoff.png", "report.json"):
-        console.print(f"wrote {output / name}", highlight=False, soft_wrap=True)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     console.print(
         "On your own pipeline: patch = fewstep.patch(pipe, steps=4, quantize='w8a8', "
         "cache='first-block'); print(patch.explain()); pipe(...); patch.undo()",

@@ -33,7 +33,7 @@ def samples_picture(
     """Write one strip per row, the same label and seed in every column; real images on top."""
     strips = [("real digits, held out", real[:columns])]
     for score, images in rows:
-        about = f"{_times(score.evaluations, 'evaluation')}, {score.speedup:.1f}x"
+        about = f"{_times(score.evaluations, 'evaluation')}, {score.speedup_text}"
         strips.append((f"{score.label}\n{about}", images[:columns]))
     figure, axes = plt.subplots(len(strips), 1, figsize=(10.5, 0.4 * len(strips)))
     figure.subplots_adjust(left=0.23, right=0.995, top=0.995, bottom=0.005, hspace=0.06)
@@ -68,7 +68,7 @@ def tradeoff_picture(path: Path, scores: Sequence[Score], real: float) -> None:
             markersize=11 if marker == "*" else 7,
             markeredgecolor="white",
             linewidth=1,
-            label=f"{score.label} ({score.speedup:.1f}x)",
+            label=f"{score.label} ({score.speedup_text})",
         )
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")

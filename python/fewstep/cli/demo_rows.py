@@ -4,6 +4,9 @@ Every row draws the same batches: same labels, same seed per batch, so the same 
 are interleaved batch by batch in shuffled order, and a row's time is the median over its batches.
 Network evaluations and the blocks that really ran are counted by hooks, never computed from the
 step count.
+
+A row that adds a patch to another names it in `adds_to`, and is given a speed-up only where the two
+can be told apart: other images, and times whose quartile ranges don't overlap.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..metrics import class_accuracy, digit_features, frechet_distance, psnr
+from ..metrics import class_accuracy, digit_features, frechet_distance, psnr, relative_l2
 
 CACHE = "first-block"
 QUANTIZE = "w8a8"
@@ -28,37 +31,72 @@ QUANTIZE = "w8a8"
 
 @dataclass(frozen=True)
 class Row:
-    """A pipeline and its patch. `against` names the row that PSNR is measured against."""
+    """A pipeline and its patch.
+
+    `against` names the row whose images these are compared with (PSNR, relative L2), `adds_to` the
+    row just above where this one differs from it by one patch.
+    """
 
     key: str
     label: str
     weights: str
     patch: dict[str, Any] = field(default_factory=dict)
     against: str | None = None
+    adds_to: str | None = None
 
 
 def plan(teacher_steps: int) -> list[Row]:
     """Return the rows; the first is the baseline, unpatched."""
     full, eight = f"teacher, {teacher_steps} guided steps", "teacher, 8 guided steps"
-    two = "student, 2 steps"
+    two, one = "student, 2 steps", "student, 1 step"
     cache, int8 = {"cache": CACHE}, {"quantize": QUANTIZE}
+    # The first and the last step of an image always run in full: no cache on 1 or 2 steps.
     return [
         Row("teacher", full, "teacher"),
-        Row("teacher-cache", f"{full} + cache", "teacher", cache, "teacher"),
-        Row("teacher-all", f"{full} + cache + w8a8", "teacher", cache | int8, "teacher"),
-        Row("teacher-8", eight, "teacher", {"steps": 8}, "teacher"),
-        Row("teacher-8-w8a8", f"{eight} + w8a8", "teacher", {"steps": 8} | int8, "teacher-8"),
-        Row("teacher-4", "teacher, 4 guided steps", "teacher", {"steps": 4}, "teacher"),
-        Row("student-2", two, "student", {"steps": 2}, "teacher"),
-        Row("student-w8a8", f"{two} + w8a8", "student", {"steps": 2} | int8, "student-2"),
+        Row("teacher-cache", f"{full} + cache", "teacher", cache, "teacher", "teacher"),
         Row(
-            "student-all",
-            f"{two} + w8a8 + cache",
+            "teacher-all",
+            f"{full} + cache + w8a8",
+            "teacher",
+            cache | int8,
+            "teacher",
+            "teacher-cache",
+        ),
+        Row("teacher-8", eight, "teacher", {"steps": 8}, "teacher"),
+        Row(
+            "teacher-8-cache",
+            f"{eight} + cache",
+            "teacher",
+            {"steps": 8} | cache,
+            "teacher-8",
+            "teacher-8",
+        ),
+        Row(
+            "teacher-8-all",
+            f"{eight} + cache + w8a8",
+            "teacher",
+            {"steps": 8} | cache | int8,
+            "teacher-8",
+            "teacher-8-cache",
+        ),
+        Row("student-2", two, "student", {"steps": 2}, "teacher"),
+        Row(
+            "student-w8a8",
+            f"{two} + w8a8",
             "student",
-            {"steps": 2} | int8 | cache,
+            {"steps": 2} | int8,
+            "student-2",
             "student-2",
         ),
-        Row("student-1", "student, 1 step", "student", {"steps": 1}, "teacher"),
+        Row("student-1", one, "student", {"steps": 1}, "teacher"),
+        Row(
+            "student-1-w8a8",
+            f"{one} + w8a8",
+            "student",
+            {"steps": 1} | int8,
+            "student-1",
+            "student-1",
+        ),
     ]
 
 
@@ -96,6 +134,12 @@ def counted(transformer: nn.Module) -> Iterator[Count]:
             hook.remove()
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU still has to do; a CPU has nothing left."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass
 class Sampled:
     """What a row has produced so far."""
@@ -111,6 +155,13 @@ class Sampled:
     hits: list[float] = field(default_factory=list)  # share of the right class, per batch
 
     @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """Seconds per image: first quartile, median, third quartile of the batches."""
+        spread = self.seconds if len(self.seconds) > 1 else 2 * self.seconds
+        q1, median, q3 = statistics.quantiles(spread, n=4, method="inclusive")
+        return q1, median, q3
+
+    @property
     def evaluations(self) -> float:
         """Network evaluations per image."""
         return self.count.calls / max(len(self.seconds), 1)
@@ -124,10 +175,13 @@ class Sampled:
     def sample(self, labels: Tensor, seed: int, teacher_steps: int) -> None:
         """Draw one batch, timed and counted."""
         call = {"num_inference_steps": teacher_steps} if self.row.weights == "teacher" else {}
-        generator = torch.Generator().manual_seed(seed)
+        device = self.pipe.device
+        generator = torch.Generator().manual_seed(seed)  # the CPU's: one noise on every device
         with counted(self.pipe.transformer) as count:
+            synchronize(device)
             start = time.perf_counter()
             out = self.pipe(labels, generator=generator, output_type="latent", **call)
+            synchronize(device)
             seconds = time.perf_counter() - start
         self.seconds.append(seconds / len(labels))
         self.count.calls += count.calls
@@ -140,7 +194,12 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Score:
-    """A row's numbers. Ratios are to the first row; PSNR is to the row's own reference."""
+    """A row's numbers.
+
+    Ratios are to the first row; PSNR and relative L2 to the images of row `against`.
+    `distinct` says whether the row can be told apart from the one it adds a patch to; None where it
+    adds to none. A time that can't be told apart is no gain.
+    """
 
     key: str
     label: str
@@ -155,9 +214,17 @@ class Score:
     frechet_ratio: float = math.nan
     accuracy: float = math.nan
     psnr_db: float = math.nan
-    psnr_against: str | None = None
+    relative_l2: float = math.nan
+    against: str | None = None
+    adds_to: str | None = None
+    distinct: bool | None = None
     patch: dict[str, Any] = field(default_factory=dict)
     explanation: str | None = None
+
+    @property
+    def speedup_text(self) -> str:
+        """The speed-up for people: no figure of its own where the row above is as fast."""
+        return "as above" if self.distinct is False else f"{self.speedup:.2f}x"
 
     def record(self) -> dict[str, Any]:
         """Return JSON fields: null where there is no number; identical images have no PSNR."""
@@ -177,11 +244,19 @@ def _real(split: str) -> tuple[Tensor, Tensor]:
     return digit_features(images), labels
 
 
+def told_apart(row: Sampled, other: Sampled) -> bool:
+    """Return whether two rows differ: other images, and quartile ranges that don't overlap."""
+    if all(torch.equal(x, y) for x, y in zip(row.images, other.images, strict=True)):
+        return False
+    (q1, _, q3), (other_q1, _, other_q3) = row.quartiles, other.quartiles
+    return q3 < other_q1 or other_q3 < q1
+
+
 def score(sampled: list[Sampled]) -> list[Score]:
     """Score every row on the images it has; all rows have the same number."""
     base = sampled[0]
-    images = {s.row.key: torch.cat(s.images) for s in sampled if s.images}
-    base_seconds = statistics.median(base.seconds)
+    rows = {s.row.key: s for s in sampled if s.images}
+    base_seconds = base.quartiles[1]
     real, _ = _real("held_out")
     base_frechet = frechet_distance(torch.cat(base.features), real)
     scores = []
@@ -190,30 +265,30 @@ def score(sampled: list[Sampled]) -> list[Score]:
         if s.failure is not None:
             scores.append(Score(row.key, row.label, s.failure, patch=row.patch))
             continue
-        own = images[row.key]
-        seconds = statistics.median(s.seconds)
-        spread = s.seconds if len(s.seconds) > 1 else 2 * s.seconds
-        q1, _, q3 = statistics.quantiles(spread, n=4, method="inclusive")
+        own = torch.cat(s.images)
+        against = torch.cat(rows[row.against].images) if row.against in rows else None
+        q1, seconds, q3 = s.quartiles
         frechet = frechet_distance(torch.cat(s.features), real)
-        against = row.against if row.against in images else None
         scores.append(
             Score(
-                row.key,
-                row.label,
-                None,
-                s.evaluations,
-                s.full_evaluations,
-                seconds,
-                q1,
-                q3,
-                base_seconds / seconds,
-                frechet,
-                frechet / base_frechet,
-                statistics.fmean(s.hits),
-                psnr(own, images[against], 2.0) if against else math.nan,
-                against,
-                row.patch,
-                s.explanation,
+                key=row.key,
+                label=row.label,
+                evaluations=s.evaluations,
+                full_evaluations=s.full_evaluations,
+                seconds_per_image=seconds,
+                q1=q1,
+                q3=q3,
+                speedup=base_seconds / seconds,
+                frechet=frechet,
+                frechet_ratio=frechet / base_frechet,
+                accuracy=statistics.fmean(s.hits),
+                psnr_db=math.nan if against is None else psnr(own, against, 2.0),
+                relative_l2=math.nan if against is None else relative_l2(own, against),
+                against=None if against is None else row.against,
+                adds_to=row.adds_to if row.adds_to in rows else None,
+                distinct=told_apart(s, rows[row.adds_to]) if row.adds_to in rows else None,
+                patch=row.patch,
+                explanation=s.explanation,
             )
         )
     return scores

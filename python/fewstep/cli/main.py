@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .. import __version__
+
 app = typer.Typer(
     help="Makes diffusers pipelines fast at 1-8 steps.",
     no_args_is_help=True,
@@ -15,6 +17,22 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure, against every baseline in the same run.")
 app.add_typer(bench_app, name="bench", no_args_is_help=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fewstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and exit.")
+    ] = False,
+) -> None:
+    """Makes diffusers pipelines fast at 1-8 steps."""
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -43,7 +61,8 @@ def bench_ops(
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines, no tables.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One case per op, fewer rounds.")] = False,
     benchmarks: Annotated[
-        Path | None, typer.Option(help="The benchmarks folder of a checkout.")
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="The benchmarks folder of a checkout."),
     ] = None,
 ) -> None:
     """Time ops against plain torch, installable peers and the machine's limits."""
@@ -54,7 +73,9 @@ def bench_ops(
 
 @bench_app.command("show")
 def bench_show(
-    paths: Annotated[list[Path], typer.Argument(help="Record files, or folders of them.")],
+    paths: Annotated[
+        list[Path], typer.Argument(exists=True, help="Record files, or folders of them.")
+    ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
 ) -> None:
     """Print records: each kernel against the fastest baseline and the limit of its run."""
@@ -65,22 +86,33 @@ def bench_show(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the pictures and the report.")] = Path(
-        "demo"
-    ),
-    samples: Annotated[int, typer.Option(help="Images per row, at most.")] = 240,
-    batch: Annotated[int, typer.Option(help="Images per call.")] = 20,
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for the pictures and the report.")
+    ] = Path("demo"),
+    samples: Annotated[int, typer.Option(min=1, help="Images per row, at most.")] = 240,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the first batch.")] = 0,
     seconds: Annotated[
-        float, typer.Option(help="Stop sampling at a batch boundary before this.")
+        float, typer.Option(min=0, help="Stop sampling at a batch boundary before this.")
     ] = 150.0,
-    teacher_steps: Annotated[int, typer.Option(help="Steps of the baseline.")] = 50,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Steps of the baseline.")] = 50,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Folder with teacher/ and student/ instead of the package's."),
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder with teacher/ and student/ instead of the package's.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+    record: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Write the report to DIR/<device>/demo.json too."),
     ] = None,
 ) -> None:
     """Sample a trained digits pipeline with every patch: a table, two pictures and a report."""
     from .demo import main
 
-    raise typer.Exit(main(output, samples, batch, seed, seconds, teacher_steps, weights))
+    raise typer.Exit(
+        main(output, samples, batch, seed, seconds, teacher_steps, weights, device, record)
+    )
