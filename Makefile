@@ -12,7 +12,7 @@ TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(PYTHON)' | cksum | cut -d
 CUDA_STAMP := $(VENV)/.cuda-$(or $(FEWSTEP_CUDA),auto)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format docs bench doctor clean
+.PHONY: demo test lint format docs bench figures doctor clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/fewstep demo --output demo
@@ -32,6 +32,12 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(VENV)/bin/fewstep bench ops
+
+# The records that the documents' tables are drawn from: on an idle machine, at a clean commit.
+figures: $(VENV)/.test
+	$(VENV)/bin/fewstep demo --device cpu --output demo --record benchmarks/results
+	$(PY) benchmarks/pipelines/digits_patches.py --record benchmarks/results
+	$(VENV)/bin/fewstep bench ops --device cpu --output benchmarks/results
 
 doctor: $(VENV)/.demo
 	$(VENV)/bin/fewstep doctor
