@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# On a GPU machine, in one command and under ten minutes: build with CUDA, run every gate, the GPU
-# tests, memcheck on the small gate shapes, and the benches; print a table; leave one folder.
+# On a GPU machine, in one command: build with CUDA, run every gate, the GPU tests, memcheck on the
+# small gate shapes, and the benches; print a table; leave one folder.
 #
 #   benchmarks/gpu.sh [--dry-run] [OP ...]
 #
-#   PYTHON           interpreter that has torch (default: python3)
-#   OUT              results folder (default: benchmarks/out/<date>-<device>)
-#   FEWSTEP_COMMIT   commit for the records where the copy travels without .git
-#   .whl/            optional folder of wheels for packages the machine lacks; nothing is downloaded
+#   OUT             results folder (default: benchmarks/out/<date>-<device>)
+#   PYTHON          use this interpreter and its packages, and install none but this one; by default
+#                   `make` sets up .venv with everything (as `make test` does; TORCH chooses torch)
+#   WHEELS          with PYTHON: folder of wheels to install first; nothing is downloaded
+#   FEWSTEP_COMMIT  commit for the records, where the files came without .git
 #
-# --dry-run goes as far as a machine without a GPU can: the CUDA build, the CPU tests, quick benches
-# on the CPU. A step that fails does not stop the next ones; the exit status is 1 if any failed.
+# Setting up .venv may download torch; what follows takes under ten minutes. --dry-run goes as far as
+# a machine without a GPU can: the CUDA build, the CPU tests, quick benches on the CPU. A step that
+# fails does not stop the next ones; the exit status is 1 if any failed.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-started=$SECONDS
 budget=570
 dry_run=0
 ops=()
 for argument in "$@"; do
     case "$argument" in
         --dry-run) dry_run=1 ;;
-        -h | --help) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         -*) echo "gpu.sh: expected --dry-run or an op, got $argument" >&2; exit 2 ;;
         *) ops+=("$argument") ;;
     esac
 done
-PYTHON=${PYTHON:-python3}
 device=cuda
 quick=()
 if ((dry_run)); then
@@ -34,7 +34,14 @@ if ((dry_run)); then
     quick=(--quick)
 fi
 
-# ---- what the machine has ----------------------------------------------------------------------
+export FEWSTEP_CUDA=on
+given=${PYTHON:-}
+if [[ -z $given ]]; then
+    make .venv/.test || exit 1
+    PYTHON=$PWD/.venv/bin/python
+fi
+started=$SECONDS
+
 has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
 
 has torch || { echo "gpu.sh: $PYTHON has no torch; set PYTHON" >&2; exit 2; }
@@ -76,48 +83,44 @@ step() {
     return 1
 }
 
-if compgen -G '.whl/*.whl' >/dev/null; then
-    step "carried wheels" 90 "$PYTHON" -m pip install --no-index --no-deps .whl/*.whl
+if [[ -n $given ]]; then
+    if [[ -n ${WHEELS:-} ]]; then
+        step "wheels" 90 "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl
+    fi
+    missing=()
+    for module in pytest rich typer numpy pybind11 triton; do
+        has "$module" || missing+=("$module")
+    done
+    for tool in cmake ninja nvcc; do
+        command -v "$tool" >/dev/null || [[ $tool == nvcc && -x /usr/local/cuda/bin/nvcc ]] ||
+            missing+=("$tool")
+    done
+    if ((${#missing[@]})); then
+        echo "missing here: ${missing[*]} (Python packages can come as wheels in WHEELS)" |
+            tee -a "$summary"
+    fi
+    step "build with CUDA" 300 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index \
+        -e . || exit 1
 fi
-missing=()
-for module in pytest rich typer numpy scipy pybind11 triton; do
-    has "$module" || missing+=("$module")
-done
-for tool in cmake ninja nvcc; do
-    command -v "$tool" >/dev/null || [[ $tool == nvcc && -x /usr/local/cuda/bin/nvcc ]] ||
-        missing+=("$tool")
-done
-if ((${#missing[@]})); then
-    echo "missing here: ${missing[*]} (carry Python packages as wheels in .whl/)" | tee -a "$summary"
-fi
-
-# ---- build -------------------------------------------------------------------------------------
-export FEWSTEP_CUDA=on
-step "build with CUDA" 300 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -e . ||
-    exit 1
 if ((${#ops[@]} == 0)); then
     mapfile -t ops < <("$PYTHON" -c 'from fewstep import ops; print(*ops.OPS, sep="\n")')
 fi
 
-# ---- correctness -------------------------------------------------------------------------------
 step "every gate" 200 "$PYTHON" -m fewstep doctor --check
 "$PYTHON" -m fewstep doctor --json >"$OUT/doctor.json" 2>"$OUT/doctor.log"
+pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
 tests=()
 for op in "${ops[@]}"; do
     [[ -f tests/ops/test_$op.py ]] && tests+=("tests/ops/test_$op.py")
-    [[ $op == attention_jvp ]] && tests+=(tests/ops/test__attention.py)
 done
-pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
+# What several ops share: masks, rows, states.
+[[ -n ${tests[*]} ]] && tests+=(tests/ops/test__*.py)
 if ((dry_run)); then
     # The CPU subset that needs no interpreter: a check of this script more than of the kernels.
     step "op tests, native on the CPU" 120 "${pytest[@]}" -x -k "native" "${tests[@]}"
 else
-    step "op tests on cuda" 150 "${pytest[@]}" -k "cuda" "${tests[@]}" tests/test_cuda_build.py
-    if has diffusers; then
-        step "tests marked gpu" 90 "${pytest[@]}" -m gpu tests
-    else
-        note "tests marked gpu" skipped 0s "diffusers is not installed"
-    fi
+    step "op tests on cuda" 200 "${pytest[@]}" -m gpu "${tests[@]}"
+    step "the CUDA build" 30 "${pytest[@]}" tests/test_cuda_build.py
 fi
 sanitizer=$(command -v compute-sanitizer || true)
 [[ -z $sanitizer && -x /usr/local/cuda/bin/compute-sanitizer ]] &&
@@ -139,7 +142,6 @@ else
     done
 fi
 
-# ---- speed: one process per op, so that a fault stays with its op ---------------------------------
 for op in "${ops[@]}"; do
     if [[ ! -f benchmarks/ops/$op.py ]]; then
         note "bench $op" skipped 0s "no benchmarks/ops/$op.py"
