@@ -6,7 +6,7 @@ from helpers import place
 
 
 @pytest.mark.parametrize(
-    ("op", "impl", "device", "with_gpu", "without"),
+    ("op", "kernel_of_a_test", "asked", "with_gpu", "without"),
     [
         ("quantize_int8", "triton", None, "cuda", "cpu"),
         ("quantize_int8", "triton", "cpu", None, "cpu"),
@@ -18,6 +18,6 @@ from helpers import place
         ("quantize_int8", None, None, "cpu", "cpu"),
     ],
 )
-def test_place(op, impl, device, with_gpu, without):
-    assert place(op, impl, device, has_cuda=True) == with_gpu
-    assert place(op, impl, device, has_cuda=False) == without
+def test_place(op, kernel_of_a_test, asked, with_gpu, without):
+    assert place(op, kernel_of_a_test, asked, has_cuda=True) == with_gpu
+    assert place(op, kernel_of_a_test, asked, has_cuda=False) == without
