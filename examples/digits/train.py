@@ -6,18 +6,22 @@
     refine       the same loss from there in fp32 with a low learning rate: the target holds
                  t dF/dt, whose bf16 rounding would stay in the images as grain
 
-    python examples/digits/train.py                   # two CPU cores, prints the time left
+    python examples/digits/train.py                   # into out/digits; prints the time left
     python examples/digits/train.py --device cuda
     python examples/digits/train.py --stage student   # one stage again; the others are kept
+    fewstep demo --weights out/digits                 # look at what came out
 
 Every stage writes a checkpoint each --save-every steps and goes on from it after being stopped,
 bit for bit as if it had not been: weights, EMA, optimizer, step and the one generator that all its
-draws come from are in it. Finished models go to --output as diffusers folders, EMA weights in fp16.
+draws come from are in it. A finished stage is kept, unless --stage asks for it without --resume, or
+the weights that it started from have changed since. Finished models go to --output as diffusers
+folders, EMA weights in fp16. The package ships what `--output python/fewstep/assets/digits` wrote.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
@@ -25,6 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import torch
@@ -35,7 +40,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.assets.digits import (
-    DIGITS_PATH,
     NUM_CLASSES,
     TIMESTEP_SCALE,
     DigitsPipeline,
@@ -122,6 +126,10 @@ class Run:
     save_every: int
     stop_after: int | None = None
     """Give up after this many steps of a stage, as if stopped from outside; for the tests."""
+    again: bool = False
+    """Train a finished stage anew."""
+    resume: bool = False
+    """Never throw a checkpoint away."""
 
 
 @contextmanager
@@ -155,16 +163,45 @@ def record_stage(name: str, config: StageConfig, run: Run, spent: dict[str, floa
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def digest(*models: nn.Module) -> str:
+    """A name for these weights: the same bits have the same one."""
+    found = hashlib.sha256()
+    for model in models:
+        for value in model.state_dict().values():
+            found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def load_checkpoint(path: Path, config: StageConfig, run: Run, start: str) -> dict[str, Any] | None:
+    """The state to go on from, or None to begin the stage anew."""
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location=run.device, weights_only=True)
+    if state["config"] != asdict(config):
+        raise SystemExit(f"{path} was written with other settings; delete it or change --output")
+    if state.get("start") != start:
+        if run.resume:
+            raise SystemExit(f"{path} started from other weights; leave out --resume to begin anew")
+        print(f"{path} started from other weights: beginning anew", flush=True)
+        return None
+    if run.again and state["step"] >= config.steps:
+        print(f"{path} is finished: beginning anew (--resume keeps it)", flush=True)
+        return None
+    return state
+
+
 def train(
     name: str,
     config: StageConfig,
     model: nn.Module,
     loss_fn: Callable[[nn.Module, int, torch.Generator], tuple[Tensor, Tensor]],
     run: Run,
+    start: str = "",
 ) -> nn.Module | None:
     """Run a stage to its end and return the model with its EMA weights; None if stopped early.
 
-    `loss_fn(model, step, generator)` returns (loss, the number to show).
+    `loss_fn(model, step, generator)` returns (loss, the number to show). `start` is the digest of
+    the trained weights that the stage builds on, "" where it builds on none.
     """
     checkpoint = run.output / "checkpoints" / f"{name}.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -175,12 +212,8 @@ def train(
     )
     generator = torch.Generator().manual_seed(config.seed)
     step, shown, spent = 0, 0.0, {"seconds": 0.0, "cpu_seconds": 0.0}
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=run.device, weights_only=True)
-        if state["config"] != asdict(config):
-            raise SystemExit(
-                f"{checkpoint} was written with other settings; delete it or change --output"
-            )
+    state = load_checkpoint(checkpoint, config, run, start)
+    if state is not None:
         model.load_state_dict(state["model"])
         ema = state["ema"]
         optimizer.load_state_dict(state["optimizer"])
@@ -195,6 +228,7 @@ def train(
             spent[key] = clock() - began[key]
         state = {
             "config": asdict(config),
+            "start": start,
             "model": model.state_dict(),
             "ema": ema,
             "optimizer": optimizer.state_dict(),
@@ -299,6 +333,7 @@ def train_student(
 ) -> nn.Module | None:
     """Consistency distillation of the guided teacher; its guidance costs nothing afterwards."""
     images, labels = (x.to(run.device) for x in digits_data("train"))
+    start = digest(teacher, student)
     teacher = teacher.to(run.device).eval().requires_grad_(False)
 
     def loss_fn(model: nn.Module, step: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -322,7 +357,7 @@ def train_student(
             )  # fmt: skip
         return terms.loss, terms.residual.mean()
 
-    return train(name, config, student, loss_fn, run)
+    return train(name, config, student, loss_fn, run, start)
 
 
 def pipeline_folder(name: str, output: Path) -> Path:
@@ -384,8 +419,11 @@ def supports_bf16(device: torch.device) -> bool:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=DIGITS_PATH)
+    parser.add_argument("--output", type=Path, default=Path("out/digits"))
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument(
+        "--resume", action="store_true", help="with --stage: keep the stage if it is finished"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--save-every", type=int, default=200)
@@ -419,7 +457,10 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     bf16 = supports_bf16(device) if args.precision == "auto" else args.precision == "bf16"
     args.output.mkdir(parents=True, exist_ok=True)
-    run = Run(args.output, device, bf16, args.save_every, args.stop_after)
+    again = args.stage != "all" and not args.resume
+    run = Run(
+        args.output, device, bf16, args.save_every, args.stop_after, again, args.resume
+    )  # fmt: skip
     for name in STAGES if args.stage == "all" else [args.stage]:
         config = STAGES[name]
         if args.smoke:

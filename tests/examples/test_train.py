@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits"
 
@@ -72,6 +73,47 @@ def test_a_stopped_run_continues_bit_for_bit(train, finished, tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(train, finished):
     with pytest.raises(SystemExit, match="other settings"):
         train.main(["--smoke", "--stage", "teacher", "--output", str(finished), "--set", "lr=0.5"])
+
+
+@pytest.fixture
+def steps_taken(train, monkeypatch):
+    taken, learning_rate = [], train.learning_rate
+    monkeypatch.setattr(
+        train,
+        "learning_rate",
+        lambda config, step: taken.append(step) or learning_rate(config, step),
+    )
+    return taken
+
+
+def test_a_finished_stage_is_trained_again_where_it_is_asked_for(
+    train, finished, tmp_path, steps_taken
+):
+    output = shutil.copytree(finished, tmp_path / "copy")
+    stage = ["--smoke", "--stage", "classifier", "--output", str(output)]
+    before = load_file(output / WEIGHTS["classifier"])
+    train.main([*stage, "--resume"])
+    assert steps_taken == []
+    train.main(stage)
+    assert steps_taken == list(range(train.SMOKE_STEPS))
+    after = load_file(output / WEIGHTS["classifier"])
+    assert all(torch.equal(before[key], after[key]) for key in before)  # the same seed
+
+
+def test_a_student_of_another_teacher_is_not_continued(train, finished, tmp_path, steps_taken):
+    output = shutil.copytree(finished, tmp_path / "copy")
+    teacher = load_file(output / WEIGHTS["teacher"])
+    save_file({key: 2 * value for key, value in teacher.items()}, output / WEIGHTS["teacher"])
+    stage = ["--smoke", "--stage", "student", "--output", str(output)]
+    with pytest.raises(SystemExit, match="other weights"):
+        train.main([*stage, "--resume"])
+    assert steps_taken == []
+    train.main(stage)
+    assert steps_taken == list(range(train.SMOKE_STEPS))
+
+
+def test_the_packaged_weights_are_not_the_default_output(train):
+    assert train.parse([]).output == Path("out/digits")
 
 
 def test_unknown_settings_are_refused(train, tmp_path):
