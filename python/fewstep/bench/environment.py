@@ -62,7 +62,7 @@ def commit(checkout: Path | None) -> tuple[str | None, bool | None]:
     """Return the commit and whether tracked files differ from it; (None, None) without a checkout.
 
     Records under benchmarks/results/ don't count as changes: a run writes them. FEWSTEP_COMMIT,
-    "<hash>" or "<hash>+dirty", stands in where a copy travels without its .git.
+    "<hash>" or "<hash>+dirty", stands in where the files came without .git.
     """
     given = os.environ.get("FEWSTEP_COMMIT")
     if given:
