@@ -6,6 +6,7 @@ pdoc finds the modules from the package. An op has a page of its own module; the
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pdoc
@@ -13,6 +14,8 @@ import pdoc.render
 
 import fewstep
 
+# pdoc follows `__all__`, where `patching` is represented by `patch`.
+MODULES = ("fewstep", "fewstep.patching")
 OUTPUT = Path(__file__).parent / "api"
 
 
@@ -21,7 +24,10 @@ def build(output: Path) -> int:
     for name in fewstep.__all__:  # they load on use, and pdoc looks into the module without asking
         setattr(fewstep, name, getattr(fewstep, name))
     pdoc.render.configure(docformat="google", math=False)
-    pdoc.pdoc("fewstep", output_directory=output)
+    with warnings.catch_warnings():
+        # A NamedTuple's constructor belongs to no module in which pdoc could look up annotations.
+        warnings.filterwarnings("ignore", "Error parsing type annotation ForwardRef")
+        pdoc.pdoc(*MODULES, output_directory=output)
     return len(list(output.rglob("*.html")))
 
 

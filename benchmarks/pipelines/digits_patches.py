@@ -48,6 +48,7 @@ def sample(key: str, patch: dict[str, Any], images: int, steps: int) -> Sampled:
 
 def measure(images: int, steps: int = STEPS) -> dict[str, Any]:
     """Return the report: one row per patch."""
+    machine = environment(torch.device("cpu"))
     base = sample("unpatched", {}, images, steps)
     rows = []
     for key, patch in PATCHES.items():
@@ -65,7 +66,6 @@ def measure(images: int, steps: int = STEPS) -> dict[str, Any]:
             }
         )
         print(rows[-1], flush=True)
-    machine = environment(torch.device("cpu"))
     return {"environment": machine, "steps": steps, "images": images, "rows": rows}
 
 

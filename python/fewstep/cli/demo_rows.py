@@ -50,7 +50,8 @@ def plan(teacher_steps: int) -> list[Row]:
     full, eight = f"teacher, {teacher_steps} guided steps", "teacher, 8 guided steps"
     two, one = "student, 2 steps", "student, 1 step"
     cache, int8 = {"cache": CACHE}, {"quantize": QUANTIZE}
-    # The first and the last step of an image always run in full: no cache on 1 or 2 steps.
+    # The first and the last step of an image always run in full, and at 8 steps neighbours differ
+    # too much for the cache to leave one out: it is shown where it acts.
     return [
         Row("teacher", full, "teacher"),
         Row("teacher-cache", f"{full} + cache", "teacher", cache, "teacher", "teacher"),
@@ -64,21 +65,14 @@ def plan(teacher_steps: int) -> list[Row]:
         ),
         Row("teacher-8", eight, "teacher", {"steps": 8}, "teacher"),
         Row(
-            "teacher-8-cache",
-            f"{eight} + cache",
+            "teacher-8-w8a8",
+            f"{eight} + w8a8",
             "teacher",
-            {"steps": 8} | cache,
+            {"steps": 8} | int8,
             "teacher-8",
             "teacher-8",
         ),
-        Row(
-            "teacher-8-all",
-            f"{eight} + cache + w8a8",
-            "teacher",
-            {"steps": 8} | cache | int8,
-            "teacher-8",
-            "teacher-8-cache",
-        ),
+        Row("teacher-4", "teacher, 4 guided steps", "teacher", {"steps": 4}, "teacher"),
         Row("student-2", two, "student", {"steps": 2}, "teacher"),
         Row(
             "student-w8a8",
