@@ -1,89 +1,254 @@
-"""Rewrites README's tables and pictures from measurements: demo/report.json and bench records.
+"""Draws the tables of the documents from the committed records; nothing in them is typed.
 
-    make demo && fewstep bench ops --output benchmarks/out/readme && python docs/readme_tables.py
+    make figures                    # measure: records under benchmarks/results/<device>/
+    python docs/readme_tables.py    # draw: README, docs/benchmarks.md, docs/guides/patching.md
 
-A table's caption names the machine and the commit of the run it was drawn from; nothing is typed.
+A document says from which device's folder it was drawn, and goes on with that one; an argument
+chooses another. A table's caption names the machine and the commit of its run. A test draws every
+document again and compares.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep.bench import Result
-from fewstep.bench.table import summary_markdown
+from fewstep.bench.table import seconds, share, summary_markdown
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "demo"
-RECORDS = ROOT / "benchmarks" / "out" / "readme"
 IMAGES = ROOT / "docs" / "images"
+README, BENCHMARKS, PATCHING = (
+    ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/guides/patching.md")
+)
+PICTURES = ("samples.png", "tradeoff.png")
+
+# What README shows of each op: the case, and the baseline that its user would otherwise run.
+HEADLINES = [
+    ("attention_jvp", "DiT-XL/2 256px", "float32", "torch.func.jvp, math SDPA"),
+    ("attention_jvp_backward", "DiT-XL/2 256px", "float32", "autograd, torch.func.jvp, math SDPA"),
+    ("linear_attention_jvp", "SANA 1.6B 1024px", "bfloat16", "torch.func.jvp, unfused"),
+    ("norm_jvp", "DiT-XL/2 256px", "float32", "torch.func.jvp, unfused"),
+    ("modulate_jvp", "DiT-XL/2 256px", "float32", "torch.func.jvp, unfused"),
+    ("gemm_w8a8", "SDXL 1280 proj", "bfloat16", "torch linear"),
+    ("quantize_int8", "FLUX.1 1024px", "bfloat16", "torch.compile"),
+    ("cache_metric", "FLUX.1 1024px", "bfloat16", "torch.compile"),
+]
+FROM_X = "fewstep native, from x"
+LARGE_M = 256
+
+
+@dataclass(frozen=True)
+class Records:
+    """What one device's folder holds: the demo's report, the patches' and the harness's lines."""
+
+    demo: dict[str, Any]
+    patches: dict[str, Any]
+    bench: list[dict[str, Any]]
+
+    @classmethod
+    def load(cls, folder: Path) -> Records:
+        """Read a folder; all lines of the harness must come from one run of a clean commit."""
+        demo, patches = (
+            json.loads((folder / f"{n}.json").read_text()) for n in ("demo", "patches")
+        )
+        files = sorted(folder.glob("*.jsonl"))
+        bench = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        for what, records in (
+            ("demo.json", [demo["environment"]]),
+            ("patches.json", [patches["environment"]]),
+            ("*.jsonl", bench),
+        ):
+            runs = {(r["commit"], r["dirty"], r["threads"], r["torch"]) for r in records}
+            if len(runs) != 1 or any(r["commit"] is None or r["dirty"] for r in records):
+                raise ValueError(
+                    f"{folder}/{what}: expected records of one run of a clean commit, got {runs}"
+                )
+        return cls(demo, patches, bench)
 
 
 def caption(environment: dict[str, Any], what: str) -> str:
     """Return the line under a table: what, where, with which versions, at which commit."""
-    commit = environment["commit"][:10] + (" with local changes" if environment["dirty"] else "")
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
     return (
-        f"{what} {environment['cpu']}, {environment['threads']} threads, {environment['isa']}, "
-        f"torch {environment['torch']}, commit {commit}.\n"
+        f"{what} {environment['cpu']}, {threads}, {environment['isa']}, "
+        f"torch {environment['torch']}, commit {environment['commit'][:10]}.\n"
     )
+
+
+def table(header: str, alignments: str, rows: list[list[str]]) -> str:
+    """Return a Markdown table; `alignments` has one l or r per column."""
+    rule = "|".join({"l": "---", "r": "---:"}[letter] for letter in alignments)
+    lines = [header, f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "".join(line + "\n" for line in lines)
+
+
+def _decibels(row: dict[str, Any]) -> str:
+    if row["identical"]:
+        return "identical"
+    return "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
 
 
 def demo_table(report: dict[str, Any]) -> str:
     """Return the demo's rows as Markdown."""
-    lines = [
-        "| | network evaluations | ms / image | speed-up | Frechet distance | ratio | accuracy |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    header = (
+        "| | network evaluations | ms / image (quartiles) | speed-up | Frechet distance | ratio "
+        "| accuracy | PSNR | relative L2 |"
+    )
+    rows = []
     for row in report["rows"]:
         if row["failure"]:
-            lines.append(f"| {row['label']} | not run | | | | | |")
+            rows.append([row["label"], "not run", *[""] * 7])
             continue
         evaluations = f"{row['evaluations']:.4g}"
         if row["full_evaluations"] < row["evaluations"] - 0.005:
             evaluations += f" ({row['full_evaluations']:.3g} full)"
-        lines.append(
-            f"| {row['label']} | {evaluations} | {1e3 * row['seconds_per_image']:.1f} "
-            f"| {row['speedup']:.2f}x | {row['frechet']:.2f} | {row['frechet_ratio']:.2f} "
-            f"| {row['accuracy']:.1%} |"
+        q1, median, q3 = (1e3 * row[name] for name in ("q1", "seconds_per_image", "q3"))
+        off = row["relative_l2"]
+        rows.append(
+            [
+                row["label"],
+                evaluations,
+                f"{median:.1f} ({q1:.1f}-{q3:.1f})",
+                "as above" if row["distinct"] is False else f"{row['speedup']:.2f}x",
+                f"{row['frechet']:.2f}",
+                f"{row['frechet_ratio']:.2f}",
+                f"{row['accuracy']:.1%}",
+                _decibels(row),
+                "" if off is None else f"{off:.3f}",
+            ]
         )
     ratio = report["real_frechet"] / report["rows"][0]["frechet"]
-    lines.append(
-        f"| real digits (training half) | | | | {report['real_frechet']:.2f} | {ratio:.2f} | |"
+    level = [f"{report['real_frechet']:.2f}", f"{ratio:.2f}"]
+    rows.append(["real digits (training half)", "", "", "", *level, "", "", ""])
+    return table(header, "lrrrrrrrr", rows)
+
+
+def headline_table(records: list[dict[str, Any]]) -> str:
+    """Return one row per op as Markdown, against the baseline that HEADLINES names."""
+    rows = []
+    for op, case, dtype, baseline in HEADLINES:
+        wanted = {"op": op, "case": case, "dtype": dtype, "role": "op", "skipped": None}
+        found = [r for r in records if wanted.items() <= r.items()]
+        # The one that does the whole job: `from x` includes quantising the activations.
+        found = [r for r in found if r["provider"] == FROM_X] or found
+        if len(found) != 1:
+            raise ValueError(f"expected one record of {wanted}, got {len(found)}")
+        result = Result.from_record(found[0])
+        kernel = result.provider.removeprefix("fewstep ")
+        rows.append(
+            [
+                f"[`{op}`](docs/ops/{op}.md)",
+                f"{case}, {dtype}",
+                kernel,
+                seconds(result.median_s),
+                f"{result.ratios[baseline]:.2f}x {baseline}",
+                share(result),
+            ]
+        )
+    return table("| op | case | kernel | median | against | of the limit |", "lllrll", rows)
+
+
+def linear_sentence(records: list[dict[str, Any]]) -> str:
+    """Return what int8 gains over torch's bf16 linear where there are many rows, as a sentence."""
+    ratios = [
+        r["ratios"]["torch linear"]
+        for r in records
+        if (r["op"], r["provider"], r["dtype"]) == ("gemm_w8a8", FROM_X, "bfloat16")
+        and r["skipped"] is None
+        and r["shape"]["M"] >= LARGE_M
+    ]
+    return (
+        f"`gemm_w8a8` from x, quantising included, against torch's bf16 linear: {min(ratios):.2f}x "
+        f"to {max(ratios):.2f}x over the {len(ratios)} cases of {LARGE_M} rows and more.\n\n"
     )
-    return "\n".join(lines) + "\n"
 
 
-def bench_table(records: list[dict[str, Any]]) -> str:
-    """Return the harness's summary as Markdown."""
-    return summary_markdown([Result.from_record(record) for record in records])
+def patches_table(report: dict[str, Any]) -> str:
+    """Return what each patch costs in quality and saves in work, as Markdown."""
+    rows = [
+        [
+            f"`{row['patch']}`",
+            f"{row['evaluations']:.0f}",
+            f"{row['block_share']:.0%}",
+            _decibels(row),
+            f"{row['relative_l2']:.4f}",
+        ]
+        for row in report["rows"]
+    ]
+    return table("| patch | evaluations | block evaluations | PSNR | rel. L2 |", "lrrrr", rows)
 
 
-def replace(text: str, name: str, body: str) -> str:
-    """Put `body` between the markers `table:<name>` and `end`."""
-    pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda match: match[1] + body + match[2], text, flags=re.DOTALL)
+def replace(text: str, name: str, folder: str, body: str) -> str:
+    """Put `body` between the markers `table:<name> <folder>` and `end`.
+
+    Raises:
+        ValueError: the text has no such markers, or several.
+    """
+    pattern = rf"<!-- table:{name} [\w-]+ -->\n.*?(<!-- end -->)"
+    start = f"<!-- table:{name} {folder} -->\n"
+    text, count = re.subn(pattern, lambda match: start + body + match[1], text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"table:{name}: expected one pair of markers, got {count}")
+    return text
 
 
-def main() -> None:
-    """Rewrite the README in place."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    report = json.loads((DEMO / "report.json").read_text())
-    what = f"`fewstep demo`: {report['samples']} images per row from the same seeds, one run on"
-    text = replace(text, "demo", demo_table(report) + "\n" + caption(report["environment"], what))
-    IMAGES.mkdir(exist_ok=True)
-    for name in ("samples.png", "tradeoff.png"):
-        shutil.copy(DEMO / name, IMAGES / name)
-    files = sorted(RECORDS.rglob("*.jsonl"))
-    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    if records:
-        body = bench_table(records) + "\n" + caption(records[0], "One run on")
-        text = replace(text, "bench", body)
-    readme.write_text(text)
-    print(f"README: {len(report['rows'])} demo rows, {len(records)} bench records")
+def drawn_from(text: str) -> str:
+    """Return the device folder that a document's tables name."""
+    (name,) = set(re.findall(r"<!-- table:\w+ ([\w-]+) -->", text))
+    return name
+
+
+def documents(folder: str) -> dict[Path, str]:
+    """Return the documents as they should read, drawn from a device's folder."""
+    records = Records.load(RESULTS / folder)
+    texts = {path: path.read_text() for path in (README, BENCHMARKS, PATCHING)}
+    images = f"{records.demo['samples']} images per row from the same seeds"
+    machine = records.bench[0]
+    bench_caption = caption(machine, "One run of `fewstep bench ops` on")
+    bodies = {
+        (README, "demo"): demo_table(records.demo)
+        + "\n"
+        + caption(records.demo["environment"], f"`fewstep demo`: {images}, one run on"),
+        (README, "bench"): headline_table(records.bench)
+        + "\n"
+        + linear_sentence(records.bench)
+        + bench_caption,
+        (BENCHMARKS, "bench"): summary_markdown(map(Result.from_record, records.bench))
+        + "\n"
+        + linear_sentence(records.bench)
+        + bench_caption,
+        (PATCHING, "patches"): patches_table(records.patches)
+        + "\n"
+        + caption(records.patches["environment"], f"{records.patches['images']} images, on"),
+    }
+    for (path, name), body in bodies.items():
+        texts[path] = replace(texts[path], name, folder, body)
+    return texts
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Rewrite the documents in place, and take over the demo's pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", nargs="?", help="device folder under benchmarks/results")
+    folder = parser.parse_args(argv).folder or drawn_from(README.read_text())
+    for path, text in documents(folder).items():
+        path.write_text(text)
+        print(f"drew {path.relative_to(ROOT)}")
+    report, record = DEMO / "report.json", RESULTS / folder / "demo.json"
+    if report.is_file() and report.read_text() == record.read_text():
+        for name in PICTURES:
+            shutil.copy(DEMO / name, IMAGES / name)
+        print(f"took the pictures from {DEMO.relative_to(ROOT)}")
+    else:
+        print(f"kept the pictures: {DEMO.relative_to(ROOT)} is not the recorded run")
 
 
 if __name__ == "__main__":
