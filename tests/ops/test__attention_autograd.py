@@ -306,6 +306,50 @@ def test_compiled(name):
     torch.testing.assert_close(eager(compiled, inputs, 1), eager(dual, inputs, 1, **kwargs))
 
 
+@pytest.mark.parametrize("directions", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("batch", "nq", "nk"), [(1, 4, 0), (1, 0, 3), (0, 4, 3), (1, 0, 0)], ids=str
+)
+def test_gradients_of_what_is_empty(batch, nq, nk, directions):
+    """Zeros of the right shape, as a sum over nothing has."""
+    shapes = [(batch, 2, nq, 8), (batch, 2, nk, 8), (batch, 2, nk, 8)]
+    lead = () if directions is None else (directions,)
+    leaves = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in (*shapes, *((*lead, *shape) for shape in shapes))
+    ]
+    o, t_o = attention_jvp(*leaves)
+    for gradient, leaf in zip(
+        torch.autograd.grad(o.sum() + t_o.sum(), leaves), leaves, strict=True
+    ):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+    many = [torch.stack([x.detach()] * 3) for x in leaves]
+    loss = torch.func.grad(lambda *x: sum(a.sum() for a in attention_jvp(*x)), tuple(range(6)))
+    assert [x.shape for x in torch.vmap(loss)(*many)] == [x.shape for x in many]
+
+
+def test_vmap_does_not_copy_what_is_broadcast(monkeypatch):
+    """A mask that is one row for all queries and heads is folded as one row."""
+    from fewstep.ops import module
+
+    op_module, masks = module("attention_jvp"), []
+    original = op_module._op
+
+    def spy(*args):
+        masks.append(args[6])
+        return original(*args)
+
+    monkeypatch.setattr(op_module, "_op", spy)
+    (q, k, v), _, _ = case("plain")
+    mask = normal(2, 1, 1, NK, seed=9)
+    many = torch.stack([q, 2 * q, 3 * q])
+    got = torch.vmap(lambda q: attention_jvp(q, k, v, attn_mask=mask)[0])(many)
+    want = [attention_jvp(q, k, v, attn_mask=mask)[0] for q in many]
+    torch.testing.assert_close(got, torch.stack(want))
+    handed = [m for m in masks if not torch._C._functorch.is_batchedtensor(m)]
+    assert max(m.untyped_storage().nbytes() for m in handed) == 3 * mask.nbytes
+
+
 def test_masks_without_a_gradient():
     primals, _, kwargs = case("additive")
     mask = kwargs["attn_mask"].requires_grad_()

@@ -230,20 +230,86 @@ def test_order_of_the_keys_does_not_matter():
 def test_parts_merge_into_the_whole(dtype, bound):
     """o, t_o, lse and mu of two ranges of keys are enough to give those of their union."""
     args = inputs(20, 131, 24, dtype=dtype)
-    parts = []
-    for keys in (slice(0, 37), slice(37, None)):
-        part = [x if i in (0, 3) else x[..., keys, :] for i, x in enumerate(args)]
-        parts.append(ops.attention_jvp(*part, return_stats=True, impl="native"))
-    lse = torch.logsumexp(torch.stack([part[2] for part in parts]), 0)
-    weights = [(part[2] - lse).exp() for part in parts]
-    mu = sum(w * part[3] for w, part in zip(weights, parts, strict=True))
-    o = sum(w[..., None] * part[0] for w, part in zip(weights, parts, strict=True))
-    t_o = -mu[..., None] * o
-    for w, (o_a, t_o_a, _, mu_a) in zip(weights, parts, strict=True):
-        t_o = t_o + w[..., None] * (t_o_a + mu_a[..., None] * o_a)
+    parts = (
+        ops.attention_jvp(*of_keys(args, keys), return_stats=True, impl="native")
+        for keys in (slice(0, 37), slice(37, None))
+    )
     whole = ops.attention_jvp(*args, return_stats=True, impl="native")
-    for merged, want in zip((o, t_o, lse, mu), whole, strict=True):
+    for merged, want in zip(ops.merge_partials(parts), whole, strict=True):
         assert relative_error(merged, want) < bound
+
+
+def of_keys(args, keys):
+    return [x if i in (0, 3) else x[..., keys, :] for i, x in enumerate(args)]
+
+
+@pytest.mark.parametrize("directions", [None, 2])
+def test_gradients_of_a_merge(directions):
+    """Also where a query meets no key: in one of the parts, or in none."""
+    args = inputs(6, 9, 8, dtype=torch.float64, lead=(1, 2))
+    if directions:
+        args[3:] = [torch.stack([t, t.flip(-1)]) for t in args[3:]]
+    leaves = [x.requires_grad_() for x in args]
+    mask = torch.ones(6, 9, dtype=torch.bool)
+    mask[1], mask[2, :4], mask[3, 4:] = False, False, False
+
+    def outputs(*slices):
+        for keys in slices:
+            yield ops.attention_jvp(
+                *of_keys(leaves, keys), attn_mask=mask[:, keys], return_stats=True
+            )
+
+    def gradients(o, t_o, lse, mu):
+        lse = lse.masked_fill(lse == -torch.inf, 0)
+        return torch.autograd.grad(sum(x.sin().sum() for x in (o, t_o, lse, mu)), leaves)
+
+    whole = next(outputs(slice(None)))
+    merged = ops.merge_partials(outputs(slice(0, 4), slice(4, 9)))
+    torch.testing.assert_close(merged, whole)
+    torch.testing.assert_close(gradients(*merged), gradients(*whole))
+    assert not merged[0][:, :, 1].any()
+    assert (merged[2][:, :, 1] == -torch.inf).all()
+
+
+def test_a_common_mode_of_the_keys_is_not_lost_in_a_merge():
+    """o of the parts is rounded to 16 bits: what multiplies it has to be small."""
+    args = inputs(64, 600, 64, lead=(1, 1))
+    shift = torch.randn(64)
+    errors = []
+    for sigmas in (0, 30):
+        low = [x.bfloat16() for x in args]
+        low[4] = (args[4] + sigmas * shift).bfloat16()
+        parts = [
+            ops.attention_jvp(*of_keys(low, keys), return_stats=True)
+            for keys in (slice(0, 200), slice(200, 600))
+        ]
+        want = reference.attention_jvp(*double(low))[1]
+        errors.append(relative_error(ops.merge_partials(parts)[1], want))
+    # The means of the parts still differ by more: not flat, but not the 30 that one would get.
+    assert errors[1] < 8 * errors[0]
+
+
+def test_parts_that_do_not_fit_are_named():
+    args = inputs(5, 6, 16)
+    whole = ops.attention_jvp(*args, return_stats=True)
+    many = ops.attention_jvp(*args[:3], *(t[None] for t in args[3:]), return_stats=True)
+    half = ops.attention_jvp(*(x.half() for x in args), return_stats=True)
+    for parts, error, message in (
+        ([], ValueError, "parts: expected at least one"),
+        (
+            [whole, whole[:2]],
+            TypeError,
+            r"parts\[1\]: expected \(o, t_o, lse, mu\).* got tuple of 2",
+        ),
+        ([whole[0]], TypeError, r"parts\[0\]: expected .* got Tensor"),
+        ([(*whole[:3], 1.0)], TypeError, r"parts\[0\]\.mu: expected a tensor, got float"),
+        ([whole, many], ValueError, r"parts\[1\]\.t_o: expected torch\.float32 \[2, 3, 5, 16\]"),
+        ([whole, half], ValueError, r"parts\[1\]\.o: expected torch\.float32 .* as parts\[0\]"),
+        ([[x[:1] for x in whole], whole], ValueError, r"parts\[1\]\.o: .* got torch\.float32 \[2"),
+        ([(*whole[:2], whole[2][..., :4], whole[3])], ValueError, r"parts\[0\]\.lse: expected"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.merge_partials(parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -376,6 +442,41 @@ def test_compiles_without_graph_break(tangents):
     compiled = torch.compile(ops.attention_jvp, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(*args), ops.attention_jvp(*args), strict=True):
         assert torch.equal(got, want)
+
+
+WRONG_KIND = {
+    "q": ([1.0], "q: expected a tensor, got list"),
+    "k": (None, "k: expected a tensor, got None"),
+    "t_q": (1.0, "t_q: expected a tensor or None, got float"),
+    "attn_mask": ([1], "attn_mask: expected a tensor or None, got list"),
+    "t_attn_mask": (0.5, "t_attn_mask: expected a tensor or None, got float"),
+    "cu_seqlens_q": ([0, 5], "cu_seqlens_q: expected a tensor or None, got list"),
+    "scale": ("a", "scale: expected a number, got str"),
+    "is_causal": (torch.tensor(True), "is_causal: expected True or False, got Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KIND)
+def test_arguments_of_the_wrong_kind_are_named(name):
+    value, message = WRONG_KIND[name]
+    good = dict(zip(("q", "k", "v", "t_q", "t_k", "t_v"), inputs(5, 6, 16), strict=True))
+    with pytest.raises(TypeError, match=message):
+        ops.attention_jvp(**{**good, name: value})
+
+
+def test_no_direction_at_all():
+    q, k, v, t_q, *_ = inputs(5, 6, 16)
+    mask = torch.zeros(5, 6)
+    _, t_o = ops.attention_jvp(q, k, v, t_q[None][:0], attn_mask=mask, t_attn_mask=mask[None][:0])
+    assert t_o.shape == (0, *q.shape)
+
+
+def test_explain_looks_for_a_tensor():
+    q, k, v, *_ = inputs(5, 6, 16)
+    said = ops.explain("attention_jvp_backward", None, None, None, q[..., 0], q, k, v)
+    assert said.choice == "native"
+    with pytest.raises(TypeError, match="expected at least one tensor"):
+        ops.explain("attention_jvp_backward", None)
 
 
 def test_bad_input_names_the_argument():

@@ -382,6 +382,10 @@ def test_bad_input_names_the_argument():
         )
 
     for name in ("d_o", "dt_o", "delta0", "delta1", "lse", "mu"):
+        with pytest.raises(ValueError, match=rf"{name}: expected the device of q, cpu, got meta"):
+            call(**{name: good[name].to("meta")})
+        with pytest.raises(TypeError, match=f"{name}: expected a tensor"):
+            call(**{name: 1.0})
         with pytest.raises(ValueError, match=rf"{name}: expected torch\.float32 \[2, 4, 5"):
             call(**{name: good[name][:, :, :4]})
         with pytest.raises(ValueError, match=rf"{name}: expected .* got torch\.float16"):
@@ -400,5 +404,8 @@ def test_bad_input_names_the_argument():
         call(attn_mask=torch.zeros(5, 7))
     with pytest.raises(ValueError, match=r"needs: expected names from q, k, v, .* got t_x"):
         call(needs=("q", "t_x"))
+    with pytest.raises(ValueError, match=r"needs: expected names from .* got t_"):
+        call(needs="t_")
+    call(needs="t_q")
     with pytest.raises(ValueError, match="impl: expected one of"):
         call(impl="cuda")

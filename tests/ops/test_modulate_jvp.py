@@ -219,6 +219,38 @@ def test_gradients():
     assert torch.autograd.gradcheck(native, (x, y, None, t_x, t_y, None))
 
 
+@pytest.mark.parametrize(
+    ("way", "present"),
+    [
+        *((way, present) for way in ("native", "reference") for present in range(16)),
+        *(("compiled", present) for present in (0b0010, 0b1010, 0b1111)),
+    ],
+)
+def test_gradients_through_t_out_of_what_is_there(way, present):
+    """t_out depends on no x where t_x is None: nothing may be handed back for it."""
+    kept = [True, True, *(bool(present >> i & 1) for i in (3, 0, 1, 2))]
+    kept[5] = kept[5] and kept[2]
+    args = [v if keep else None for v, keep in zip(differentiable_inputs(), kept, strict=True)]
+    leaves = [v for v in args if v is not None]
+
+    def losses(f):
+        # Of both, of t_out alone, and of t_out for the tangents alone.
+        for weight, wanted in ((1, leaves), (0, leaves), (0, leaves[2 + kept[2] :])):
+            out, t_out = f(*args)
+            loss = t_out.sin().sum() + (out.sin().sum() if weight else 0)
+            if wanted and loss.requires_grad:
+                yield torch.autograd.grad(loss, wanted, materialize_grads=True)
+            else:
+                yield tuple(torch.zeros_like(v) for v in wanted)
+
+    def call(*args):
+        return ops.modulate_jvp(*args, impl="auto" if way == "compiled" else way)
+
+    if way == "compiled":
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(list(losses(call)), list(losses(reference.modulate_jvp)))
+
+
 def test_gradients_of_some():
     """Only what is asked for is computed; a loss on one output alone is enough."""
     args = differentiable_inputs()

@@ -117,6 +117,62 @@ def test_no_grad():
     torch.testing.assert_close((out, t_out), unfused_jvp(net, x, t))
 
 
+@pytest.mark.parametrize(
+    "share",
+    [lambda t: t.expand(3), lambda t: t.expand(2, 3), lambda t: t.expand(6).unfold(0, 3, 1)],
+    ids=["one", "two axes", "windows"],
+)
+def test_primals_whose_elements_share_memory(share):
+    """The time of a diffusion step is usually one number, expanded."""
+    t = share(torch.tensor([0.3]))
+    want = 2 * t * t.cos() - t**2 * t.sin()
+
+    def f(t):
+        return t**2 * t.cos()
+
+    torch.testing.assert_close(fewstep.jvp(f, t, torch.ones(t.shape))[1], want)
+    nested = torch.func.vjp(lambda t: fewstep.jvp(f, t, torch.ones(t.shape))[1], t)[0]
+    torch.testing.assert_close(nested, want)
+
+
+@dataclass(frozen=True)
+class Pair:
+    y: torch.Tensor
+    rest: object = None
+
+
+class Opaque:
+    def __init__(self, y):
+        self.held = {"y": [y]}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_dataclasses_are_taken_apart(inside):
+    """Classes that torch knows nothing of; also inside another transform."""
+    x, t = torch.randn(3), torch.randn(3)
+
+    def f(x):
+        out, t_out = fewstep.jvp(lambda x: [Pair(x * x, {"in": Pair(x.sin(), 7)}), 5], x, t)
+        assert type(out[0]) is type(t_out[0].rest["in"]) is Pair
+        assert (out[0].rest["in"].rest, t_out[0].rest["in"].rest) == (7, None)
+        return out[0].y, t_out[0].y, t_out[0].rest["in"].y
+
+    got = torch.func.vjp(f, x)[0] if inside else f(x)
+    torch.testing.assert_close(got, (x * x, 2 * x * t, x.cos() * t))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_tangent_in_an_unknown_object_is_not_lost(inside):
+    def f(x):
+        return fewstep.jvp(lambda x: Opaque(2 * x), x, torch.ones(3))[1]
+
+    with pytest.raises(TypeError, match=r"got .*\.Opaque, which holds a tensor whose tangent"):
+        torch.func.vjp(f, torch.ones(3)) if inside else f(torch.ones(3))
+    out, t_out = fewstep.jvp(lambda x: (x, Opaque(torch.ones(2))), torch.ones(3), torch.ones(3))
+    assert isinstance(out[1], Opaque)
+    assert t_out[1] is None
+
+
 @dataclass
 class Bad:
     args: object

@@ -6,6 +6,8 @@ tangent dropped by autograd.Functions; tangents of some inputs only). Each is li
 does here, so that one that starts to raise is noticed as well.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -99,6 +101,82 @@ def checkpointed(reentrant):
     return way
 
 
+class Holder(torch.nn.Module):
+    """What a checkpointed block reads beside its arguments: an attribute, or a parameter."""
+
+    def __init__(self, f, v=None):
+        super().__init__()
+        self.f = f
+        self.v = v if v is None else torch.nn.Parameter(v)
+
+    def forward(self, q, k):
+        return self.f(q, k, self.v)
+
+
+def reading_beside_the_arguments(block_of):
+    """A block whose values have a tangent too, but are not among the arguments of checkpoint."""
+
+    def way(f):
+        leaves = tuple(x.clone().requires_grad_() for x in X)
+
+        def model(q, k, v):
+            block, args = block_of(f, q, k, v.sin())
+            return block(*args) if f is oracle else checkpoint(block, *args, use_reentrant=False)
+
+        with fewstep.forward_mode():
+            o, t_o = jvp(model, leaves)
+        return torch.autograd.grad(o.sin().sum() + t_o.cos().sum(), leaves)
+
+    return way
+
+
+def by_closure(f, q, k, v):
+    return (lambda q, k: f(q, k, v)), (q, k)
+
+
+def by_closure_and_argument(f, q, k, v):
+    return (lambda a: f(a, k, v) * a), (q,)
+
+
+def by_attribute(f, q, k, v):
+    module = Holder(f)
+    module.v = v
+    return module, (q, k)
+
+
+def by_object(f, q, k, v):
+    box = SimpleNamespace(v=v)
+    return (lambda q, k, box: f(q, k, box.v)), (q, k, box)
+
+
+def by_functional_call(f):
+    inner = Holder(f, X[2])
+    outer = Holder(lambda q, k, _: checkpoint(inner, q, k, use_reentrant=False))
+    outer.inner = inner
+
+    def model(q, k, v):
+        return torch.func.functional_call(outer, {"inner.v": v.sin()}, (q, k))
+
+    leaves = tuple(x.clone().requires_grad_() for x in X)
+    with fewstep.forward_mode():
+        o, t_o = jvp(model, leaves)
+    return torch.autograd.grad(o.sin().sum() + t_o.cos().sum(), leaves)
+
+
+def by_attribute_set_again(f):
+    module = Holder(f)
+
+    def model(q, k, v):
+        module.v = v.sin()
+        o = checkpoint(module, q, k, use_reentrant=False)
+        module.v = v.cos()
+        return o
+
+    leaves = tuple(x.clone().requires_grad_() for x in X)
+    o, t_o = fewstep.jvp(model, leaves, T)
+    return torch.autograd.grad(o.sin().sum() + t_o.cos().sum(), leaves)
+
+
 def checkpointed_gradient(f):
     leaves = tuple(x.clone().requires_grad_() for x in X)
     return torch.autograd.grad(checkpoint(loss_of(f), *leaves, use_reentrant=False), leaves)
@@ -178,6 +256,10 @@ RIGHT = {
     "batched gradients": batched_gradients,
     "checkpointed": checkpointed(False),
     "checkpointed gradient": checkpointed_gradient,
+    **{
+        f"checkpointed, read {block.__name__}": reading_beside_the_arguments(block)
+        for block in (by_closure, by_closure_and_argument, by_attribute, by_object)
+    },
     "functionalize": lambda f: torch.func.functionalize(f)(*X),
     "inference mode": in_inference_mode,
     "fewstep.jvp in inference mode": by_fewstep_in_inference_mode,
@@ -190,14 +272,34 @@ RIGHT = {
         for by in (jvp, duals)
     },
 }
+DerivativeError = fewstep.ops._autograd.DerivativeError
+NO_FUNCTIONALIZE = RuntimeError, "Functionalize rule for custom_function_call"
+# Each with its error: another one would be a bug of ours that looks like a refusal.
 RAISES = {
-    "functionalize of jvp": lambda f: torch.func.functionalize(lambda *x: jvp(f, x)[1])(*X),
-    "reentrant checkpoint": checkpointed(True),
-    "jvp of functionalize": lambda f: jvp(torch.func.functionalize(f)),
-    "functionalize of grad": lambda f: torch.func.functionalize(torch.func.grad(loss_of(f)))(*X),
+    "functionalize of jvp": (
+        lambda f: torch.func.functionalize(lambda *x: jvp(f, x)[1])(*X),
+        NO_FUNCTIONALIZE,
+    ),
+    "reentrant checkpoint": (checkpointed(True), (RuntimeError, "setup_context staticmethod")),
+    # Inside of functionalize no derivative is seen: the bare op refuses, as does torch's attention.
+    "jvp of functionalize": (
+        lambda f: jvp(torch.func.functionalize(f)),
+        (RuntimeError, "no forward-mode rule|forward AD with .* not been implemented"),
+    ),
+    "functionalize of grad": (
+        lambda f: torch.func.functionalize(torch.func.grad(loss_of(f)))(*X),
+        NO_FUNCTIONALIZE,
+    ),
+    "checkpointed, parameters of functional_call": (
+        by_functional_call,
+        (DerivativeError, r"checkpointed block .* \[2, 2, 3, 8\]"),
+    ),
+    "checkpointed, attribute set again": (
+        by_attribute_set_again,
+        (DerivativeError, "as an argument of torch.utils.checkpoint"),
+    ),
 }
-# Slow: one call of the compiler each. Some raise where torch can't do better (None), on purpose
-# without saying from which layer.
+# Slow: one call of the compiler each.
 COMPILED = {
     "compiled gradient": gradient_of_compiled,
     "jvp of compiled": lambda f: jvp(compiled(f)),
@@ -205,7 +307,12 @@ COMPILED = {
     "compiled grad": lambda f: compiled(torch.func.grad(loss_of(f)))(*X),
     "compiled vmap": lambda f: compiled(torch.vmap(f))(*X),
 }
-COMPILED_RIGHT = {"compiled gradient", "compiled vmap"}
+# What raises does so while compiling; with anything else the compiled function is right.
+COMPILED_RAISES = {
+    "jvp of compiled": ("Unsupported", "functorch"),
+    "compiled jvp": ("TorchRuntimeError", r"fewstep\.attention_jvp"),
+    "compiled grad": ("TorchRuntimeError", r"fewstep\.attention_jvp"),
+}
 
 
 @pytest.mark.parametrize("way", RIGHT)
@@ -217,20 +324,45 @@ def test_right(subject, way):
 @pytest.mark.parametrize("way", RAISES)
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_raises(subject, way):
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        RAISES[way](SUBJECTS[subject])
+    run, (error, message) = RAISES[way]
+    with pytest.raises(error, match=message):
+        run(SUBJECTS[subject])
 
 
 @pytest.mark.parametrize("way", COMPILED)
 @pytest.mark.parametrize("subject", ["op", "sdpa"])
 def test_compiled(subject, way):
-    try:
-        got = COMPILED[way](SUBJECTS[subject])
-    except Exception:
-        assert way not in COMPILED_RIGHT
+    if way in COMPILED_RAISES:
+        error, message = COMPILED_RAISES[way]
+        with pytest.raises(getattr(torch._dynamo.exc, error), match=message):
+            COMPILED[way](SUBJECTS[subject])
         torch._dynamo.reset()  # a failed attempt marks the frame as not compilable
         return
-    torch.testing.assert_close(got, COMPILED[way](oracle))
+    torch.testing.assert_close(COMPILED[way](SUBJECTS[subject]), COMPILED[way](oracle))
+
+
+NUMBERS = {
+    "attention_jvp, scale": lambda s: fewstep.ops.attention_jvp(*X, scale=s)[0],
+    "sdpa, scale": lambda s: fewstep.scaled_dot_product_attention(*X, scale=s),
+    "sdpa, dropout_p": lambda s: fewstep.scaled_dot_product_attention(*X, dropout_p=s),
+    "norm_jvp, eps": lambda s: fewstep.ops.norm_jvp(X[0], eps=s)[0],
+    "linear_attention_jvp, eps": lambda s: fewstep.ops.linear_attention_jvp(*X, eps=s)[0],
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_has_no_derivative(name):
+    """A tensor in its place would have one: zero, without a word."""
+    s = torch.tensor(0.3, dtype=torch.float64)
+    message = f"{name.split()[1]}: expected a number, got a tensor"
+    for way in (
+        lambda: NUMBERS[name](s.clone().requires_grad_()),
+        lambda: torch.func.grad(lambda s: NUMBERS[name](s).sum())(s),
+        lambda: torch.func.jvp(NUMBERS[name], (s,), (s,)),
+    ):
+        with pytest.raises(TypeError, match=message):
+            way()
+    assert NUMBERS[name](0.3).isfinite().all()
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)

@@ -35,4 +35,6 @@ for _op in OPS:
     # Importing a submodule binds the module to its name; users want the function there.
     globals()[_op] = getattr(importlib.import_module(f"{__name__}.{_op}"), _op)
 
-__all__ = ["OPS", "Explanation", "UnsupportedError", "explain", "module", *OPS]
+merge_partials = module("attention_jvp").merge_partials
+
+__all__ = ["OPS", "Explanation", "UnsupportedError", "explain", "merge_partials", "module", *OPS]

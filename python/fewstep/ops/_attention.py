@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._expect import expect_bool, expect_number, expect_tensor, expect_tensors
+
 HEAD_DIMS = range(8, 257, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -28,7 +30,10 @@ def triton_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
 
 def unit_stride(x: Tensor | None) -> Tensor | None:
     """Return x with unit stride in its last axis, which every kernel wants."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    # A tensor without elements is contiguous whatever its strides are.
+    return x.contiguous() if x.numel() else x.new_empty(x.shape)
 
 
 def new_rows(q: Tensor, columns: int, *lead: int) -> Tensor:
@@ -102,6 +107,14 @@ def _pad_rank(x: Tensor, rank: int) -> Tensor:
     return x.reshape(x.shape[0], *[1] * (rank - x.dim()), *x.shape[1:])
 
 
+def resolve_scale(scale: float | None, q: Tensor) -> float:
+    """Return the factor on the scores; refuse what is no number."""
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    expect_number("scale", scale)
+    return scale
+
+
 def _expect_like(name: str, x: Tensor, q: Tensor) -> None:
     if x.dtype != q.dtype:
         raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
@@ -110,7 +123,9 @@ def _expect_like(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def validate_primals(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError naming the argument unless q, k and v fit together."""
+    """Raise an error naming the argument unless q, k and v fit together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        expect_tensor(name, x)
     if q.dtype not in DTYPES:
         raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
     if q.dim() not in (3, 4):
@@ -146,6 +161,7 @@ def count_directions(primals: dict[str, Tensor], tangents: dict[str, Tensor | No
     Raises:
         ValueError: a tangent doesn't fit its primal, or two disagree about R.
     """
+    expect_tensors(**tangents)
     directions: set[int | None] = set()
     for name, t in tangents.items():
         if t is None:
@@ -169,8 +185,11 @@ def count_directions(primals: dict[str, Tensor], tangents: dict[str, Tensor | No
 
 
 def validate_masking(q: Tensor, k: Tensor, masking: Masking, directions: int | None) -> None:
-    """Raise ValueError naming the argument unless the masking fits q and k."""
+    """Raise an error naming the argument unless the masking fits q and k."""
     mask, t_mask = masking.attn_mask, masking.t_attn_mask
+    sequences = {"cu_seqlens_q": masking.cu_seqlens_q, "cu_seqlens_k": masking.cu_seqlens_k}
+    expect_tensors(attn_mask=mask, t_attn_mask=t_mask, **sequences)
+    expect_bool("is_causal", masking.is_causal)
     shape = (*q.shape[:-1], k.shape[-2])
     if mask is not None:
         if mask.dtype not in (torch.bool, q.dtype):
@@ -179,23 +198,23 @@ def validate_masking(q: Tensor, k: Tensor, masking: Masking, directions: int | N
             )
         if mask.device != q.device:
             raise ValueError(f"attn_mask: expected the device of q, {q.device}, got {mask.device}")
-        _expect_broadcast("attn_mask", mask, shape)
+        _expect_broadcast("attn_mask", mask.shape, shape)
         if masking.is_causal:
             raise ValueError("is_causal: expected False where attn_mask is given, got True")
     if t_mask is not None:
         if mask is None or mask.dtype == torch.bool:
-            raise ValueError("t_attn_mask: expected an additive attn_mask beside it, got none")
+            got = "none" if mask is None else "a boolean one, which has no tangent"
+            raise ValueError(f"t_attn_mask: expected an additive attn_mask beside it, got {got}")
         _expect_like("t_attn_mask", t_mask, q)
         if directions is None:
-            _expect_broadcast("t_attn_mask", t_mask, shape)
+            _expect_broadcast("t_attn_mask", t_mask.shape, shape)
         else:
             if t_mask.dim() < 3 or (t_mask.shape[0] != 1 and t_mask.shape[0] != directions):
                 raise ValueError(
                     f"t_attn_mask: expected {directions} directions in front as the other tangents "
                     f"have, got shape {tuple(t_mask.shape)}"
                 )
-            _expect_broadcast("t_attn_mask", t_mask[0], shape)
-    sequences = {"cu_seqlens_q": masking.cu_seqlens_q, "cu_seqlens_k": masking.cu_seqlens_k}
+            _expect_broadcast("t_attn_mask", t_mask.shape[1:], shape)
     if all(x is None for x in sequences.values()):
         return
     for name, x in sequences.items():
@@ -221,16 +240,14 @@ def validate_masking(q: Tensor, k: Tensor, masking: Masking, directions: int | N
             _expect_offsets(name, sequences[name], rows)
 
 
-def _expect_broadcast(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+def _expect_broadcast(name: str, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
     # No `in`: torch.compile decides it wrongly where a size is symbolic.
-    fits = mask.dim() <= len(shape) and all(
+    fits = len(given) <= len(shape) and all(
         have == 1 or have == want
-        for have, want in zip(reversed(mask.shape), reversed(shape), strict=False)
+        for have, want in zip(reversed(given), reversed(shape), strict=False)
     )
     if not fits:
-        raise ValueError(
-            f"{name}: expected a shape that broadcasts to {shape}, got {tuple(mask.shape)}"
-        )
+        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {tuple(given)}")
 
 
 def _expect_offsets(name: str, offsets: Tensor, rows: int) -> None:

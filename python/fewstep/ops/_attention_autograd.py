@@ -134,18 +134,15 @@ def _gradient(*args: Any) -> tuple[Tensor, ...]:
         delta0 = _delta(lse, _row_sums(dt, o), minus_d_mu)
         delta = _delta(lse, _row_sums(dt, t_o[r]), delta1 if r == 0 else None)
         results.append(run(r, delta0, delta, d_o if r == 0 else None, dt))
-    if directions == 1:
-        return (*results[0][:3], *(_lead(x) for x in results[0][3:]))
+    # By `needs`, not by what is empty: so are the gradients of a tensor without elements.
     columns = list(zip(*results, strict=True))
-    return (*(sum(x[1:], x[0]) for x in columns[:3]), *(_stack(x) for x in columns[3:]))
-
-
-def _lead(x: Tensor) -> Tensor:
-    return x.unsqueeze(0) if x.numel() else x
+    summed = [x[0] if len(x) == 1 else sum(x[1:], x[0]) for x in columns[:3]]
+    stacked = [_stack(x) if needs >> i & 1 else x[0] for i, x in enumerate(columns[3:], start=3)]
+    return *summed, *stacked
 
 
 def _stack(x: Sequence[Tensor]) -> Tensor:
-    return torch.stack(x) if x[0].numel() else x[0]
+    return x[0].unsqueeze(0) if len(x) == 1 else torch.stack(x)
 
 
 def _formula(*args: Any) -> tuple[Tensor, ...]:
@@ -238,11 +235,19 @@ def _fold(x: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | N
         x = x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:])
     else:
         x = x.movedim(dim, axis)
-    return x.flatten(axis, axis + 1)
+    # Where the two axes are one only in a copy, what other axes repeat isn't copied with them.
+    once = x
+    for i in range(x.dim()):
+        if i not in (axis, axis + 1) and x.stride(i) == 0 and x.shape[i] > 1:
+            once = once.narrow(i, 0, 1)
+    folded = once.flatten(axis, axis + 1)
+    shape = list(x.shape)
+    shape[axis : axis + 2] = [shape[axis] * shape[axis + 1]]
+    return folded.expand(shape)
 
 
 def _unfold(x: Tensor, size: int, axis: int) -> Tensor:
-    return x.unflatten(axis, (size, -1)) if x.numel() else x
+    return x.unflatten(axis, (size, -1))
 
 
 # Where B, the axis of batches, is in each tensor: tensors with directions have it second.
@@ -267,10 +272,12 @@ def _gradient_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     if args[names.index("cu_q")] is not None:
         return loop_vmap(gradient, info, in_dims, *args)
     outputs = gradient(*_fold_batch(names, info, in_dims, args))
-    size = info.batch_size
-    unfolded = [_unfold(x, size, 0 if i < 3 else 1) for i, x in enumerate(outputs)]
-    dims = tuple((0 if i < 3 else 1) if x.numel() else None for i, x in enumerate(outputs))
-    return tuple(unfolded), dims
+    size, needs = info.batch_size, args[-2]
+    axes = [(0 if i < 3 else 1) if needs >> i & 1 else None for i in range(len(outputs))]
+    unfolded = [
+        x if axis is None else _unfold(x, size, axis) for x, axis in zip(outputs, axes, strict=True)
+    ]
+    return tuple(unfolded), tuple(axes)
 
 
 def _attention(*args: Any) -> tuple[Tensor, ...]:
@@ -329,8 +336,9 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     if any(ctx.needs_input_grad[6:8]):
         raise _no_mask_gradient()
     needs = sum(1 << i for i in range(6) if ctx.needs_input_grad[i])
-    # Without tangents t_o and mu have no element, nor have their cotangents.
-    d_o, dt_o, d_lse, d_mu = (None if x is None or 0 in x.shape else x for x in cotangents)
+    d_o, dt_o, d_lse, d_mu = cotangents
+    if outputs[1].shape[0] == 0:  # no tangents: t_o and mu have no element, nor their cotangents
+        dt_o = d_mu = None
     if _is_plain(dt_o, d_mu):
         needs &= _PRIMALS
         tensors[3:6], tensors[7], outputs[1], outputs[3] = [None] * 3, None, None, None

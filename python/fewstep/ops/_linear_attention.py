@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._expect import expect_tensor, expect_tensors
 from ._rows import DTYPES, KERNEL_DTYPES, acc_dtype
 from ._select import refuse_triton
 
@@ -25,7 +26,10 @@ def refuse_triton_heads(*args: Any, **kwargs: Any) -> str | None:
 
 def unit_stride(x: Tensor | None) -> Tensor | None:
     """Return x, or a copy if its last axis has gaps."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    if x is None or x.stride(-1) == 1:
+        return x
+    # A tensor without elements is contiguous whatever its strides are.
+    return x.contiguous() if x.numel() else x.new_empty(x.shape)
 
 
 def new_states(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,6 +48,9 @@ def new_like_rows(x: Tensor, rows: int, columns: int) -> Tensor:
 
 def validate(q: Tensor, k: Tensor, v: Tensor, tangents: dict[str, Tensor | None]) -> None:
     """Refuse what neither op takes; the message names the argument."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        expect_tensor(name, x)
+    expect_tensors(**tangents)
     if q.dtype not in DTYPES:
         raise ValueError(f"q: expected a floating dtype, got {q.dtype}")
     if q.dim() != 4:

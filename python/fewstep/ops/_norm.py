@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ._expect import expect_tensors
 from ._rows import (
     KERNEL_DTYPES,
     acc_dtype,
@@ -40,16 +42,15 @@ def validate(x: Tensor, inputs: dict[str, Tensor | None], kind: str) -> None:
         raise ValueError(f"kind: expected 'layer' or 'rms', got {kind!r}")
     expect_rows("x", x)
     expect_like("t_x", inputs["t_x"], "x", x)
+    expect_tensors(weight=inputs["weight"], bias=inputs["bias"])
     for name in ("weight", "bias"):
         v = inputs[name]
         if v is None:
             continue
         if v.shape != x.shape[-1:]:
             raise ValueError(f"{name}: expected [C] = [{x.shape[-1]}], got {list(v.shape)}")
-        if v.dtype not in (x.dtype, acc_dtype(x)):
-            raise ValueError(
-                f"{name}: expected {x.dtype} as x has, or {acc_dtype(x)}, got {v.dtype}"
-            )
+        if v.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name}: expected {x.dtype} as x has, or float32, got {v.dtype}")
         if v.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {v.device}")
     for name in NAMES[4:]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._expect import expect_tensor, expect_tensors
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 
@@ -70,6 +72,7 @@ def unfold_sums(sums: Tensor, v: Tensor, x: Tensor) -> Tensor:
 
 def expect_rows(name: str, x: Tensor) -> None:
     """Refuse an x that has no rows, or no floating dtype."""
+    expect_tensor(name, x)
     if x.dtype not in DTYPES:
         raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -85,6 +88,7 @@ def _expect_kind(name: str, v: Tensor, of: str, x: Tensor) -> None:
 
 def expect_like(name: str, v: Tensor | None, of: str, x: Tensor) -> None:
     """Refuse a v that has not the shape, dtype and device of x, the argument `of`."""
+    expect_tensors(**{name: v})
     if v is None:
         return
     if v.shape != x.shape:
@@ -96,6 +100,7 @@ def expect_like(name: str, v: Tensor | None, of: str, x: Tensor) -> None:
 
 def expect_broadcast(name: str, v: Tensor | None, of: str, x: Tensor) -> None:
     """Refuse a v that does not broadcast against x with a last axis as long as that of x."""
+    expect_tensors(**{name: v})
     if v is None:
         return
     sizes = list(zip(v.shape[::-1], x.shape[::-1], strict=False))
@@ -119,6 +124,8 @@ def expect_wanted(wanted: Sequence[str] | None, primals: dict[str, Tensor | None
     names = list(primals)
     if wanted is None:
         wanted = [name for name, v in primals.items() if v is not None]
+    elif isinstance(wanted, str):
+        wanted = (wanted,)
     for name in wanted:
         if primals.get(name) is None:
             raise ValueError(

@@ -51,7 +51,10 @@ class Explanation:
 
 def first_tensor(args: Sequence[Any]) -> Tensor:
     """Return the first tensor among the arguments: its device decides."""
-    return next(value for value in args if isinstance(value, Tensor))
+    for value in args:
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError("expected at least one tensor among the positional arguments, got none")
 
 
 def refuse_native(op: str, args: Sequence[Any], dtypes: Sequence[torch.dtype]) -> str | None:

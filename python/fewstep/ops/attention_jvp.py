@@ -29,7 +29,7 @@ Recurrence, reason for its centring, error and cost: docs/ops/attention_jvp.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,7 @@ from ._attention import (
     Masking,
     count_directions,
     new_rows,
+    resolve_scale,
     stat_dtype,
     triton_dtypes,
     unit_stride,
@@ -51,6 +52,7 @@ from ._attention import (
     validate_primals,
 )
 from ._attention_autograd import RULES, refuse_mask_gradient
+from ._expect import expect_tensor
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
@@ -173,11 +175,13 @@ def attention_jvp(
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        (o, t_o), or (o, t_o, lse, mu). o has the same bits whatever the tangents are.
+        (o, t_o), or (o, t_o, lse, mu). o has the same bits whatever the tangents are. Without any
+        tangent t_o and mu are a single zero, expanded: clone them before writing to them.
 
     Raises:
         ValueError: shapes, dtypes or devices differ, or a head dim is not offered; the message
             names the argument.
+        TypeError: an argument is of the wrong kind: no tensor, or a tensor as scale or is_causal.
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: attn_mask or t_attn_mask requires grad: no kernel has its gradient. Or a
             torch.func transform reaches the op inside torch.compile.
@@ -188,6 +192,7 @@ def attention_jvp(
     directions = count_directions({"q": q, "k": k, "v": v}, tangents)
     validate_masking(q, k, masking, directions)
     refuse_mask_gradient(attn_mask, t_attn_mask)
+    scale = resolve_scale(scale, q)
     inputs = [q, k, v, t_q, t_k, t_v]
     if q.dim() == 3:
         inputs = [None if x is None else x.unsqueeze(-3) for x in inputs]
@@ -196,7 +201,6 @@ def attention_jvp(
     if directions is None:
         inputs[3:] = [None if x is None else x.unsqueeze(0) for x in inputs[3:]]
     chosen = select("attention_jvp", impl, IMPLEMENTATIONS, *inputs, masking)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, t_o, lse, mu = _op(*inputs, *masking.kernel_arguments(), scale, chosen)
     if directions is None:  # one, or no tangent at all
         none = t_o.shape[0] == 0
@@ -221,37 +225,93 @@ def _with_head_axis(masking: Masking, directions: int | None) -> Masking:
     )
 
 
-def merge_partials(parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, ...]:
+_PARTS = ("o", "t_o", "lse", "mu")
+
+
+def merge_partials(parts: Iterable[Sequence[Tensor]]) -> tuple[Tensor, ...]:
     """Join attention over disjoint sets of keys exactly; what ring and split-key schemes need.
 
         lse = log sum_a exp lse_a        w_a = exp(lse_a - lse)        o = sum_a w_a o_a
-        mu = sum_a w_a mu_a              t_o = sum_a w_a (t_o_a + mu_a o_a) - mu o
+        mu = sum_a w_a mu_a              t_o = sum_a w_a (t_o_a + (mu_a - mu) o_a)
 
     Args:
         parts: (o, t_o, lse, mu) of each set, from `attention_jvp(..., return_stats=True)` with the
-            same queries. A row that met no key in a part has weight 0 there.
+            same queries, in any order. A row that met no key in a part has weight 0 there; one that
+            met none in any part gets o = t_o = mu = 0 and lse = -inf, and zero gradients.
 
     Returns:
         (o, t_o, lse, mu) over the union, in the dtypes of the parts; differentiable.
 
     Raises:
-        ValueError: there are no parts.
+        ValueError: there are no parts, or they don't fit together; the message names the tensor.
+        TypeError: a part is no such tuple.
     """
-    if not parts:
-        raise ValueError("parts: expected at least one (o, t_o, lse, mu), got none")
+    parts = _checked_parts(parts)
     o, t_o, lse, mu = (torch.stack(x) for x in zip(*parts, strict=True))
-    merged_lse = torch.logsumexp(lse, 0)
-    # A row that met no key anywhere: -inf everywhere, and nothing to weigh.
-    weight = (lse - merged_lse.masked_fill(merged_lse == -torch.inf, 0)).exp()
+    # logsumexp of nothing but -inf has no derivative: such a row is taken out before it.
+    nowhere = (lse == -torch.inf).all(0)
+    total = torch.logsumexp(lse.masked_fill(nowhere, 0), 0)
+    weight = (lse - total).exp().masked_fill(nowhere, 0)
     merged_o = (weight[..., None] * o).sum(0)
     if mu.dim() > lse.dim():  # directions
         weight = weight.unsqueeze(1)
         o = o.unsqueeze(1)
     merged_mu = (weight * mu).sum(0)
-    merged_t_o = (weight[..., None] * (t_o + mu[..., None] * o)).sum(0)
-    merged_t_o = merged_t_o - merged_mu[..., None] * merged_o
+    # mu_a - mu: what all mu_a share would else be lost to the rounding of o.
+    merged_t_o = (weight[..., None] * (t_o + (mu - merged_mu)[..., None] * o)).sum(0)
     dtype = parts[0][0].dtype
+    merged_lse = total.masked_fill(nowhere, -torch.inf)
     return merged_o.to(dtype), merged_t_o.to(dtype), merged_lse, merged_mu
+
+
+def _checked_parts(parts: Iterable[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+    """Return the parts as a list, or raise an error naming what doesn't fit."""
+    checked: list[tuple[Tensor, ...]] = []
+    for i, part in enumerate(parts):
+        if isinstance(part, Tensor) or not isinstance(part, Sequence) or len(part) != len(_PARTS):
+            got = type(part).__name__
+            if isinstance(part, Sequence):
+                got += f" of {len(part)}"
+            raise TypeError(
+                f"parts[{i}]: expected (o, t_o, lse, mu) from attention_jvp(..., "
+                f"return_stats=True), got {got}"
+            )
+        for name, x in zip(_PARTS, part, strict=True):
+            expect_tensor(f"parts[{i}].{name}", x)
+        o, t_o = part[:2]
+        lead = t_o.shape[: max(0, t_o.dim() - o.dim())]  # directions
+        rows = o.shape[:-1]
+        kinds = [
+            (tuple(shape), dtype, o.device)
+            for shape, dtype in (
+                (o.shape, o.dtype),
+                ((*lead, *o.shape), o.dtype),
+                (rows, stat_dtype(o)),
+                ((*lead, *rows), stat_dtype(o)),
+            )
+        ]
+        source = "to go with its o"
+        if checked:
+            kinds, source = [_kind(x) for x in checked[0]], "as parts[0] has"
+        for name, x, kind in zip(_PARTS, part, kinds, strict=True):
+            if _kind(x) != kind:
+                raise ValueError(
+                    f"parts[{i}].{name}: expected {_in_words(kind)} {source}, got "
+                    f"{_in_words(_kind(x))}"
+                )
+        checked.append(tuple(part))
+    if not checked:
+        raise ValueError("parts: expected at least one (o, t_o, lse, mu), got none")
+    return checked
+
+
+def _kind(x: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+    return tuple(x.shape), x.dtype, x.device
+
+
+def _in_words(kind: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:
+    shape, dtype, device = kind
+    return f"{dtype} {list(shape)} on {device}"
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:

@@ -40,14 +40,16 @@ from ._attention import (
     Masking,
     count_directions,
     new_rows,
+    resolve_scale,
     stat_dtype,
     triton_dtypes,
     unit_stride,
     validate_masking,
     validate_primals,
 )
+from ._expect import expect_tensor, expect_tensors
 from ._register import register
-from ._select import Implementation, refuse_native, refuse_triton, select
+from ._select import Implementation, first_tensor, refuse_native, refuse_triton, select
 
 __all__ = ["NAMES", "attention_jvp_backward"]
 
@@ -115,13 +117,12 @@ IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        # The op's first argument may be None, so q stands for the tensors here.
-        lambda q, *args, **kwargs: refuse_native("attention_jvp_backward", [q], DTYPES),
+        lambda *args, **kwargs: refuse_native("attention_jvp_backward", args, DTYPES),
     ),
     Implementation(
         "triton",
         _run_triton,
-        lambda q, *args, **kwargs: refuse_triton([q], triton_dtypes(q)),
+        lambda *args, **kwargs: refuse_triton(args, triton_dtypes(first_tensor(args))),
     ),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
@@ -146,6 +147,12 @@ def _validate(
     outputs: dict[str, Tensor | None], stats: dict[str, Tensor | None], q: Tensor, v: Tensor
 ) -> None:
     rows = tuple(q.shape[:-1])
+    for name in ("delta1", "lse"):
+        expect_tensor(name, stats[name])
+    expect_tensors(**outputs, **stats)
+    for name, x in (*outputs.items(), *stats.items()):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
     for name, x in outputs.items():
         if x is not None and (x.shape != (*rows, v.shape[-1]) or x.dtype != q.dtype):
             raise ValueError(
@@ -210,6 +217,7 @@ def attention_jvp_backward(
 
     Raises:
         ValueError: shapes, dtypes or devices differ; the message names the argument.
+        TypeError: an argument is of the wrong kind: no tensor, or a tensor as scale.
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: an input carries a tangent or requires grad.
     """
@@ -228,14 +236,15 @@ def attention_jvp_backward(
     )  # fmt: skip
     if dt_o is not None and delta0 is None:
         raise ValueError("delta0: expected a tensor where dt_o is given, got None")
+    needs = (needs,) if isinstance(needs, str) else tuple(needs)
     unknown = set(needs) - set(NAMES)
     if unknown:
         raise ValueError(f"needs: expected names from {', '.join(NAMES)}, got {sorted(unknown)[0]}")
     bits = sum(1 << i for i, name in enumerate(NAMES) if name in needs)
+    scale = resolve_scale(scale, q)
     masking = masking.expanded(q, k, None).one_direction(0)
     tensors = (d_o, dt_o, delta0, delta1, q, k, v, t_q, t_k, t_v, lse, mu)
     chosen = select("attention_jvp_backward", impl, IMPLEMENTATIONS, q, masking)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return tuple(_op(*tensors, *masking.kernel_arguments(), scale, bits, chosen))
 
 

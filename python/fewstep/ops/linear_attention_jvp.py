@@ -30,6 +30,7 @@ from torch import Tensor
 from .. import _native
 from ..reference.linear_attention_jvp import linear_attention_jvp as _reference
 from ._autograd import Derivative
+from ._expect import expect_number
 from ._linear_attention import (
     NAMES,
     new_like_rows,
@@ -186,10 +187,12 @@ def linear_attention_jvp(
 
     Raises:
         ValueError: shapes, dtypes or devices differ, or a head dim is not offered.
+        TypeError: an argument is no tensor, or eps is one.
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: an input carries a tangent: pass it as t_q, t_k or t_v.
     """
     validate(q, k, v, {"t_q": t_q, "t_k": t_k, "t_v": t_v})
+    expect_number("eps", eps)
     chosen = select("linear_attention_jvp", impl, IMPLEMENTATIONS, q, v)
     outputs = _op(q, k, v, t_q, t_k, t_v, eps, chosen)
     return tuple(outputs) if return_state else tuple(outputs[:2])

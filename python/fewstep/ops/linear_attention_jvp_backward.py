@@ -30,6 +30,7 @@ from .. import _native
 from ..reference.linear_attention_jvp import linear_attention_jvp as _forward
 from ..reference.linear_attention_jvp_backward import linear_attention_jvp_backward as _reference
 from ._autograd import Derivative, composite
+from ._expect import expect_number, expect_tensor, expect_tensors
 from ._linear_attention import NAMES, new_like_rows, refuse_triton_heads, unit_stride, validate
 from ._register import register
 from ._rows import DTYPES, acc_dtype, names_in, pack, unpack
@@ -151,10 +152,16 @@ def linear_attention_jvp_backward(
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
+        TypeError: an argument is no tensor, or eps is one.
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: an input carries a tangent.
     """
     validate(q, k, v, {"t_q": t_q, "t_k": t_k, "t_v": t_v})
+    expect_number("eps", eps)
+    expect_tensor("state", state)
+    expect_tensor("t_state", t_state)
+    expect_tensors(d_o=d_o, dt_o=dt_o)
+    wanted = (wanted,) if isinstance(wanted, str) else wanted
     out_shape = (*q.shape[:-1], v.shape[-1])
     state_shape = (*q.shape[:2], q.shape[-1], v.shape[-1] + 1)
     for name, x, shape, dtype in (

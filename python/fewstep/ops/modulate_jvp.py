@@ -90,14 +90,16 @@ def _backward(ctx: Any, d_out: Tensor | None, dt_out: Tensor | None) -> tuple[Te
     if d_out is None and dt_out is None:
         return (None,)  # reached through other branches of the graph
     saved = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    d_x, d_t_x = d_out if needs[0] else None, dt_out if needs[3] else None
     if not saved:
-        return d_out, d_out, None, dt_out, dt_out, None
+        return d_x, d_out if needs[1] else None, None, d_t_x, dt_out if needs[4] else None, None
     y, gate, t_y, t_gate = saved
     wanted = [v for v in wanted_names(_NAMES, ctx, dt_out) if v not in ("x", "t_x")]
     d_y, d_gate, d_t_y, d_t_gate = modulate_jvp_backward(
         d_out, dt_out, y, gate, t_y, t_gate, wanted=wanted, impl=ctx.impl
     )
-    return d_out, d_y, d_gate, dt_out, d_t_y, d_t_gate
+    return d_x, d_y, d_gate, d_t_x, d_t_y, d_t_gate
 
 
 _NAMES = ("x", "y", "gate", "t_x", "t_y", "t_gate")

@@ -32,6 +32,7 @@ from torch import Tensor
 from .. import _native
 from ..reference.norm_jvp import norm_jvp as _reference
 from ._autograd import Derivative
+from ._expect import expect_number
 from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._register import register
 from ._rows import DTYPES, acc_dtype, fold, fold_broadcast, wanted_names
@@ -197,11 +198,13 @@ def norm_jvp(
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
+        TypeError: an argument is no tensor, or eps is one.
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: an input carries a tangent: pass it as t_x, t_scale or t_shift.
     """
     inputs = (x, t_x, weight, bias, scale, shift, t_scale, t_shift)
     validate(x, dict(zip(NAMES, inputs, strict=True)), kind)
+    expect_number("eps", eps)
     chosen = select("norm_jvp", impl, IMPLEMENTATIONS, x)
     outputs = _op(*inputs, kind == "layer", eps, chosen)
     return tuple(outputs) if return_stats else tuple(outputs[:2])

@@ -31,6 +31,7 @@ from .. import _native
 from ..reference.norm_jvp import norm_jvp as _forward
 from ..reference.norm_jvp_backward import norm_jvp_backward as _reference
 from ._autograd import Derivative, composite
+from ._expect import expect_tensor
 from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._register import register
 from ._rows import (
@@ -245,6 +246,7 @@ def norm_jvp_backward(
     validate(x, primals, kind)
     for name, v in {"d_y": d_y, "dt_y": dt_y}.items():
         expect_like(name, v, "x", x)
+    expect_tensor("stats", stats)
     if tuple(stats.shape) != (*x.shape[:-1], 4) or stats.dtype != acc_dtype(x):
         raise ValueError(
             f"stats: expected {acc_dtype(x)} {[*x.shape[:-1], 4]} as norm_jvp returns, got "

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..ops._expect import expect_bool, expect_number, expect_tensor, expect_tensors
 from ..ops.attention_jvp import HEAD_DIMS, attention_jvp
 from .levels import is_forward, unpack
 
@@ -55,10 +56,19 @@ def scaled_dot_product_attention(
 
     Raises:
         ValueError: the arguments don't fit together; the message names the argument.
+        TypeError: an argument is of the wrong kind: no tensor, or a tensor as scale or is_causal.
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        expect_tensor(name, x)
+    expect_tensors(attn_mask=attn_mask)
+    expect_number("dropout_p", dropout_p)
+    expect_bool("is_causal", is_causal)
+    expect_bool("enable_gqa", enable_gqa)
+    if scale is None:
+        scale = max(query.shape[-1], 1) ** -0.5  # without columns all scores are zero
+    expect_number("scale", scale)
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _validate(query, key, value, attn_mask, is_causal, enable_gqa)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = _mask_in(query.dtype, attn_mask)
     if (

@@ -36,14 +36,21 @@ class _Mode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.compiler.is_compiling():
-            result = deferred.before(func, types, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        handler = interceptors.INTERCEPTORS.get(func)
-        if handler is None:
-            return func(*args, **kwargs)
-        return handler(func, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _intercepted(func, *args, **kwargs)
+        if _checkpoint.is_watching():
+            return _checkpoint.call(functools.partial(_call, func, types), *args, **kwargs)
+        return _call(func, types, *args, **kwargs)
+
+
+def _call(func: Any, types: Any, *args: Any, **kwargs: Any) -> Any:
+    result = deferred.before(func, types, args, kwargs)
+    return _intercepted(func, *args, **kwargs) if result is NotImplemented else result
+
+
+def _intercepted(func: Any, *args: Any, **kwargs: Any) -> Any:
+    handler = interceptors.INTERCEPTORS.get(func)
+    return func(*args, **kwargs) if handler is None else handler(func, *args, **kwargs)
 
 
 def is_active() -> bool:
@@ -94,6 +101,10 @@ def _run_again(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return _checkpoint.generator(original, forward_mode, *args, **kwargs)
 
 
+def _apply(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _checkpoint.call(functools.partial(deferred.apply, original), *args, **kwargs)
+
+
 def _enter_inference_mode(original: Callable[..., Any], context: torch.inference_mode) -> None:
     entered, context.mode = context.mode, False
     try:
@@ -123,7 +134,7 @@ _SEAMS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.nn.parallel.distributed", "DistributedDataParallel._post_forward"): (
         deferred.settle_first
     ),
-    ("torch.autograd", "Function.apply"): deferred.apply,
+    ("torch.autograd", "Function.apply"): _apply,
     **blocks.METHODS,
 }
 """(module, name) -> handler(original, *args, **kwargs), if the module is imported."""

@@ -8,6 +8,8 @@ hooks, DDP's reducer, parametrisations and kernels that read pointers see ordina
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..ops._autograd import transform
+from .levels import unpack
 from .mode import forward_mode
 
 
@@ -36,11 +39,13 @@ def jvp(
         kwargs: keyword arguments, all constant.
 
     Returns:
-        out, and t_out in the structure of out (a tensor, tuple, dict or one of diffusers' output
-        classes); zeros where out doesn't depend on the arguments, None beside what is no tensor.
+        out, and t_out in the structure of out (a tensor, tuple, dict, dataclass or one of
+        diffusers' output classes); zeros where out doesn't depend on the arguments, None beside
+        what is no tensor.
 
     Raises:
         ValueError: a tangent doesn't fit its argument; the message names it.
+        TypeError: out holds a tensor with a tangent in an object that can't be taken apart.
         RuntimeError: called inside a level of dual numbers that is not its own, as torch can't nest
             them; or something inside `function` has no forward mode.
     """
@@ -74,13 +79,10 @@ def _by_duals(
 ) -> tuple[Any, Any]:
     with forward_ad.dual_level():
         out = run([x if t is None else forward_ad.make_dual(x, t) for x, t in pairs])
-        leaves, spec = pytree.tree_flatten(out)
+        leaves, rebuild = _take_apart(out)
         split = [forward_ad.unpack_dual(x) if _is_real(x) else (x, None) for x in leaves]
         t_leaves = [_tangent_of(primal, tangent) for primal, tangent in split]
-        return (
-            pytree.tree_unflatten([primal for primal, _ in split], spec),
-            pytree.tree_unflatten(t_leaves, spec),
-        )
+        return rebuild([primal for primal, _ in split]), rebuild(t_leaves)
 
 
 def _by_transform(
@@ -94,7 +96,7 @@ def _by_transform(
         given = [x for x, _ in pairs]
         for i, value in zip(where, values, strict=True):
             given[i] = value
-        found["leaves"], found["spec"] = pytree.tree_flatten(run(given))
+        found["leaves"], found["rebuild"] = _take_apart(run(given))
         return tuple(x for x in found["leaves"] if isinstance(x, Tensor))
 
     primals, tangents = (tuple(pairs[i][j] for i in where) for j in (0, 1))
@@ -102,8 +104,56 @@ def _by_transform(
     tensors = [isinstance(x, Tensor) for x in found["leaves"]]
     out = [next(values) if yes else x for x, yes in zip(found["leaves"], tensors, strict=True)]
     t_out = [next(t_values) if yes else None for yes in tensors]
-    spec = found["spec"]
-    return pytree.tree_unflatten(out, spec), pytree.tree_unflatten(t_out, spec)
+    return found["rebuild"](out), found["rebuild"](t_out)
+
+
+def _take_apart(out: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Return the leaves of a structure and what makes one like it of others.
+
+    Dataclasses are taken apart too, which are leaves to torch.
+
+    Raises:
+        TypeError: a leaf is an object that holds a tensor with a tangent.
+    """
+    leaves, spec = pytree.tree_flatten(out)
+    parts = [_fields(x) for x in leaves]
+
+    def rebuild(values: list[Any]) -> Any:
+        rest, found = iter(values), []
+        for inner, build in parts:
+            found.append(build([next(rest) for _ in inner]))
+        return pytree.tree_unflatten(found, spec)
+
+    return [x for inner, _ in parts for x in inner], rebuild
+
+
+def _fields(leaf: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+        _expect_no_tangent_inside(leaf)
+        return [leaf], lambda values: values[0]
+    names = [field.name for field in dataclasses.fields(leaf) if hasattr(leaf, field.name)]
+    leaves, rebuild = _take_apart([getattr(leaf, name) for name in names])
+
+    def build(values: list[Any]) -> Any:
+        other = copy.copy(leaf)
+        for name, value in zip(names, rebuild(values), strict=True):
+            object.__setattr__(other, name, value)  # it may be frozen
+        return other
+
+    return leaves, build
+
+
+def _expect_no_tangent_inside(leaf: Any) -> None:
+    if isinstance(leaf, Tensor):
+        return
+    inside = pytree.tree_leaves(getattr(leaf, "__dict__", None))
+    if any(isinstance(x, Tensor) and unpack(x)[1] is not None for x in inside):
+        kind = type(leaf)
+        raise TypeError(
+            "function: expected it to return tensors, alone or in tuples, dicts, dataclasses or "
+            f"classes registered with torch.utils._pytree, got {kind.__module__}."
+            f"{kind.__qualname__}, which holds a tensor whose tangent would be lost"
+        )
 
 
 def _as_tuple(x: Any) -> tuple[Any, ...]:
@@ -144,10 +194,20 @@ def _pair(
             )
         for x, t in zip(leaves, t_leaves, strict=True):
             _expect_fit(i, x, t)
-            pairs.append((x, t))
+            pairs.append((x if t is None else _in_own_memory(x), t))
     if all(t is None for _, t in pairs):
         raise ValueError("tangents: expected at least one tensor, got None for every argument")
     return pairs, pytree.tree_flatten(args)[1]
+
+
+def _in_own_memory(x: Tensor) -> Tensor:
+    """Return x, or a copy if elements share memory: a dual number then has nowhere to be."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return x.clone(memory_format=torch.contiguous_format)
+        reach += (size - 1) * stride
+    return x
 
 
 def _expect_fit(i: int, x: Any, t: Any) -> None:
