@@ -33,8 +33,15 @@ CASES = [
     Case("SANA-like wide heads", {"B": 1, "H": 4, "N": 512, "D": 160}, FULL, ("cpu",)),
     Case("8 x 1024 x 64", EIGHT, LOW, ANY),
     Case("32 x 8192 x 64", {"B": 1, "H": 32, "N": 8192, "D": 64}, LOW, GPU, quick=True),
+    Case(
+        "  static k, v", {"B": 1, "H": 32, "N": 8192, "D": 64}, LOW, GPU, options={"static": True}
+    ),
+    Case("  float16", {"B": 1, "H": 32, "N": 8192, "D": 64}, torch.float16, GPU),
     Case("FLUX.1 1024px", {"B": 1, "H": 24, "N": 4608, "D": 128}, LOW, GPU, quick=True),
     Case("24 x 8192 x 128", {"B": 1, "H": 24, "N": 8192, "D": 128}, LOW, GPU),
+    Case(
+        "  static k, v", {"B": 1, "H": 24, "N": 8192, "D": 128}, LOW, GPU, options={"static": True}
+    ),
     Case("Wan 2.1 1.3B 480p", {"B": 1, "H": 12, "N": 32760, "D": 128}, LOW, GPU),
 ]
 STEP = 5e-3

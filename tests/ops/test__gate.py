@@ -97,3 +97,38 @@ def test_a_gate_does_not_break_a_compiled_graph(asked):
 
     compiled = torch.compile(f, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize("op", ["attention_jvp", "attention_jvp_backward"])
+def test_attention_passes_on_the_cpu(op):
+    """Every kind of masking, shared heads and directions, in norm against float64."""
+    _gate.check(op, "native", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("op", ["attention_jvp", "attention_jvp_backward"])
+def test_an_error_twice_the_usual_is_noticed(op, monkeypatch):
+    """In 16 bits, of one result alone."""
+    from fewstep import ops
+
+    module = ops.module(op)
+    cases = [
+        case
+        for case in module.gate_cases(torch.device("cpu"))
+        if any(x is not None and x.dtype == torch.bfloat16 for x in case[0])
+    ]
+    assert cases
+    original = getattr(module, op)
+
+    def off(*args, impl, **kwargs):
+        results = list(original(*args, impl=impl, **kwargs))
+        if impl == "native":
+            generator = torch.Generator().manual_seed(0)
+            x = results[1].float()
+            noise = torch.randn(x.shape, generator=generator)
+            results[1] = (x + 0.02 * noise * x.norm() / noise.norm()).to(results[1])
+        return tuple(results)
+
+    monkeypatch.setattr(module, op, off)
+    monkeypatch.setattr(module, "gate_cases", lambda device: cases[:1])
+    with pytest.raises(AssertionError, match=r"result 1: expected an error of at most .* in norm"):
+        _gate.check(op, "native", torch.device("cpu"))

@@ -12,7 +12,7 @@ from fewstep.ops._select import Implementation
 
 def bind(op):
     """Return one floating input of the op's first gate case, and the op as a function of it."""
-    args, kwargs, _, _ = ops.module(op).gate_cases(torch.device("cpu"))[0]
+    args, kwargs, *_ = ops.module(op).gate_cases(torch.device("cpu"))[0]
     function = getattr(ops, op)
     for key, value in enumerate(args):
         if isinstance(value, torch.Tensor) and value.is_floating_point():

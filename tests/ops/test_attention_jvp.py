@@ -1,5 +1,8 @@
 """attention_jvp: every implementation against the fp64 oracle, and the identities it must obey."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,6 +227,42 @@ def test_order_of_the_keys_does_not_matter():
     want = ops.attention_jvp(*args, return_stats=True, impl="native")
     for ours, theirs in zip(got, want, strict=True):
         assert relative_error(ours, theirs) < 1e-13
+
+
+_PEAK = """
+import resource, sys, torch
+from fewstep import ops
+torch.set_num_threads(1)
+backward = sys.argv[1] == "backward"
+args = [torch.randn(1, 1, {rows}, 8).requires_grad_(backward) for _ in range(6)]
+def run(args):
+    o, t_o = ops.attention_jvp(*args, impl="native")
+    if backward:
+        torch.autograd.grad((o, t_o), args, (torch.ones_like(o), torch.ones_like(o)))
+run([x[:, :, :64].detach().requires_grad_(backward) for x in args])  # what is loaded once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(args)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_no_matrix_of_scores_is_stored(way):
+    """The peak of a process of its own: outputs and 8 bytes per row and head, not Nq x Nk."""
+    rows = 4000
+    script = _PEAK.replace("{rows}", str(rows))
+    child = subprocess.run(
+        [sys.executable, "-c", script, way], capture_output=True, text=True, check=True
+    )
+    grown = int(child.stdout) * 1024
+    outputs = rows * (2 * 8 * 4 + 8)
+    if way == "backward":
+        # Six gradients, two cotangents, two row sums, and d_q once more per range of 1024 keys,
+        # which are summed in order.
+        outputs += rows * ((6 + 2 + 2 * 6) * 8 * 4 + 8)
+    # Beside them the scratch of one thread and the allocator's pages; the scores alone are 64 MB.
+    assert grown < outputs + 6 * 2**20
+    assert outputs + 6 * 2**20 < rows * rows * 4 / 6
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])

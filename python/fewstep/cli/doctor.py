@@ -56,7 +56,7 @@ def _describe(device: torch.device) -> dict[str, Any]:
 
 
 def _choice(op: str, device: torch.device) -> dict[str, Any]:
-    args, kwargs, _, _ = ops.module(op).gate_cases(device)[0]
+    args, kwargs, *_ = ops.module(op).gate_cases(device)[0]
     explanation = ops.explain(op, *args, **kwargs)
     return {"auto": explanation.choice, "reasons": explanation.reasons}
 
@@ -64,7 +64,7 @@ def _choice(op: str, device: torch.device) -> dict[str, Any]:
 def runnable(op: str, device: torch.device) -> list[str]:
     """Return the kernels of an op that could run on a device, gate or no gate."""
     module = ops.module(op)
-    args, kwargs, _, _ = module.gate_cases(device)[0]
+    args, kwargs, *_ = module.gate_cases(device)[0]
     return [
         candidate.name
         for candidate in module.IMPLEMENTATIONS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,30 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
 # Triton 3.9's compiler aborts the process on exact float32 products of some of these head dims.
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
+
+
+_warned: set[tuple[str, torch.dtype]] = set()
+# Below it nobody runs out of memory: tests, and small models in full precision.
+_QUIET_BYTES = 2**30
+
+
+def warn_of_scores(op: str, matrices: int, q: Tensor, k: Tensor, directions: int = 1) -> None:
+    """Say once per dtype that the reference stores Nq x Nk matrices on a GPU, where that is much.
+
+    Called where the op runs, so that compiled graphs say it too.
+    """
+    pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    size = matrices * max(directions, 1) * pairs * stat_dtype(q).itemsize
+    if q.device.type != "cuda" or size < _QUIET_BYTES or (op, q.dtype) in _warned:
+        return
+    _warned.add((op, q.dtype))
+    warnings.warn(
+        f"fewstep.ops.{op}: {str(q.dtype).removeprefix('torch.')} tensors on a GPU run on the "
+        f"reference, which stores Nq x Nk matrices, {size / 2**30:.1f} GiB here. In bfloat16 or "
+        "float16, torch.autocast included, a kernel runs that stores none; fewstep.ops.explain "
+        "says why another can't",
+        stacklevel=2,
+    )
 
 
 def stat_dtype(q: Tensor) -> torch.dtype:

@@ -1,13 +1,16 @@
 """Tensors as rows, for ops over the last axis with operands that are broadcast along the others.
 
 Kernels see x as [B, N, C] with unit stride in C, and an operand that is broadcast against x as a
-view of that shape with stride 0 where it is broadcast: nothing is expanded in memory. Its gradient
-comes back as one row per token, or as sums over the tokens where it has one row for all of them.
+view of that shape with stride 0 where it is broadcast. Which axes of x are B and which N is chosen
+so that this holds without a copy (`choose_split`), wherever all operands are broadcast along
+leading axes, along the last ones or along all. The gradient of an operand comes back as one row per
+token, or as sums over the tokens where it has one row for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,28 +36,71 @@ def _unit_stride(v: Tensor) -> Tensor:
     return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
 
 
-def fold(x: Tensor | None) -> Tensor | None:
-    """View x [..., C] as [B, N, C] with unit stride in C; copies only if no such view exists."""
+def fold(x: Tensor | None, split: int = 1) -> Tensor | None:
+    """View x [..., C] as [B, N, C] with unit stride in C; copies only if no such view exists.
+
+    The first `split` axes become B, the others N.
+    """
     if x is None:
         return None
-    return _unit_stride(_lift(x, 3).flatten(1, -2))
+    return _unit_stride(_lift(x, 3).flatten(split, -2).flatten(0, split - 1))
 
 
-def is_shared(v: Tensor, x: Tensor) -> bool:
-    """Return whether v has one row for all tokens of a batch item of x."""
-    return all(size == 1 for size in _lift(v, x.dim()).shape[1:-1])
+def is_shared(v: Tensor, x: Tensor, split: int = 1) -> bool:
+    """Return whether v has one row for all tokens of a batch item of `fold(x, split)`."""
+    return all(size == 1 for size in _lift(v, x.dim()).shape[split:-1])
 
 
-def fold_broadcast(v: Tensor | None, x: Tensor) -> Tensor | None:
-    """View v, which broadcasts against x, as `fold(x)`, with stride 0 where it is broadcast."""
+def fold_broadcast(v: Tensor | None, x: Tensor, split: int = 1) -> Tensor | None:
+    """View v, which broadcasts against x, as `fold(x, split)`, stride 0 where it is broadcast."""
     if v is None:
         return None
-    shared = is_shared(v, x)
     v, x = _lift(v, x.dim()), _lift(x, 3)
-    middle = x.shape[1:-1]
-    if not shared:
-        v = v.expand(v.shape[0], *middle, v.shape[-1])
-    return _unit_stride(v.flatten(1, -2)).expand(x.shape[0], middle.numel(), -1)
+    batch, middle = x.shape[:split], x.shape[split:-1]
+    v = v.expand(*_needed(v.shape[:split], batch), *_needed(v.shape[split:-1], middle), -1)
+    folded = _unit_stride(v.flatten(split, -2).flatten(0, split - 1))
+    return folded.expand(batch.numel(), middle.numel(), -1)
+
+
+def _needed(sizes: Sequence[int], whole: Sequence[int]) -> Sequence[int]:
+    """Return the sizes to which axes are expanded before they become one: none if all are 1."""
+    return sizes if all(size == 1 for size in sizes) else whole
+
+
+def choose_split(x: Tensor, like: Sequence[Tensor | None], *operands: Tensor | None) -> int:
+    """Return how many axes of x to take as batch, so that nothing or little is copied.
+
+    A modulation with one row per frame, [B, F, 1, C] against [B, F, N, C], is broadcast along N
+    alone: with F in the batch it is a view, and its gradient a sum over the rows of its frame.
+    """
+    if x.dim() < 4 or x.numel() == 0:
+        return 1
+
+    def copied(split: int) -> int:
+        whole = [_lift(v, 3) for v in (x, *like) if v is not None]
+        total = sum(0 if _is_view(v, split) else v.numel() for v in whole)
+        for v in operands:
+            if v is not None:
+                v = _lift(v, x.dim())
+                sizes = (
+                    *_needed(v.shape[:split], x.shape[:split]),
+                    *_needed(v.shape[split:-1], x.shape[split:-1]),
+                )
+                v = v.expand(*sizes, -1)
+                total += 0 if _is_view(v, split) else v.numel()
+        return total
+
+    return min(range(1, x.dim() - 1), key=copied)
+
+
+def _is_view(v: Tensor, split: int) -> bool:
+    """Return whether the axes before `split`, and those from it to the last, are one each."""
+
+    def one(axes: range) -> bool:
+        kept = [(v.shape[i], v.stride(i)) for i in axes if v.shape[i] != 1]
+        return all(a[1] == b[0] * b[1] for a, b in pairwise(kept))
+
+    return one(range(split)) and one(range(split, v.dim() - 1))
 
 
 def unfold_rows(gradient: Tensor, v: Tensor, x: Tensor) -> Tensor:
@@ -63,10 +109,11 @@ def unfold_rows(gradient: Tensor, v: Tensor, x: Tensor) -> Tensor:
     return gradient.view(lifted).sum_to_size(_lift(v, x.dim()).shape).view(v.shape).to(v.dtype)
 
 
-def unfold_sums(sums: Tensor, v: Tensor, x: Tensor) -> Tensor:
+def unfold_sums(sums: Tensor, v: Tensor, x: Tensor, split: int = 1) -> Tensor:
     """Return the gradient of a shared v from sums over some tokens each, [B, parts, C]."""
-    batch = _lift(v, x.dim()).shape[0]
-    summed = sums.sum(1) if batch == sums.shape[0] else sums.sum((0, 1))
+    shape = _lift(v, x.dim()).shape
+    batch = _lift(x, 3).shape[:split]
+    summed = sums.sum(1).view(*batch, *shape[split:]).sum_to_size(shape)
     return summed.to(v.dtype).reshape(v.shape)
 
 

@@ -26,6 +26,7 @@ from ._register import register
 from ._rows import (
     DTYPES,
     KERNEL_DTYPES,
+    choose_split,
     expect_broadcast,
     expect_like,
     expect_primal,
@@ -44,8 +45,10 @@ def _run_kernel(launch: Callable[..., None], *inputs: Any) -> tuple[Tensor, Tens
     x, y, gate, t_x, t_y, t_gate = inputs
     out, t_out = x.new_empty(x.shape), x.new_empty(x.shape)
     if x.numel():
-        operands = (fold(x), fold(y), fold_broadcast(gate, x), fold(t_x), fold(t_y))
-        launch(*operands, fold_broadcast(t_gate, x), fold(out), fold(t_out))
+        split = choose_split(x, [y, t_x, t_y], gate, t_gate)
+        gate, t_gate = (fold_broadcast(v, x, split) for v in (gate, t_gate))
+        x, y, t_x, t_y, *outputs = (fold(v, split) for v in (x, y, t_x, t_y, out, t_out))
+        launch(x, y, gate, t_x, t_y, t_gate, *outputs)
     return out, t_out
 
 

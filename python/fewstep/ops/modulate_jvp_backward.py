@@ -27,6 +27,7 @@ from ._rows import (
     DTYPES,
     KERNEL_DTYPES,
     acc_dtype,
+    choose_split,
     expect_broadcast,
     expect_like,
     expect_primal,
@@ -62,30 +63,31 @@ def _run_kernel(
     wanted = names_in(asked, NAMES)
     if y.numel() == 0 or not wanted:
         return pack({name: torch.zeros_like(primals[name]) for name in wanted}, NAMES, y)
-    batch, tokens, columns = fold(y).shape
+    split = choose_split(y, [d_out, dt_out, t_y], gate, t_gate)
+    batch, tokens, columns = fold(y, split).shape
     parts = -(-tokens // rows_per_sum)
     rows: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     for name in wanted:
-        if name in ("gate", "t_gate") and is_shared(primals[name], y):
+        if name in ("gate", "t_gate") and is_shared(primals[name], y, split):
             sums[name] = y.new_empty((batch, parts, columns), dtype=acc_dtype(y))
         else:
             rows[name] = y.new_empty(y.shape)
     launch(
-        fold(d_out),
-        fold(dt_out),
-        fold(y),
-        fold_broadcast(gate, y),
-        fold(t_y),
-        fold_broadcast(t_gate, y),
-        *(fold(rows.get(name)) for name in ("y", "t_y", "gate", "t_gate")),
+        fold(d_out, split),
+        fold(dt_out, split),
+        fold(y, split),
+        fold_broadcast(gate, y, split),
+        fold(t_y, split),
+        fold_broadcast(t_gate, y, split),
+        *(fold(rows.get(name), split) for name in ("y", "t_y", "gate", "t_gate")),
         *(sums.get(name) for name in ("gate", "t_gate")),
     )
 
     def gradient(name: str) -> Tensor:
         if name in sums:
-            return unfold_sums(sums[name], primals[name], y)
-        return unfold_rows(fold(rows[name]), primals[name], y)
+            return unfold_sums(sums[name], primals[name], y, split)
+        return unfold_rows(rows[name], primals[name], y)
 
     return pack({name: gradient(name).contiguous() for name in wanted}, NAMES, y)
 

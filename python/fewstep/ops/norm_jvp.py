@@ -35,7 +35,7 @@ from ._autograd import Derivative
 from ._expect import expect_number
 from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._register import register
-from ._rows import DTYPES, acc_dtype, fold, fold_broadcast, wanted_names
+from ._rows import DTYPES, acc_dtype, choose_split, fold, fold_broadcast, wanted_names
 from ._select import Implementation, refuse_native, select
 from .norm_jvp_backward import norm_jvp_backward
 
@@ -58,10 +58,11 @@ def _run_kernel(
     *modulation, centred, eps = rest
     y, t_y, stats = _new_outputs(x)
     if x.numel():
-        views = [fold(v) for v in (y, t_y, stats)]
-        operands = [fold_broadcast(v, x) for v in modulation]
+        split = choose_split(x, [t_x], *modulation)
+        views = [fold(v, split) for v in (y, t_y, stats)]
+        operands = [fold_broadcast(v, x, split) for v in modulation]
         parameters = (parameter(v, x) for v in (weight, bias))
-        launch(fold(x), fold(t_x), *parameters, *operands, *views, centred, eps)
+        launch(fold(x, split), fold(t_x, split), *parameters, *operands, *views, centred, eps)
     return y, t_y, stats
 
 

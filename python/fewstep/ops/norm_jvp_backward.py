@@ -37,6 +37,7 @@ from ._register import register
 from ._rows import (
     DTYPES,
     acc_dtype,
+    choose_split,
     expect_like,
     expect_wanted,
     fold,
@@ -76,12 +77,14 @@ def _run_kernel(
     wanted = names_in(asked, NAMES)
     if x.numel() == 0:
         return pack({name: torch.zeros_like(primals[name]) for name in wanted}, NAMES, x)
-    batch, tokens, columns = fold(x).shape
     cotangents = {"shift": d_y, "t_shift": dt_y}
+    modulation = [primals[name] for name in SUMMED[2:] if name in wanted or "shift" not in name]
+    split = choose_split(x, [d_y, dt_y, t_x], *modulation)
+    batch, tokens, columns = fold(x, split).shape
     summed = [
         name
         for name in SUMMED
-        if name in wanted and (name in ("weight", "bias") or is_shared(primals[name], x))
+        if name in wanted and (name in ("weight", "bias") or is_shared(primals[name], x, split))
     ]
     by_row = {
         name: x.new_empty(x.shape)
@@ -94,14 +97,14 @@ def _run_kernel(
         sums = x.new_empty((batch, parts, len(summed), columns), dtype=acc_dtype(x))
     if summed or by_row:
         weight, bias = (parameter(primals[name], x) for name in ("weight", "bias"))
-        scale, t_scale = (fold_broadcast(primals[name], x) for name in ("scale", "t_scale"))
+        scale, t_scale = (fold_broadcast(primals[name], x, split) for name in ("scale", "t_scale"))
         launch(
-            *(fold(v) for v in (d_y, dt_y, x, t_x, stats)),
+            *(fold(v, split) for v in (d_y, dt_y, x, t_x, stats)),
             weight,
             bias,
             scale,
             t_scale,
-            *(fold(by_row.get(name)) for name in ("x", "t_x", "scale", "t_scale")),
+            *(fold(by_row.get(name), split) for name in ("x", "t_x", "scale", "t_scale")),
             sums,
             sum(1 << SUMMED.index(name) for name in summed),
             centred,
@@ -112,7 +115,9 @@ def _run_kernel(
         if name in summed:
             part = sums[:, :, summed.index(name)]
             whole = name in ("weight", "bias")
-            return part.sum((0, 1)).to(primal.dtype) if whole else unfold_sums(part, primal, x)
+            return (
+                part.sum((0, 1)).to(primal.dtype) if whole else unfold_sums(part, primal, x, split)
+            )
         if name in ("x", "t_x"):
             return by_row[name]
         if name in by_row:
@@ -120,7 +125,7 @@ def _run_kernel(
         cotangent = cotangents[name]
         if cotangent is None:
             return torch.zeros_like(primal)
-        return unfold_rows(fold(cotangent).clone(memory_format=torch.contiguous_format), primal, x)
+        return unfold_rows(cotangent.clone(memory_format=torch.contiguous_format), primal, x)
 
     return pack({name: gradient(name).contiguous() for name in wanted}, NAMES, x)
 
