@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -378,3 +379,26 @@ def test_compiles_for_hopper():
         text=True,
     )
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-2000:]
+
+
+def test_a_gpu_says_once_that_the_reference_stores_scores(monkeypatch):
+    """Where it is much; the tensors here are faked to be on a GPU."""
+    from types import SimpleNamespace
+
+    from fewstep.ops import _attention as shared
+
+    monkeypatch.setattr(shared, "_warned", set())
+
+    def on_gpu(n):
+        return SimpleNamespace(
+            shape=(1, 24, n, 64), dtype=torch.float32, device=torch.device("cuda")
+        )
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for n in (256, 4608, 4608):
+            shared.warn_of_scores("attention_jvp", 4, on_gpu(n), on_gpu(n))
+        shared.warn_of_scores("attention_jvp", 4, torch.zeros(1, 1, 1, 8), on_gpu(2**30))
+    assert len(said) == 1
+    assert "float32 tensors on a GPU run on the reference" in str(said[0].message)
+    assert "7.6 GiB" in str(said[0].message)

@@ -394,6 +394,10 @@ ROWS = {"cu_seqlens_q": offsets_of(0, 5), "cu_seqlens_k": offsets_of(0, 6)}
             {"attn_mask": torch.zeros(5, 6), "t_attn_mask": torch.zeros(4, 6)},
             "t_attn_mask: expected a shape that broadcasts",
         ),
+        (
+            {"attn_mask": torch.ones(5, 6).bool(), "t_attn_mask": torch.zeros(5, 6)},
+            "t_attn_mask: expected an additive attn_mask beside it, got a boolean one",
+        ),
         ({"cu_seqlens_q": offsets_of(0, 5)}, "cu_seqlens_k: expected a tensor"),
         ({**ROWS, "cu_seqlens_q": offsets_of(0, 4)}, "cu_seqlens_q: expected offsets that rise"),
         ({**ROWS, "cu_seqlens_k": offsets_of(1, 6)}, "cu_seqlens_k: expected offsets that rise"),

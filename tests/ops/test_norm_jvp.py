@@ -418,3 +418,17 @@ def test_bad_input_names_the_argument():
         call(torch.randn(1, 16385), impl="triton")
     with pytest.raises(ops.UnsupportedError, match="expected one of float32"):
         call(x.double(), impl="triton")
+
+
+def test_parameters_in_float32_beside_float64(impl):
+    if impl == "triton":
+        pytest.skip("no float64")
+    x, others = inputs(2, 3, 8, torch.float64)
+    low = {name: others[name].float().requires_grad_() for name in ("weight", "bias")}
+    y, t_y = ops.norm_jvp(x, others["t_x"], **low, impl=impl)
+    exact = {name: v.detach().double() for name, v in low.items()}
+    torch.testing.assert_close((y, t_y), ops.norm_jvp(x, others["t_x"], **exact, impl=impl))
+    gradients = torch.autograd.grad(y.sin().sum(), list(low.values()))
+    assert all(g.dtype == torch.float32 for g in gradients)
+    with pytest.raises(TypeError, match="weight: expected a tensor or None, got float"):
+        ops.norm_jvp(x, weight=1.0)

@@ -192,12 +192,36 @@ def test_dropout():
         ("key, value", [(2, 4, 3, 8), (3, 4, 4, 8), (3, 4, 4, 8)], {}),
         ("attn_mask", [(3, 8), (4, 8), (4, 8)], {"attn_mask": torch.zeros(3, 5)}),
         ("attn_mask", [(3, 8), (4, 8), (4, 8)], {"attn_mask": torch.zeros(3, 4, dtype=torch.int)}),
-        ("is_causal", [(3, 8), (4, 8), (4, 8)], {"attn_mask": torch.ones(3, 4), "is_causal": 1}),
+        ("is_causal", [(3, 8), (4, 8), (4, 8)], {"attn_mask": torch.ones(3, 4), "is_causal": True}),
     ],
 )  # fmt: skip
 def test_bad_input_names_the_argument(name, shapes, kwargs):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         fused(*(torch.randn(shape) for shape in shapes), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("query", [1.0]),
+        ("key", None),
+        ("attn_mask", [True]),
+        ("dropout_p", None),
+        ("is_causal", 1),
+        ("scale", "a"),
+        ("enable_gqa", torch.tensor(True)),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(name, value):
+    good = dict.fromkeys(("query", "key", "value"), torch.randn(2, 3, 8))
+    with pytest.raises(TypeError, match=f"^{name}: expected"):
+        fused(**{**good, name: value})
+
+
+def test_queries_without_columns():
+    """All scores are zero: a mean of the values, as torch has it."""
+    q, v = torch.randn(2, 3, 0), torch.randn(2, 3, 8)
+    torch.testing.assert_close(fused(q, q, v), v.mean(-2, keepdim=True).expand(2, 3, 8))
 
 
 def test_other_dtypes_and_devices_are_refused():
