@@ -115,6 +115,14 @@ FEWSTEP_TARGET_AVX512 inline void store(bfloat16* out, __m512 value) {
 // the store queue and stall the next tile.
 template <int kRows, int kVectors, typename Out>
 FEWSTEP_TARGET_AVX512 void tile_avx512(const w8a8::Tile& t, const Finish& f, Out* out) {
+    // Outputs are seldom in cache and stores retire in order: their lines are asked for now.
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+        const char* row = reinterpret_cast<const char*>(out + r * f.ldo);
+        for (std::size_t i = 0; i < 16 * kVectors * sizeof(Out); i += 64) {
+            _mm_prefetch(row + i, _MM_HINT_ET0);
+        }
+    }
     __m512i acc[kRows][kVectors];
     w8a8::accumulate_avx512<kRows, kVectors>(t, acc);
     if (f.columns < 16 * kVectors) {  // the last, ragged panel

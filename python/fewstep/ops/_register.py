@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._autograd import Derivative, DerivativeError, differentiable, has_tangent
 from ._autograd import transform as active_transform
-from ._select import Implementation, by_name
+from ._select import Implementation
 
 NAMESPACE = "fewstep"
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -98,9 +98,10 @@ def register(
     the op raises DerivativeError wherever it is differentiated.
     """
 
+    runs = {candidate.name: candidate.run for candidate in implementations}
+
     def kernel(*args: Any) -> Any:
-        *arguments, impl = args
-        return by_name(implementations, impl).run(*arguments)
+        return runs[args[-1]](*args[:-1])
 
     def at_autograd(keyset: Any, *args: Any) -> Any:
         wants_gradient = torch.is_grad_enabled() and any(

@@ -136,8 +136,3 @@ def select(
             return impl
     offered = ", ".join(candidate.name for candidate in implementations)
     raise UnsupportedError(f"{op}: impl='{impl}' does not exist; this op has {offered}")
-
-
-def by_name(implementations: Sequence[Implementation], name: str) -> Implementation:
-    """Return the implementation called `name`."""
-    return next(candidate for candidate in implementations if candidate.name == name)

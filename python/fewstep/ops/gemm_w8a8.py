@@ -24,7 +24,7 @@ the layout); without `packed` that kernel packs w in every call.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,65 +79,59 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _run_reference(
-    a: Tensor,
-    a_scale: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    packed: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return _reference(a, a_scale, w, w_scale, bias=bias, out_dtype=out_dtype)
+class _Operands(NamedTuple):
+    """What an implementation gets, in the order of the op's schema."""
+
+    a: Tensor
+    a_scale: Tensor | None
+    w: Tensor
+    w_scale: Tensor
+    bias: Tensor | None
+    packed: Tensor | None
+    out_dtype: torch.dtype
+
+    def new_output(self) -> Tensor:
+        return self.a.new_empty((*self.a.shape[:-1], self.w.shape[0]), dtype=self.out_dtype)
+
+    def flat(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return a as [M, K], a_scale as [M], and a new output with a view of it as [M, N]."""
+        a, a_scale, out = self.a, self.a_scale, self.new_output()
+        if a.dim() == 2:  # saves calls, each of which costs once the caches are full of matrices
+            return _unit_stride(a), _contiguous(a_scale), out, out
+        if a_scale is not None:
+            a_scale = a_scale.reshape(-1).contiguous()
+        rows = math.prod(a.shape[:-1])
+        return _unit_stride(a.reshape(rows, a.shape[-1])), a_scale, out, out.view(rows, out.shape[-1])
 
 
-def _flat(
-    a: Tensor, a_scale: Tensor | None, w: Tensor, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Return a as [M, K], a_scale as [M], and out with a view of it as [M, N]."""
-    out = a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
-    if a_scale is not None:
-        a_scale = a_scale.reshape(-1).contiguous()
-    if a.dim() == 2:  # saves calls, each of which costs once the caches are full of matrices
-        return _unit_stride(a), a_scale, out, out
-    rows = math.prod(a.shape[:-1])
-    return _unit_stride(a.reshape(rows, a.shape[-1])), a_scale, out, out.view(rows, w.shape[0])
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
-def _run_native(
-    a: Tensor,
-    a_scale: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    packed: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    a2, a_scale, out, out2 = _flat(a, a_scale, w, out_dtype)
-    packed = pack_w8(w) if packed is None else packed.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    _native.call("gemm_w8a8", a2, a_scale, packed, w_scale.contiguous(), bias, out2)
+def _run_reference(*args: Any) -> Tensor:
+    p = _Operands(*args)
+    return _reference(p.a, p.a_scale, p.w, p.w_scale, bias=p.bias, out_dtype=p.out_dtype)
+
+
+def _run_native(*args: Any) -> Tensor:
+    p = _Operands(*args)
+    a, a_scale, out, rows = p.flat()
+    packed = pack_w8(p.w) if p.packed is None else p.packed.contiguous()
+    bias, w_scale = _contiguous(p.bias), p.w_scale.contiguous()
+    _native.call("gemm_w8a8", a, a_scale, packed, w_scale, bias, rows)
     return out
 
 
-def _run_triton(
-    a: Tensor,
-    a_scale: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    packed: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def _run_triton(*args: Any) -> Tensor:
     from ..kernels.gemm_w8a8 import launch_gemm_w8a8
 
-    if a_scale is None:
-        a, a_scale = _quantize_triton(a)
-    a2, a_scale, out, out2 = _flat(a, a_scale, w, out_dtype)
+    p = _Operands(*args)
+    if p.a_scale is None:
+        a, a_scale = _quantize_triton(p.a)
+        p = p._replace(a=a, a_scale=a_scale)
+    a, a_scale, out, rows = p.flat()
     if out.numel():
-        launch_gemm_w8a8(
-            a2, a_scale, w, w_scale.contiguous(), None if bias is None else bias.contiguous(), out2
-        )
+        launch_gemm_w8a8(a, a_scale, p.w, p.w_scale.contiguous(), _contiguous(p.bias), rows)
     return out
 
 
@@ -152,17 +146,8 @@ IMPLEMENTATIONS = (
 )
 
 
-def _fake(
-    a: Tensor,
-    a_scale: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    packed: Tensor | None,
-    out_dtype: torch.dtype,
-    impl: str,
-) -> Tensor:
-    return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
+def _fake(*args: Any) -> Tensor:
+    return _Operands(*args[:-1]).new_output()
 
 
 _op = register(
@@ -174,43 +159,40 @@ _op = register(
 )
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
-
-
-def _validate(
-    a: Tensor,
-    a_scale: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    bias: Tensor | None,
-    packed: Tensor | None,
-    out_dtype: torch.dtype,
+def _expect(
+    name: str,
+    x: Tensor | None,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
 ) -> None:
-    if a.dim() == 0 or a.dtype not in ((torch.int8,) if a_scale is not None else _FLOATS):
-        wanted = "torch.int8 [..., M, K]" if a_scale is not None else "floating [..., M, K]"
-        raise ValueError(f"a: expected {wanted}, got {a.dtype} {list(a.shape)}")
+    if x is None:
+        return
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+    if x.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name}: expected {wanted}, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected the device of a, {device}, got {x.device}")
+
+
+def _validate(p: _Operands) -> None:
+    a, a_scale, w, w_scale, bias, packed, out_dtype = p
+    if a.dim() == 0 or a.dtype not in (_FLOATS if a_scale is None else (torch.int8,)):
+        wanted = "floating" if a_scale is None else "torch.int8"
+        raise ValueError(f"a: expected {wanted} [..., M, K], got {a.dtype} {list(a.shape)}")
     _expect_weight(w)
-    _expect("w", w, (w.shape[0], a.shape[-1]), (torch.int8,))
-    if a_scale is not None:
-        _expect("a_scale", a_scale, tuple(a.shape[:-1]), (torch.float32,))
-    _expect("w_scale", w_scale, (w.shape[0],), (torch.float32,))
-    if bias is not None:
-        _expect("bias", bias, (w.shape[0],), _FLOATS)
-    if packed is not None:
-        _expect("packed", packed, packed_shape(w), (torch.uint8,))
-    if a.shape[-1] >= MAX_K:
-        raise ValueError(f"a: expected K below {MAX_K} for exact int32 sums, got {a.shape[-1]}")
+    (*rows, K), N, device = a.shape, w.shape[0], a.device
+    _expect("w", w, (N, K), (torch.int8,), device)
+    _expect("a_scale", a_scale, tuple(rows), (torch.float32,), device)
+    _expect("w_scale", w_scale, (N,), (torch.float32,), device)
+    _expect("bias", bias, (N,), _FLOATS, device)
+    _expect("packed", packed, packed_shape(w), (torch.uint8,), device)
+    if K >= MAX_K:
+        raise ValueError(f"a: expected K below {MAX_K} for exact int32 sums, got {K}")
     if out_dtype not in _FLOATS:
         raise ValueError(f"out_dtype: expected float32, bfloat16 or float16, got {out_dtype}")
-    others = {"a_scale": a_scale, "w": w, "w_scale": w_scale, "bias": bias, "packed": packed}
-    for name, other in others.items():
-        if other is not None and other.device != a.device:
-            raise ValueError(f"{name}: expected the device of a, {a.device}, got {other.device}")
 
 
 def gemm_w8a8(
@@ -246,9 +228,9 @@ def gemm_w8a8(
     """
     if out_dtype is None:
         out_dtype = a.dtype if a.is_floating_point() else torch.float32
-    _validate(a, a_scale, w, w_scale, bias, packed, out_dtype)
-    chosen = select("gemm_w8a8", impl, IMPLEMENTATIONS, a)
-    return _op(a, a_scale, w, w_scale, bias, packed, out_dtype, chosen)
+    operands = _Operands(a, a_scale, w, w_scale, bias, packed, out_dtype)
+    _validate(operands)
+    return _op(*operands, select("gemm_w8a8", impl, IMPLEMENTATIONS, a))
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:

@@ -56,6 +56,6 @@ inline const char* name(Isa isa) {
 
 #if defined(__x86_64__)
 #define FEWSTEP_TARGET_AVX512 \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prfchw")))
 #define FEWSTEP_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #endif
