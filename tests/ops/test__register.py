@@ -367,7 +367,7 @@ class Seen(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_the_short_way_is_taken_only_where_nobody_looks():
-    """A plain eager call skips torch's dispatcher; modes, the profiler and views of -x do not."""
+    """A plain eager call skips torch's dispatcher; modes, the profiler, tracing and -x do not."""
     x = torch.randn(4, 8)
     want = ops.quantize_int8(x)
     with Seen() as seen:
@@ -376,6 +376,8 @@ def test_the_short_way_is_taken_only_where_nobody_looks():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ops.quantize_int8(x)
     assert any(event.key == "fewstep::quantize_int8" for event in profile.key_averages())
+    traced = torch.jit.trace(lambda x: ops.quantize_int8(x), x, check_trace=False)
+    assert "fewstep::quantize_int8" in str(traced.graph)
     negated = torch.complex(torch.zeros(4, 8), -x).conj().imag
     assert negated.is_neg()
     for got, exact in zip(ops.quantize_int8(negated), want, strict=True):

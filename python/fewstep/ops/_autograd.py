@@ -93,25 +93,28 @@ def differentiable(
     forward: Callable[..., Any],
     count: int,
     derivative: Derivative | None,
-    shortcut: Callable[..., Any] | None = None,
+    shortcut: tuple[Callable[[Sequence[Any]], bool], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """Return `forward`, a function of `count` arguments, with the derivatives declared.
 
-    `shortcut` computes the same where nothing is differentiated or traced. The attribute `function`
-    of the result is the autograd.Function that it goes through where something is differentiated,
-    None without `derivative`: `forward` has to raise then.
+    `shortcut` is (applies, run): run(*args) computes the same wherever applies(args), which asks
+    that nothing is differentiated or traced. The attribute `function` of the result is the
+    autograd.Function that it goes through where something is differentiated, None without
+    `derivative`: `forward` has to raise then.
     """
     function = None
-    shortcut = forward if shortcut is None else shortcut
+    applies, run = shortcut or (lambda args: False, forward)
 
     def call(*args: Any) -> Any:
         # While torch.compile traces, a Function with a jvp rule would be refused or inlined. The
         # bare op stays whole; its kernel at the Autograd key brings the Function to AOTAutograd.
         if torch.compiler.is_compiling():
             return forward(*args)
-        if not is_differentiated(args):
-            return shortcut(*args)
-        return forward(*args) if function is None else function.apply(*args)
+        if applies(args):
+            return run(*args)
+        if function is None or not is_differentiated(args):
+            return forward(*args)
+        return function.apply(*args)
 
     if derivative is not None:
         function = _new_function(name, forward, count, call, derivative)

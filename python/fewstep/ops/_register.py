@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._autograd import Derivative, DerivativeError, differentiable, has_tangent
 from ._autograd import transform as active_transform
@@ -22,7 +23,7 @@ from ._select import Implementation
 NAMESPACE = "fewstep"
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _PLAIN_KEYS = frozenset(
-    ["ADInplaceOrView"]
+    ["ADInplaceOrView", "BackendSelect"]
     + [kind + device for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA")]
 )
 _plain_keys: dict[int, bool] = {}
@@ -55,28 +56,35 @@ def is_plain(args: Sequence[Any]) -> bool:
     """Return whether nothing stands between this call and its kernel but torch's dispatcher.
 
     The way through it, with two kernels in Python, costs 20 us a call: as much as the arithmetic of
-    a small layer. Nobody may want to see the op pass (modes, tracing, the profiler), and the
-    tensors must hold their own numbers.
+    a small layer. Nobody may want to see or differentiate the op, and the tensors must hold their
+    own numbers. Modes of dispatch, transforms and tracing put keys of theirs into the thread's set.
+
+    Few questions to torch, in loops instead of generators: a call finds the caches full of
+    matrices, and each function met for the first time then costs microseconds.
     """
     if (
-        torch._C._len_torch_dispatch_stack()
+        not _are_plain(torch._C._dispatch_tls_local_include_set())
         or torch._C._len_torch_function_stack()
-        or torch.autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+        or forward_ad._current_level >= 0
     ):
         return False
-    return all(
-        type(x) in _PLAIN_TYPES and _holds_its_numbers(x) for x in args if isinstance(x, Tensor)
-    )
+    for x in args:
+        if isinstance(x, Tensor) and not (
+            type(x) in _PLAIN_TYPES
+            and _are_plain(torch._C._dispatch_keys(x))
+            and not (x.requires_grad and torch.is_grad_enabled())
+        ):
+            return False
+    return True
 
 
-def _holds_its_numbers(x: Tensor) -> bool:
-    """Return whether `x` is a tensor with memory on a CPU or CUDA device, and nothing else.
+def _are_plain(keys: Any) -> bool:
+    """Return whether these are keys of a tensor with memory on a CPU or CUDA device, or of no one.
 
     Views of -x, efficient zeros, and the wrappers of vmap, functionalize and of ended transforms
     are torch.Tensors too, most without memory of their own.
     """
-    keys = torch._C._dispatch_keys(x)
     plain = _plain_keys.get(keys.raw_repr())
     if plain is None:
         names = str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
@@ -120,10 +128,7 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{op}", fake, lib=_library)
     function = None
 
-    def shortcut(*args: Any) -> Any:
-        return kernel(*args) if is_plain(args) else overload(*args)
-
     count = len(overload._schema.arguments)
-    call = differentiable(op, overload, count, derivative, shortcut)
+    call = differentiable(op, overload, count, derivative, (is_plain, kernel))
     function = call.function
     return call

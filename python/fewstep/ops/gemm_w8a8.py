@@ -49,7 +49,7 @@ def packed_shape(w: Tensor) -> tuple[int, int]:
 
 
 def _expect_weight(w: Tensor) -> None:
-    if w.dim() != 2 or w.dtype != torch.int8:
+    if len(w.shape) != 2 or w.dtype != torch.int8:
         raise ValueError(f"w: expected torch.int8 [N, K], got {w.dtype} {list(w.shape)}")
 
 
@@ -96,12 +96,13 @@ class _Operands(NamedTuple):
     def flat(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Return a as [M, K], a_scale as [M], and a new output with a view of it as [M, N]."""
         a, a_scale, out = self.a, self.a_scale, self.new_output()
-        if a.dim() == 2:  # saves calls, each of which costs once the caches are full of matrices
+        if len(a.shape) == 2:  # saves calls, which are dear once the caches are full of matrices
             return _unit_stride(a), _contiguous(a_scale), out, out
         if a_scale is not None:
             a_scale = a_scale.reshape(-1).contiguous()
         rows = math.prod(a.shape[:-1])
-        return _unit_stride(a.reshape(rows, a.shape[-1])), a_scale, out, out.view(rows, out.shape[-1])
+        a = a.reshape(rows, a.shape[-1])
+        return _unit_stride(a), a_scale, out, out.view(rows, out.shape[-1])
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -179,7 +180,7 @@ def _expect(
 
 def _validate(p: _Operands) -> None:
     a, a_scale, w, w_scale, bias, packed, out_dtype = p
-    if a.dim() == 0 or a.dtype not in (_FLOATS if a_scale is None else (torch.int8,)):
+    if not a.shape or a.dtype not in (_FLOATS if a_scale is None else (torch.int8,)):
         wanted = "floating" if a_scale is None else "torch.int8"
         raise ValueError(f"a: expected {wanted} [..., M, K], got {a.dtype} {list(a.shape)}")
     _expect_weight(w)
