@@ -14,19 +14,15 @@ The pipeline gets a new scheduler object; the user's own is not touched. Its `se
 the signature of its class, because pipelines inspect it, and overrides the count asked for: a
 pipeline always passes one (its default of 28 or 50, or the grid 1 .. 1/28 made from it), so the
 patch can't tell a default from a wish. Grids that can only come from the caller are respected if
-they have n entries, and refused otherwise.
+they have n entries, and refused otherwise. `grid` has the details, and image-to-image.
 """
 
 from __future__ import annotations
 
-import inspect
-import types
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
+from .grid import StrengthSteps, fix
 from .undo import Change, ConfigKeys, ConfigStack, Slot
 
 __all__ = ["plan_steps"]
@@ -42,7 +38,6 @@ _STUDENTS = {
 _TRAILING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 _SOLVERS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
-_UNIFORM = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 
 
 def _check_steps(steps: Any) -> None:
@@ -97,54 +92,6 @@ def _choose(scheduler: Any, steps: int) -> tuple[Any, str]:
     raise ValueError(f"steps: expected a scheduler of {', '.join(known)}; got {name}")
 
 
-def _is_default_grid(sigmas: Sequence[float]) -> bool:
-    """Whether a pipeline makes this grid from its step count."""
-    n = len(sigmas)
-    return bool(
-        np.allclose(np.asarray(sigmas, dtype=np.float64), np.linspace(1, 1 / n, n), atol=1e-6)
-    )
-
-
-def _fixed(scheduler: Any, steps: int) -> Any:
-    """Return a `set_timesteps` for this object that takes n steps whatever count is asked for."""
-    own = type(scheduler).set_timesteps
-    signature = inspect.signature(own)
-    uniform = type(scheduler).__name__ in _UNIFORM
-
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = dict(signature.bind_partial(self, *args, **kwargs).arguments)
-        extra = given.pop("kwargs", {})
-        given.pop("self")
-        given.pop("num_inference_steps", None)
-        for name in ("sigmas", "timesteps"):
-            grid = given.get(name)
-            if grid is None or (name == "sigmas" and _is_default_grid(grid)):
-                given.pop(name, None)
-                continue
-            # SCM counts the final 0.
-            expected = steps + (name == "timesteps" and "max_timesteps" in signature.parameters)
-            if len(grid) != expected:
-                raise ValueError(
-                    f"{name}: expected {expected} values, because the pipeline is patched with "
-                    f"steps={steps}, got {len(grid)}"
-                )
-        explicit = any(name in given for name in ("sigmas", "timesteps"))
-        if "intermediate_timesteps" in signature.parameters and (steps != 2 or explicit):
-            given["intermediate_timesteps"] = None
-        if "intermediate_timesteps" in signature.parameters:
-            given["num_inference_steps"] = steps
-        elif not explicit and uniform:
-            given["sigmas"] = np.linspace(1.0, 1 / steps, steps).tolist()
-        elif not explicit:
-            given["num_inference_steps"] = steps
-        own(self, **given, **extra)
-
-    set_timesteps.__signature__ = signature  # type: ignore[attr-defined]
-    set_timesteps.__doc__ = f"Take {steps} steps, whatever count is asked for."
-    # A bound method, so that a deep copy of the scheduler stays a copy.
-    return types.MethodType(set_timesteps, scheduler)
-
-
 def plan_steps(pipe: Any, steps: Any, config: ConfigStack) -> Change:
     """Plan the scheduler of n steps; nothing is changed yet.
 
@@ -159,13 +106,13 @@ def plan_steps(pipe: Any, steps: Any, config: ConfigStack) -> Change:
     if steps > most:
         raise ValueError(f"steps: expected at most {most} (num_train_timesteps), got {steps}")
     scheduler, why = _choose(before, steps)
-    scheduler.__dict__["set_timesteps"] = _fixed(scheduler, steps)
+    fix(scheduler, steps)
     try:  # a step count that the sampler can't do must fail here, not in the first call
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trial = _copy(scheduler)
+            trial = fix(_copy(scheduler), steps)
             mu = {"mu": 0.5} if scheduler.config.get("use_dynamic_shifting") else {}
-            _fixed(trial, steps)(**mu)
+            trial.set_timesteps(**mu)
     except Exception as error:
         raise ValueError(
             f"steps: expected a count that {type(scheduler).__name__} can do, got {steps}: {error}"
@@ -181,6 +128,12 @@ def plan_steps(pipe: Any, steps: Any, config: ConfigStack) -> Change:
         f"every call takes {steps} steps; `num_inference_steps` of a call has no effect"
     )
     change.slots.append(Slot(pipe, "scheduler", scheduler, "pipe.scheduler"))
+    if hasattr(type(pipe), "get_timesteps"):
+        change.done.append(
+            f"with `strength`: the last {steps} of {steps} / strength steps, so {steps} too"
+        )
+        replacement = StrengthSteps(pipe, steps)
+        change.slots.append(Slot(pipe, "get_timesteps", replacement, "pipe.get_timesteps"))
     if type(before).__name__ not in _STUDENTS:
         change.left.append(
             "the weights: nothing marks this checkpoint as a few-step student, so quality at "
