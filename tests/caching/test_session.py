@@ -222,3 +222,55 @@ def test_too_few_blocks_are_refused():
     session = Session(Interval(), lambda: None)
     with pytest.raises(ValueError, match=r"expected more than 2 blocks .*got 2 in Toy"):
         BlockStack(model, list(model.blocks), two_streams=False).replacements(session)
+
+
+@pytest.mark.parametrize(
+    "policy", [SKIP_ALWAYS, Interval(every=3)], ids=["first-block", "interval"]
+)
+def test_a_pipeline_with_a_scheduler_of_its_own_runs_in_full_beside_it(policy):
+    """After a finished run, after one that was left in the middle, and between two of its steps."""
+    mine, theirs = Scheduler(6), Scheduler(5)
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    us, them = torch.zeros(1), torch.ones(1)
+    model, session = cached(policy, mine)
+    plain = cached(Interval(every=1))[0]
+
+    def run(network, scheduler, start, conditioning, stop=None, between=None):
+        scheduler.set_timesteps(len(scheduler.timesteps))
+        found = []
+        with torch.no_grad():
+            for step, t in enumerate(scheduler.timesteps):
+                found.append(network(start + step / 10, t, conditioning))
+                scheduler.step()
+                if step == stop:
+                    if between is None:
+                        break
+                    between()
+        return torch.stack(found)
+
+    want = run(model, mine, x, us)
+    assert session.report()["skipped"] > 0
+    other = run(plain, theirs, y, them)
+    assert torch.equal(run(model, theirs, y, them), other)
+    assert session.report()["why_full"]["another scheduler's step"] == 5
+    run(model, mine, x, us, stop=2)
+    assert torch.equal(run(model, theirs, y, them), other)
+    seen = []
+    nested = run(model, mine, x, us, 2, lambda: seen.append(run(model, theirs, y, them)))
+    assert torch.equal(seen[0], other)
+    assert torch.equal(nested[:3], want[:3])
+    assert torch.equal(run(model, mine, x, us), want)
+
+
+def test_a_new_conditioning_in_mid_run_is_another_image():
+    scheduler = Scheduler(5)
+    model, session = cached(SKIP_ALWAYS, scheduler)
+    first, second = torch.zeros(1), torch.ones(1)
+    with torch.no_grad():
+        for conditioning, t in zip(
+            (first, first, second, second), scheduler.timesteps[:4], strict=True
+        ):
+            model(torch.randn(1, 3, 8), t, conditioning)
+            scheduler.step()
+    assert session.report()["branches"]["call 0"] == ["full", "skip", "full", "skip"]
+    assert session.report()["why_full"]["conditioning changed"] == 1

@@ -1,11 +1,13 @@
 """cache= on pipelines: exact where nothing is skipped, fresh for every image, apart per branch."""
 
+import copy
+
 import pytest
 import torch
 
 import fewstep
 from fewstep.caching import FirstBlock, Interval
-from fewstep.patching import PatchError
+from fewstep.patching import PatchError, active_patches
 from patching.tiny_pipelines import BUILDERS, Counter, build, call, denoiser, inner
 
 STEPS = 6
@@ -255,3 +257,64 @@ def test_hooks_of_accelerate_and_diffusers():
     remove_hook_from_module(model)
     patch.undo()
     assert torch.equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd-unet", "digits"])
+def test_a_deep_copy_runs_its_own_weights_with_its_own_state(name):
+    pipe = build(name)
+    patch = fewstep.patch(pipe, cache="interval")
+    cached = run(pipe)
+    twin = copy.deepcopy(pipe)
+    assert active_patches(twin) == []
+    assert torch.equal(run(twin), cached)
+    with Counter(*inner(pipe)) as mine, Counter(*inner(twin)) as theirs:
+        run(twin)
+    assert mine.counts == [0, 0]
+    assert theirs.counts[0] > theirs.counts[1] > 0
+    with pytest.raises(PatchError, match="a deep copy of such a one"):
+        fewstep.patch(twin, cache="interval")
+    patch.undo()
+    assert torch.equal(run(twin), cached)
+    with torch.no_grad():
+        for parameter in denoiser(twin).parameters():
+            parameter.zero_()
+    plain = run(pipe)
+    assert not torch.equal(run(twin), plain)
+    assert not torch.equal(cached, plain)
+
+
+def test_a_deep_copy_of_the_model_alone_stays_cached():
+    pipe = build("digits")
+    with fewstep.patch(pipe, cache="interval"):
+        cached = run(pipe)
+        twin = copy.deepcopy(pipe.transformer)
+    pipe.transformer = twin
+    assert torch.equal(run(pipe), cached)
+    assert copy.deepcopy(twin.transformer_blocks[1]).forward.below.__self__ is not twin
+
+
+@pytest.mark.parametrize("policy", [SKIP_ALWAYS, Interval()], ids=["first-block", "interval"])
+def test_another_pipeline_with_the_same_components(policy):
+    """With the same scheduler it is cached; with its own it runs in full, also after a break."""
+    pipe = build("digits")
+    plain = run(pipe)
+    shared = type(pipe)(**pipe.components)
+    own = type(pipe)(pipe.transformer, type(pipe.scheduler).from_config(pipe.scheduler.config))
+    for other in (shared, own):
+        other.set_progress_bar_config(disable=True)
+    wanted = {"guidance_scale": 2.0}
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 2:
+            raise Stop
+        return {}
+
+    with fewstep.patch(pipe, cache=policy):
+        cached = run(pipe, **wanted)
+        assert not torch.equal(cached, plain)
+        assert torch.equal(run(shared, **wanted), cached)
+        assert torch.equal(run(own, **wanted), plain)
+        with pytest.raises(Stop):
+            run(pipe, callback_on_step_end=stop)
+        assert torch.equal(run(own, **wanted), plain)
+        assert torch.equal(run(pipe, **wanted), cached)

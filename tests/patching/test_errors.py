@@ -1,5 +1,7 @@
 """Every refusal names the argument, what was expected and what came; the pipeline is unchanged."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
@@ -9,6 +11,13 @@ from fewstep.caching import FirstBlock, Interval
 from fewstep.patching import PatchError, active_patches
 from patching.snapshot import snapshot
 from patching.tiny_pipelines import build, call, denoiser
+
+
+def policy(**wrong):
+    """A policy of the user's own."""
+    rules = {"must_run": lambda step, since: None, "small_change": lambda change: True}
+    return SimpleNamespace(**{"first": 1, "last": 0, "measures": False, **rules, **wrong})
+
 
 WRONG = [
     ({}, ValueError, "patch: expected at least one of steps, quantize, cache, guidance"),
@@ -23,6 +32,10 @@ WRONG = [
     ({"cache": 0.1}, TypeError, r"cache: expected .*got 0\.1"),
     ({"cache": FirstBlock}, TypeError, "cache: expected .*got <class"),
     ({"cache": FirstBlock(first=3, last=1)}, ValueError, "cache: expected more than 4 blocks"),
+    ({"cache": policy(first=0)}, ValueError, "cache: first of .*: expected at least 1, got 0"),
+    ({"cache": policy(first=-1)}, ValueError, "cache: first of .*: expected at least 1, got -1"),
+    ({"cache": policy(last=-1)}, ValueError, "cache: last of .*: expected at least 0, got -1"),
+    ({"cache": policy(first="a")}, TypeError, "cache: first of .*: expected an integer, got str"),
     ({"guidance": "on"}, ValueError, "guidance: expected 'off' or a number >= 1, got 'on'"),
     ({"guidance": -1}, ValueError, "guidance: expected 'off' or a number >= 1, got -1"),
     ({"guidance": [1]}, TypeError, "guidance: expected 'off' or a number"),

@@ -5,6 +5,7 @@ a layout (`BlockStack`, `UNetStack`) turns both into replacements of `forward` o
 instances. Nothing here changes a model: `fewstep.patch(pipe, cache=...)` installs and removes them.
 """
 
+from ._wrap import is_cached
 from .policy import PRESETS, CachePolicy, FirstBlock, Interval, resolve_policy
 from .session import Session
 from .stack import BlockStack
@@ -18,5 +19,6 @@ __all__ = [
     "Interval",
     "Session",
     "UNetStack",
+    "is_cached",
     "resolve_policy",
 ]

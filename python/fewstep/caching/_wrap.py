@@ -25,16 +25,26 @@ class Replacement(NamedTuple):
     value: Callable[..., Any]
 
 
-def like(original: Callable[..., Any], value: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a wrapper the signature and name of what it wraps (pipelines inspect `forward`).
+def uncompiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of a `__call__`, but not out of what it calls.
 
-    torch.compile skips the wrapper itself, whose decisions it would otherwise guard on, step by
-    step; what the wrapper calls is compiled.
+    It would otherwise guard on the wrapper's decisions, step by step.
     """
-    value = torch.compiler.disable(value, recursive=False)
-    functools.update_wrapper(value, original)
-    value.fewstep_cache = True  # type: ignore[attr-defined]
-    return value
+    return torch.compiler.disable(call, recursive=False)
+
+
+class Wrapped:
+    """A method of one instance, with the signature and name of what it wraps (pipelines inspect
+    `forward`).
+
+    An object rather than a closure, so that a deep copy of the module gets one that calls the copy:
+    `below` is a bound method, and `session` is copied once for all wrappers of a model.
+    """
+
+    def __init__(self, below: Callable[..., Any], session: Session) -> None:
+        functools.update_wrapper(self, below)
+        self.below, self.session = below, session
+        self.fewstep_cache = True  # in `__dict__`, which those who wrap this copy to theirs
 
 
 def is_cached(module: nn.Module) -> bool:
@@ -43,45 +53,52 @@ def is_cached(module: nn.Module) -> bool:
     return bool(getattr(forward, "fewstep_cache", False))
 
 
-def follow(denoiser: nn.Module, session: Session, ignore: tuple[str, ...]) -> list[Replacement]:
-    """Open and close a `Call` around the denoiser, and read the `cache_context` names.
+class _Followed(Wrapped):
+    def __init__(self, below: Callable[..., Any], session: Session, ignore: tuple[str, ...]):
+        super().__init__(below, session)
+        self.ignore = ignore
+        self.parameters = inspect.signature(below)
 
-    A call that gives one of the arguments in `ignore` runs as if there were no cache: these change
-    which blocks run.
-    """
-    forward = denoiser.forward
-    signature = inspect.signature(forward)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
         if session.closed or session.call is not None:
-            return forward(*args, **kwargs)
-        given = signature.bind_partial(*args, **kwargs).arguments
-        if any(given.get(name) is not None for name in ignore):
-            return forward(*args, **kwargs)
+            return self.below(*args, **kwargs)
+        given = self.parameters.bind_partial(*args, **kwargs).arguments
+        if any(given.get(name) is not None for name in self.ignore):
+            return self.below(*args, **kwargs)
         conditioning = next((given[n] for n in _CONDITIONING if given.get(n) is not None), None)
         call = session.begin(given.get("timestep"), conditioning)
         try:
-            result = forward(*args, **kwargs)
+            result = self.below(*args, **kwargs)
         except BaseException:
             session.abort()
             raise
         session.finish(call)
         return result
 
-    replacements = [Replacement(denoiser, "forward", like(forward, run))]
-    open_context = getattr(denoiser, "cache_context", None)
-    if open_context is not None:
 
-        @contextmanager
-        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            outer, session.context = session.context, name
-            try:
-                with open_context(name, *args, **kwargs) as value:
-                    yield value
-            finally:
-                session.context = outer
+class _Context(Wrapped):
+    @uncompiled
+    @contextmanager
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        session = self.session
+        outer, session.context = session.context, name
+        try:
+            with self.below(name, *args, **kwargs) as value:
+                yield value
+        finally:
+            session.context = outer
 
-        replacements.append(
-            Replacement(denoiser, "cache_context", like(open_context, cache_context))
-        )
-    return replacements
+
+def follow(denoiser: nn.Module, session: Session, ignore: tuple[str, ...]) -> list[Replacement]:
+    """Open and close a `Call` around the denoiser, and read the `cache_context` names.
+
+    A call that gives one of the arguments in `ignore` runs as if there were no cache: these change
+    which blocks run.
+    """
+    found = [Replacement(denoiser, "forward", _Followed(denoiser.forward, session, ignore))]
+    if hasattr(denoiser, "cache_context"):
+        context = _Context(denoiser.cache_context, session)
+        found.append(Replacement(denoiser, "cache_context", context))
+    return found

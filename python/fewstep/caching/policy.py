@@ -127,8 +127,8 @@ def resolve_policy(cache: str | CachePolicy) -> CachePolicy:
     """Return the policy of a preset name, or the policy itself.
 
     Raises:
-        ValueError: no preset has this name.
-        TypeError: neither a name nor a policy.
+        ValueError: no preset has this name, or a policy that leaves no block to measure.
+        TypeError: neither a name nor a policy, or a policy whose `first` or `last` is no integer.
     """
     names = ", ".join(repr(name) for name in PRESETS)
     if isinstance(cache, str):
@@ -140,4 +140,6 @@ def resolve_policy(cache: str | CachePolicy) -> CachePolicy:
             f"cache: expected {names} or a policy object such as FirstBlock(threshold=0.08), "
             f"got {cache!r}"
         )
+    for name, least in (("first", 1), ("last", 0)):
+        _check_int(f"cache: {name} of {cache!r}", getattr(cache, name), least)
     return cache

@@ -11,10 +11,17 @@ Every `set_timesteps` of diffusers makes a new `timesteps` tensor, so comparing 
 to notice a new image, whoever calls it, and also after an exception left the last one unfinished.
 The step index lives on the host; the timestep is read only where that needs no device sync, or
 where the scheduler has no step index.
+
+Another pipeline may use the same model. With the same scheduler its runs are followed like any
+other; with one of its own they are not this scheduler's steps and run in full: the index stands at
+the end, or still while time goes on. Where a run was left in the middle, the first call of another
+pipeline is told by its conditioning: once that was the same tensor on two steps of a run, another
+tensor is another image's.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,11 +49,14 @@ class Branch:
     form: tuple[Any, ...] = ()  # shape, dtype and device of the hidden state there
     probe: Tensor | None = None  # the first blocks' residual there
     kept: tuple[Any, ...] = ()  # what the layout stored there
+    steady: bool = False  # whether its conditioning was the same tensor on two steps of the run
+    replaced: bool = False  # whether it is another one now
     decisions: list[str] = field(default_factory=list)  # of the run: "full" or "skip"
 
     def forget(self) -> None:
         """Drop the tensors, keep the record of decisions."""
         self.full_at, self.probe, self.kept, self.conditioning = None, None, (), None
+        self.steady = False
 
 
 @dataclass
@@ -115,6 +125,19 @@ class Session:
             total -= 1
         return (self._step if index == "absent" else index) >= total - 1
 
+    def _is_elsewhere(self, timesteps: Any, clock: tuple[Any, Any]) -> bool:
+        """Whether the model is called by something that this scheduler does not drive."""
+        taken = getattr(self._scheduler(), "step_index", None)
+        if not isinstance(taken, int) or timesteps is None:
+            return False
+        if taken >= len(timesteps):
+            return True
+        if timesteps is not self._timesteps or self._clock is None:
+            return False
+        (index, value), (old_index, old_value) = clock, self._clock
+        moved = value is not None and old_value is not None and value != old_value
+        return moved and index == old_index
+
     def _turned_round(self, clock: tuple[Any, Any]) -> bool:
         if self._clock is None:
             return False
@@ -132,6 +155,10 @@ class Session:
     def begin(self, timestep: Any, conditioning: Any) -> Call:
         """Open the record of a call of the denoiser; `finish` or `abort` closes it."""
         timesteps, clock = self._read_clock(timestep)
+        if self._is_elsewhere(timesteps, clock):
+            self.reasons["another scheduler's step"] += 1
+            self.call = Call(None)
+            return self.call
         if timesteps is not self._timesteps or self._turned_round(clock):
             self._start_run(timesteps)
         if clock != self._clock:
@@ -166,6 +193,9 @@ class Session:
             label = key[0] if key[1] == 0 and self.context else f"{key[0]} {key[1]}"
             self._branches[key] = Branch(label)
         branch = self._branches[key]
+        same = branch.conditioning is conditioning
+        branch.steady |= same and conditioning is not None
+        branch.replaced = branch.steady and not same
         branch.conditioning = conditioning
         return branch
 
@@ -203,6 +233,8 @@ class Session:
     def _must_run(self, call: Call, branch: Branch, form: tuple[Any, ...]) -> str | None:
         if branch.full_at is None:
             return "first step"
+        if branch.replaced:
+            return "conditioning changed"
         if branch.form != form:
             return "shape changed"
         if call.is_last:
@@ -237,6 +269,13 @@ class Session:
         """Stay out of every call from now on, and drop the tensors."""
         self.closed = True
         self.abort()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """A session of its own for a copy of the model, without what this one has seen."""
+        policy, scheduler = copy.deepcopy((self.policy, self._scheduler), memo)
+        twin = Session(policy, scheduler)
+        twin.closed = self.closed
+        return twin
 
     # What was done?
 

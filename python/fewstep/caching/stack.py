@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from ._wrap import Replacement, follow, like
+from ._wrap import Replacement, Wrapped, follow, uncompiled
 from .session import Call, Session, add_residual, residual_of
 
 __all__ = ["BlockStack"]
@@ -68,9 +68,51 @@ class BlockStack:
         found = follow(self.denoiser, session, ignore=("skip_layers",))
         for index in range(middle[-1] + 1):
             block = self.blocks[index]
-            forward = self._wrapped(block.forward, session, index, middle)
-            found.append(Replacement(block, "forward", like(block.forward, forward)))
+            forward = _Block(block.forward, session, index, middle, self.two_streams)
+            found.append(Replacement(block, "forward", forward))
         return found
+
+
+class _Block(Wrapped):
+    """`forward` of the block at `index`; a skipped step leaves the `middle` ones out."""
+
+    def __init__(
+        self,
+        below: Callable[..., Any],
+        session: Session,
+        index: int,
+        middle: range,
+        two_streams: bool,
+    ) -> None:
+        super().__init__(below, session)
+        self.index, self.middle, self.two_streams = index, middle, two_streams
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        call = session.call
+        if call is None or call.branch is None:
+            return self.below(*args, **kwargs)
+        if call.skip:
+            return self._skip(call, args, kwargs)
+        if self.index == 0:
+            call.entry = self._streams(args, kwargs)[0]
+        output = self.below(*args, **kwargs)
+        if self.index == self.middle[0] - 1:
+            call.head = self._split(output)
+            session.decide(call, call.entry, call.head[0])
+        elif self.index == self.middle[-1]:
+            streams = zip(self._split(output), call.head, strict=True)
+            session.keep(call, *(residual_of(new, head) for new, head in streams))
+            call.head = ()
+        return output
+
+    def _skip(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.index != self.middle[-1]:
+            return self._joined(*self._streams(args, kwargs))
+        call.done = True
+        streams = zip(call.head, call.branch.kept, strict=True)
+        return self._joined(*(add_residual(head, tail) for head, tail in streams))
 
     def _streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -83,33 +125,3 @@ class BlockStack:
 
     def _joined(self, hidden: Any, encoder: Any) -> Any:
         return (encoder, hidden) if self.two_streams else hidden
-
-    def _wrapped(
-        self, forward: Callable[..., Any], session: Session, index: int, middle: range
-    ) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            call = session.call
-            if call is None or call.branch is None:
-                return forward(*args, **kwargs)
-            if call.skip:
-                return self._skip(call, index == middle[-1], args, kwargs)
-            if index == 0:
-                call.entry = self._streams(args, kwargs)[0]
-            output = forward(*args, **kwargs)
-            if index == middle[0] - 1:
-                call.head = self._split(output)
-                session.decide(call, call.entry, call.head[0])
-            elif index == middle[-1]:
-                streams = zip(self._split(output), call.head, strict=True)
-                session.keep(call, *(residual_of(new, head) for new, head in streams))
-                call.head = ()
-            return output
-
-        return run
-
-    def _skip(self, call: Call, leaving: bool, args: tuple[Any, ...], kwargs: dict) -> Any:
-        if not leaving:
-            return self._joined(*self._streams(args, kwargs))
-        call.done = True
-        streams = zip(call.head, call.branch.kept, strict=True)
-        return self._joined(*(add_residual(head, tail) for head, tail in streams))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._wrap import Replacement, follow, like
+from ._wrap import Replacement, Wrapped, follow, uncompiled
 from .session import Session
 
 __all__ = ["UNetStack"]
@@ -69,18 +69,15 @@ class UNetStack:
         self.check()
         found = follow(self.denoiser, session, ignore=())
 
-        def add(module: nn.Module, make: Callable[..., Callable[..., Any]], *extra: Any) -> None:
-            forward = module.forward
-            found.append(
-                Replacement(module, "forward", like(forward, make(forward, session, *extra)))
-            )
+        def add(module: nn.Module, kind: type[Wrapped], *extra: Any) -> None:
+            found.append(Replacement(module, "forward", kind(module.forward, session, *extra)))
 
-        add(self.down[0], _probe, len(self.down[0].resnets) - 1)
+        add(self.down[0], _Probe, len(self.down[0].resnets) - 1)
         for module in self.down[1:] + ([] if self.mid is None else [self.mid]):
-            add(module, _stubbed)
+            add(module, _Stubbed)
         for module in self.up[:-2]:
-            add(module, _passed)
-        add(self.up[-2], _leaving)
+            add(module, _Passed)
+        add(self.up[-2], _Leaving)
         return found
 
 
@@ -88,16 +85,21 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _probe(forward: Callable[..., Any], session: Session, finest: int) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        call = session.call
+class _Probe(Wrapped):
+    """Down block 0: decides by its last feature at full resolution, `finest` in its outputs."""
+
+    def __init__(self, below: Callable[..., Any], session: Session, finest: int) -> None:
+        super().__init__(below, session)
+        self.finest = finest
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.below(*args, **kwargs)
+        call = self.session.call
         if call is not None and call.branch is not None:
             # A block's skip connections are its features in order, the downsampled one last.
-            session.decide(call, _hidden(args, kwargs), output[1][finest])
+            self.session.decide(call, _hidden(args, kwargs), output[1][self.finest])
         return output
-
-    return run
 
 
 def _stand_in(output: Any) -> Any:
@@ -114,45 +116,49 @@ def _blank(shape: Any, like_: Tensor) -> Any:
     return tuple(_blank(part, like_) for part in shape)
 
 
-def _stubbed(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    # Shapes matter even where values do not: the model slices, and adapters add in place.
-    shapes: dict[torch.Size, Any] = {}
+class _Stubbed(Wrapped):
+    """A block whose output nobody reads on a skipped step."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        call = session.call
+    def __init__(self, below: Callable[..., Any], session: Session) -> None:
+        super().__init__(below, session)
+        # Shapes matter even where values do not: the model slices, and adapters add in place.
+        self.shapes: dict[torch.Size, Any] = {}
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.session.call
         if call is None or call.branch is None:
-            return forward(*args, **kwargs)
+            return self.below(*args, **kwargs)
         hidden = _hidden(args, kwargs)
         if call.skip:
-            return _blank(shapes[hidden.shape], hidden)
-        output = forward(*args, **kwargs)
-        shapes[hidden.shape] = _stand_in(output)
+            return _blank(self.shapes[hidden.shape], hidden)
+        output = self.below(*args, **kwargs)
+        self.shapes[hidden.shape] = _stand_in(output)
         return output
 
-    return run
 
+class _Passed(Wrapped):
+    """An inner up block: they hand one tensor along, and `_Leaving` drops it."""
 
-def _passed(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        call = session.call
-        # The up blocks hand one tensor along, and `_leaving` drops it.
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.session.call
         if call is not None and call.skip:
             return _hidden(args, kwargs)
-        return forward(*args, **kwargs)
-
-    return run
+        return self.below(*args, **kwargs)
 
 
-def _leaving(forward: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        call = session.call
+class _Leaving(Wrapped):
+    """The last inner up block, whose output is kept."""
+
+    @uncompiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.session.call
         if call is None or call.branch is None:
-            return forward(*args, **kwargs)
+            return self.below(*args, **kwargs)
         if call.skip:
             call.done = True
             return call.branch.kept[0]
-        output = forward(*args, **kwargs)
-        session.keep(call, output)
+        output = self.below(*args, **kwargs)
+        self.session.keep(call, output)
         return output
-
-    return run

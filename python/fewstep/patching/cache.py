@@ -5,8 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from ..caching import Session, resolve_policy
-from ..caching._wrap import is_cached
+from ..caching import Session, is_cached, resolve_policy
 from .recognise import Target
 from .undo import Change, PatchError, Slot
 
@@ -27,6 +26,20 @@ class _CacheChange(Change):
         return self._session.report()
 
 
+class _SchedulerOf:
+    """The present scheduler of a pipeline; in a deep copy of the pipeline, of the copy."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
+
+    def __call__(self) -> Any:
+        return getattr(self._pipe(), "scheduler", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SchedulerOf:
+        pipe = self._pipe()
+        return self if pipe is None else _SchedulerOf(memo.get(id(pipe), pipe))
+
+
 def plan_cache(pipe: Any, target: Target, cache: Any) -> Change:
     """Plan the replacements of `forward`; nothing is changed yet.
 
@@ -39,19 +52,14 @@ def plan_cache(pipe: Any, target: Target, cache: Any) -> Change:
     if is_cached(target.denoiser):
         raise PatchError(
             f"cache: expected a {target.model} without a cache, got one that another pipeline's "
-            "patch caches; undo that patch first"
+            "patch caches, or a deep copy of such a one; undo that patch before, or before copying"
         )
     if getattr(target.denoiser, "is_cache_enabled", False):
         raise PatchError(
             f"cache: expected a {target.model} without a cache, got one with diffusers' "
             "enable_cache; call disable_cache first"
         )
-    owner = weakref.ref(pipe)
-
-    def scheduler() -> Any:
-        return getattr(owner(), "scheduler", None)
-
-    session = Session(policy, scheduler)
+    session = Session(policy, _SchedulerOf(pipe))
     change = _CacheChange(repr(policy), session)
     change.done.append(layout.describe(session))
     change.done.append(
