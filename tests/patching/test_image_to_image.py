@@ -96,9 +96,7 @@ def test_from_the_components_of_a_patched_pipeline(name):
     source = build(name)
     with fewstep.patch(source, steps=4):
         pipe = image_to_image(source, name)
-        with pytest.raises(
-            ValueError, match=r"steps=4: call fewstep\.patch\(pipe"
-        ):
+        with pytest.raises(ValueError, match=r"steps=4: call fewstep\.patch\(pipe"):
             edit(pipe, source, strength=0.5)
         assert call(source).isfinite().all()
         with fewstep.patch(pipe, steps=3):

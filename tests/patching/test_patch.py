@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 import fewstep
 from fewstep.patching import Patch, active_patches
@@ -83,3 +84,48 @@ def test_guidance_off_halves_the_evaluations():
 def test_the_handle_is_exported():
     assert isinstance(fewstep.patch(build("digits"), steps=1), Patch)
     assert fewstep.Patch is Patch
+
+
+def test_explain_says_that_a_cache_can_not_act_at_two_steps():
+    pipe = build("digits")
+    cache = fewstep.patch(pipe, cache="interval")
+    assert "never act" not in cache.explain()
+    for steps, said in ((1, True), (2, True), (3, False)):
+        with fewstep.patch(pipe, steps=steps):
+            assert ("never act" in cache.explain()) == said
+            call(pipe)
+            assert cache.report()["cache"]["skipped"] == 0 or not said
+    assert "never act" not in cache.explain()
+
+
+class Wider(DiffusionPipeline):
+    """With the components that other pipelines have."""
+
+    def __init__(self, transformer, scheduler, transformer_2, controlnet, vae):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            transformer_2=transformer_2,
+            controlnet=controlnet,
+            vae=vae,
+        )
+
+
+def test_explain_claims_only_what_is_known():
+    source, extra = build("digits"), torch.nn.Identity()
+    pipe = Wider(source.transformer, source.scheduler, None, extra, extra)
+    with fewstep.patch(pipe, cache="interval") as patch:
+        text = patch.explain()
+    assert "left alone: vae: not part of the denoising loop" in text
+    assert "left alone: controlnet: not recognised, left as it is" in text
+
+
+def test_a_second_denoiser_is_not_left_out_silently():
+    source = build("digits")
+    pipe = Wider(source.transformer, source.scheduler, build("digits").transformer, None, None)
+    for feature in ({"cache": "interval"}, {"quantize": "w8a8"}):
+        with pytest.raises(ValueError, match="one denoiser, got one with `transformer`, `transfor"):
+            fewstep.patch(pipe, **feature)
+    with fewstep.patch(pipe, steps=2) as patch:
+        assert "transformer_2: not recognised" in patch.explain()

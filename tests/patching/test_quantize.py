@@ -1,10 +1,12 @@
 """quantize="w8a8" through patch: what is replaced, what it does to the image, and undo."""
 
+import copy
+
 import pytest
 import torch
 
 import fewstep
-from fewstep.patching import PatchError
+from fewstep.patching import PatchError, active_patches
 from fewstep.quantization import QuantLinear
 from patching.snapshot import snapshot
 from patching.tiny_pipelines import BUILDERS, build, call, denoiser
@@ -71,3 +73,38 @@ def test_a_layer_replaced_later_is_not_thrown_away():
     parent._modules[key] = ours
     patch.undo()
     assert not quantised(pipe)
+
+
+@pytest.mark.usefixtures("small_layers")
+def test_undo_follows_a_cast_made_while_quantised():
+    pipe = build("digits")
+    with fewstep.patch(pipe, quantize="w8a8"):
+        assert all(p.dtype == torch.float32 for p in denoiser(pipe).parameters())
+        pipe.to(torch.bfloat16)
+        assert call(pipe).isfinite().all()
+    assert {p.dtype for p in denoiser(pipe).parameters()} == {torch.bfloat16}
+    cast = build("digits").to(torch.bfloat16)
+    assert torch.equal(call(pipe), call(cast))
+
+
+@pytest.mark.usefixtures("small_layers")
+def test_a_deep_copy_stays_quantised():
+    pipe = build("digits")
+    patch = fewstep.patch(pipe, quantize="w8a8", steps=2)
+    image = call(pipe)
+    twin = copy.deepcopy(pipe)
+    patch.undo()
+    assert active_patches(twin) == []
+    assert quantised(twin)
+    assert torch.equal(call(twin), image)
+
+
+@pytest.mark.usefixtures("small_layers")
+def test_explain_says_what_it_costs_and_gains():
+    pipe = build("digits")
+    with fewstep.patch(pipe, quantize="w8a8") as patch:
+        text, names = patch.explain(), quantised(pipe)
+    layers = [denoiser(pipe).get_submodule(name) for name in names]
+    before = sum(4 * p.numel() for module in layers for p in module.parameters()) / 2**20
+    assert f"their weights took {before:.1f} MiB and take" in text
+    assert "the original layers are kept for undo" in text

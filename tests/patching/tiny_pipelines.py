@@ -278,7 +278,14 @@ def arguments(pipe: Any, batch: int = 1) -> dict[str, Any]:
 
 def call(pipe: Any, seed: int = 0, batch: int = 1, **kwargs: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    given = {**arguments(pipe, batch), "output_type": "latent", "return_dict": False, **kwargs}
+    dtype = next(denoiser(pipe).parameters()).dtype
+    embeds = {
+        name: value.to(dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in arguments(pipe, batch).items()
+    }
+    given = {**embeds, "output_type": "latent", "return_dict": False, **kwargs}
     return pipe(generator=generator, **given)[0]
 
 

@@ -137,6 +137,25 @@ def test_what_is_derived_follows_the_weight():
     assert torch.equal(quantized(x), -negated)
 
 
+def test_the_packed_copy_is_made_when_it_is_needed():
+    _, quantized = make()
+    x = torch.randn(4, 192)
+    quantized(x)
+    packed = quantized._packed
+    quantized.to(torch.bfloat16).float()
+    assert quantized._packed is packed  # a cast does not change the weight
+    want, state = quantized(x), quantized.state_dict()
+    quantized.to("meta")
+    assert quantized._packed is None
+    quantized.to_empty(device="cpu")
+    quantized.weight_int8.copy_(state["weight_int8"])
+    quantized.weight_scale.copy_(state["weight_scale"])
+    quantized.bias.copy_(state["bias"])
+    assert quantized._packed is None  # moved, but not called yet
+    assert torch.equal(quantized(x), want)
+    assert (quantized._packed is None) == (packed is None)
+
+
 def test_meta_and_back():
     linear, quantized = make()
     x = torch.randn(4, 192)

@@ -227,7 +227,7 @@ def test_errors_say_what_was_expected():
         quantize_linears(nn.Linear(256, 256))
     with pytest.raises(ValueError, match=r"expected at least one nn\.Linear.*Conv2d, got none"):
         quantize_linears(nn.Conv2d(1, 1, 1))
-    with pytest.raises(ValueError, match="got 1 left alone, too small to gain: 8 -> 8: 0"):
+    with pytest.raises(ValueError, match="got 1 linear layer, too small to gain: 8 -> 8: 0"):
         quantize_linears(nn.Sequential(nn.Linear(8, 8)))
 
 
@@ -251,3 +251,30 @@ def test_a_diffusers_transformer():
     assert "time" in handle.skipped["transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"]
     assert "proj_out_2" in handle.skipped
     assert (got - want).norm() / want.norm() < 0.05
+
+
+def test_undo_follows_moves_casts_and_the_training_flag():
+    model = Model().eval()
+    linear = model.blocks[0].ff1
+    weight = linear.weight
+    handle = quantize_linears(model)
+    model.to(torch.bfloat16).train()
+    handle.undo()
+    assert model.blocks[0].ff1 is linear
+    assert linear.weight is weight
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(module.training for module in model.modules())
+    handle = quantize_linears(model)
+    model.to("meta")  # as offloading hooks do: the weights are elsewhere
+    handle.undo()
+    assert not linear.weight.is_meta
+
+
+def test_memory_counts_each_layer_once():
+    model = Model()
+    model.blocks[1] = model.blocks[0]
+    handle = quantize_linears(model, skip=lambda name, _: None if "ff" in name else "no")
+    before = 4 * (2 * 128 * 256 + 256 + 128) / 2**20
+    assert f"took {before:.1f} MiB" in handle.explain()
+    handle.undo()
+    assert "MiB" not in handle.explain()

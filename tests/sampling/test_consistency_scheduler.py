@@ -163,3 +163,32 @@ def test_bad_use():
         scheduler.step(x, 1000.0, x)
     with pytest.raises(ValueError, match="noise"):
         scheduler.scale_noise(x, 500.0)
+
+
+def test_integer_keys_are_step_counts_too(tmp_path):
+    scheduler = FlowConsistencyScheduler(knots={2: (1.0, 0.6), "3": [1.0, 0.7, 0.3]})
+    scheduler.set_timesteps(2)
+    assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.6, 0.0])
+    assert scheduler.config.knots == {"2": [1.0, 0.6], "3": [1.0, 0.7, 0.3]}
+    scheduler.save_pretrained(tmp_path)
+    assert FlowConsistencyScheduler.from_pretrained(tmp_path).config.knots == scheduler.config.knots
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"knots": {"two": [1.0, 0.5]}}, ValueError, "step counts such as '2' for keys, got 'two'"),
+        ({"knots": {0: []}}, ValueError, "for keys, got 0"),
+        ({"knots": {2.0: [1.0, 0.5]}}, ValueError, r"for keys, got 2\.0"),
+        ({"knots": {2: [1.0, 0.5], "2": [1.0, 0.6]}}, ValueError, "got two for 2"),
+        ({"knots": [1.0, 0.5]}, TypeError, "knots: expected a mapping"),
+        ({"shift": float("nan")}, ValueError, "shift: expected a positive number, got nan"),
+        ({"shift": "3"}, ValueError, "shift: expected a positive number, got '3'"),
+        ({"shift": True}, ValueError, "shift: expected a positive number, got True"),
+        ({"num_train_timesteps": 0}, ValueError, "num_train_timesteps: expected .* got 0"),
+        ({"num_train_timesteps": None}, ValueError, "num_train_timesteps: expected .* got None"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        FlowConsistencyScheduler(**arguments)

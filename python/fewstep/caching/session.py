@@ -56,7 +56,6 @@ class Branch:
     def forget(self) -> None:
         """Drop the tensors, keep the record of decisions."""
         self.full_at, self.probe, self.kept, self.conditioning = None, None, (), None
-        self.steady = False
 
 
 @dataclass
@@ -195,7 +194,10 @@ class Session:
         branch = self._branches[key]
         same = branch.conditioning is conditioning
         branch.steady |= same and conditioning is not None
-        branch.replaced = branch.steady and not same
+        branch.replaced = branch.steady and not same and branch.conditioning is not None
+        if branch.replaced:  # the guided and the unguided pass are another image's alike
+            for every in self._branches.values():
+                every.forget()
         branch.conditioning = conditioning
         return branch
 
@@ -231,10 +233,10 @@ class Session:
         branch.probe, branch.form = residual, form
 
     def _must_run(self, call: Call, branch: Branch, form: tuple[Any, ...]) -> str | None:
-        if branch.full_at is None:
-            return "first step"
         if branch.replaced:
             return "conditioning changed"
+        if branch.full_at is None:
+            return "first step"
         if branch.form != form:
             return "shape changed"
         if call.is_last:

@@ -18,11 +18,13 @@ from types import TracebackType
 from typing import Any
 
 from .cache import plan_cache
+from .grid import fixed_steps
 from .guidance import plan_guidance
 from .quantize import plan_quantize
 from .recognise import recognise
+from .saving import PERSISTENT, SaveGuard
 from .steps import plan_steps
-from .undo import Change, ConfigStack, PatchError
+from .undo import Change, ConfigStack, PatchError, Slot
 
 __all__ = ["Patch", "active_patches", "patch"]
 
@@ -33,6 +35,20 @@ class _Record:
 
     patches: list[Patch] = field(default_factory=list)
     config: ConfigStack = field(default_factory=ConfigStack)
+    saving: Slot | None = None  # while a patch would go into saved files
+
+    def refresh_saving(self, pipe: Any) -> None:
+        """Put the guard of `save_pretrained` in place or out of it, as the patches want."""
+        kept = [f for patch in self.patches for f in patch.features if f in PERSISTENT]
+        if kept and self.saving is None:
+            guard = SaveGuard(pipe)
+            self.saving = Slot(pipe, "save_pretrained", guard, "pipe.save_pretrained")
+            self.saving.apply()
+        if self.saving is not None:
+            self.saving.value.features = kept
+            if not kept:
+                self.saving.restore()
+                self.saving = None
 
 
 _records: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
@@ -88,9 +104,11 @@ class Patch:
             change.undo()
         self._active = False
         pipe = self._pipe()
-        if pipe is not None and self in _records[pipe].patches:
-            _records[pipe].patches.remove(self)
-            if not _records[pipe].patches:
+        record = None if pipe is None else _records.get(pipe)
+        if record is not None and self in record.patches:
+            record.patches.remove(self)
+            record.refresh_saving(pipe)
+            if not record.patches:
                 del _records[pipe]
 
     def report(self) -> dict[str, Any]:
@@ -104,10 +122,21 @@ class Patch:
         for change in self._changes:
             lines.append(f"  {change.feature}: {change.summary}")
             lines += [f"    {line}" for line in change.done]
+            lines += [f"    {line}" for line in self._remarks(change)]
             lines += [f"    seen: {line}" for line in _seen(change.report())]
             lines += [f"    left alone: {line}" for line in change.left]
         lines += [f"  left alone: {line}" for line in self._left]
         return "\n".join(lines)
+
+    def _remarks(self, change: Change) -> list[str]:
+        """What follows from the other patches in place."""
+        steps = fixed_steps(getattr(self._pipe(), "scheduler", None))
+        if change.feature == "cache" and self._active and steps is not None and steps <= 2:
+            return [
+                f"it can never act while steps={steps} is patched: an image has no step between "
+                "the first and the last"
+            ]
+        return []
 
     def __enter__(self) -> Patch:
         return self
@@ -197,6 +226,15 @@ def patch(
     if cache is not None:
         changes.append(plan_cache(pipe, target, cache))
 
+    left = []
+    if missing := [name for name in given if name not in wanted]:
+        left.append(f"{', '.join(missing)}: not asked for")
+    outside, unknown = target.rest(pipe)
+    if outside:
+        left.append(f"{', '.join(outside)}: not part of the denoising loop")
+    if unknown:
+        left.append(f"{', '.join(unknown)}: not recognised, left as it is")
+
     applied: list[Change] = []
     try:
         for change in changes:
@@ -206,15 +244,8 @@ def patch(
         for change in reversed(applied):
             change.undo()
         raise
-    left = []
-    if missing := [name for name in given if name not in wanted]:
-        left.append(f"{', '.join(missing)}: not asked for")
-    outside = {target.component, "scheduler"}
-    if others := [
-        n for n, part in pipe.components.items() if part is not None and n not in outside
-    ]:
-        left.append(f"{', '.join(others)}: not part of the denoising loop")
     handle = Patch(pipe, recognised, changes, left)
     record.patches.append(handle)
+    record.refresh_saving(pipe)
     _records[pipe] = record
     return handle

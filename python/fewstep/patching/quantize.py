@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from torch import nn
 
+from ..quantization import SCHEMES, QuantizedModules, quantize_linears
 from .recognise import Target
-from .undo import Change
+from .saving import RefuseModel
+from .undo import Change, Slot
 
 __all__ = ["plan_quantize"]
-
-_SCHEMES = ("w8a8",)
 
 
 class _QuantizeChange(Change):
@@ -21,22 +20,21 @@ class _QuantizeChange(Change):
     def __init__(self, target: Target, scheme: str) -> None:
         super().__init__("quantize", scheme)
         self._target, self._scheme = target, scheme
-        self._handle: Any = None
+        self._handle: QuantizedModules | None = None
+        if hasattr(target.denoiser, "save_pretrained"):
+            where = f"pipe.{target.component}.save_pretrained"
+            refuse = RefuseModel(target.model)
+            self.slots.append(Slot(target.denoiser, "save_pretrained", refuse, where))
 
     def apply(self) -> None:
-        from ..quantization import quantize_linears
-
         self._handle = quantize_linears(self._target.denoiser, scheme=self._scheme)
-
-        replaced, skipped = self._handle.replaced, self._handle.skipped
         self.done.append(
-            f"{len(replaced)} linear layers of {self._target.model} in int8 (activations per row, "
-            "weights per output channel)"
+            f"{self._handle.count()} of {self._target.model} in int8 (activations per row, weights "
+            "per output channel)"
         )
-        for reason, count in Counter(skipped.values()).most_common():
-            names = [name for name, why in skipped.items() if why == reason]
-            shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
-            self.left.append(f"{count} layers, {reason}: {shown}")
+        self.done.append(self._handle.memory())
+        self.left += self._handle.left_alone()
+        super().apply()
 
     can_leave = False
 
@@ -44,11 +42,11 @@ class _QuantizeChange(Change):
         here = dict(self._target.denoiser.named_modules(remove_duplicate=False))
         replaced = {} if self._handle is None else self._handle.replaced
         place = f"pipe.{self._target.component}"
-        return [
-            f"{place}.{name}" for name, layer in replaced.items() if here.get(name) is not layer
-        ]
+        gone = [name for name, layer in replaced.items() if here.get(name) is not layer]
+        return [*(f"{place}.{name}" for name in gone), *super().conflicts()]
 
     def undo(self) -> None:
+        super().undo()
         if self._handle is not None:
             self._handle.undo()
             self._handle = None
@@ -60,12 +58,13 @@ def plan_quantize(target: Target, scheme: Any) -> Change:
     Raises:
         TypeError, ValueError: not a scheme, or a model without linear layers to replace.
     """
-    known = ", ".join(repr(name) for name in _SCHEMES)
+    known = ", ".join(repr(name) for name in SCHEMES)
     if not isinstance(scheme, str):
         raise TypeError(f"quantize: expected {known}, got {type(scheme).__name__} {scheme!r}")
-    if scheme not in _SCHEMES:
+    if scheme not in SCHEMES:
         raise ValueError(f"quantize: expected {known}, got {scheme!r}")
     target.require_eager("quantize")
+    target.require_alone("quantize")
     if not any(isinstance(module, nn.Linear) for module in target.denoiser.modules()):
         raise ValueError(f"quantize: expected a model with nn.Linear layers, got {target.model}")
     return _QuantizeChange(target, scheme)

@@ -6,6 +6,7 @@ diffusers' models is imported. Only families that the tests run are listed.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,12 @@ from ..caching import BlockStack, UNetStack
 __all__ = ["FAMILIES", "Family", "Target", "recognise"]
 
 _COMPONENTS = ("transformer", "unet")
+_DENOISERS = re.compile(r"(transformer|unet)(_\w+)?")
+# Known to run before or after the denoising loop.
+_OUTSIDE = re.compile(
+    r"(vae|text_encoder|tokenizer|image_encoder|image_processor|feature_extractor|safety_checker)"
+    r"(_\d+)?"
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Target:
     component: str
     denoiser: nn.Module
     family: Family | None
+    others: tuple[str, ...] = ()  # components that look like denoisers too
 
     @property
     def model(self) -> str:
@@ -74,6 +82,25 @@ class Target:
                 f"{self.model}; patch first, then torch.compile"
             )
 
+    def require_alone(self, argument: str) -> None:
+        """Raise ValueError where other components take a share of the steps or of the work."""
+        if self.others:
+            names = ", ".join(f"`{name}`" for name in (self.component, *self.others))
+            raise ValueError(
+                f"{argument}: expected a pipeline with one denoiser, got one with {names}; "
+                "a pipeline with several can have steps only"
+            )
+
+    def rest(self, pipe: Any) -> tuple[list[str], list[str]]:
+        """Names of the other components: known to be outside the denoising loop, and not known."""
+        names = [
+            name
+            for name, part in pipe.components.items()
+            if part is not None and name not in (self.component, "scheduler")
+        ]
+        outside = [name for name in names if _OUTSIDE.fullmatch(name)]
+        return outside, [name for name in names if name not in outside]
+
     def layout(self) -> BlockStack | UNetStack:
         """Return the denoiser's blocks for caching.
 
@@ -81,6 +108,7 @@ class Target:
             ValueError: the family is not known or the model is compiled.
         """
         self.require_eager("cache")
+        self.require_alone("cache")
         model = self.denoiser
         if self.family is None:
             known = ", ".join(family.model for family in FAMILIES)
@@ -109,7 +137,12 @@ def recognise(pipe: Any) -> Target:
         if isinstance(denoiser, nn.Module):
             names = {base.__name__ for base in type(denoiser).__mro__}
             family = next((f for f in FAMILIES if f.model in names), None)
-            return Target(component, denoiser, family)
+            others = tuple(
+                name
+                for name, part in pipe.components.items()
+                if name != component and isinstance(part, nn.Module) and _DENOISERS.fullmatch(name)
+            )
+            return Target(component, denoiser, family, others)
     raise ValueError(
         f"pipe: expected a model in one of {', '.join(_COMPONENTS)}, got {type(pipe).__name__} "
         f"with {sorted(pipe.components)}"

@@ -8,6 +8,6 @@ handle.undo()
 from __future__ import annotations
 
 from .linear import QuantLinear
-from .replace import QuantizedModules, default_skip, quantize_linears
+from .replace import SCHEMES, QuantizedModules, default_skip, quantize_linears
 
-__all__ = ["QuantLinear", "QuantizedModules", "default_skip", "quantize_linears"]
+__all__ = ["SCHEMES", "QuantLinear", "QuantizedModules", "default_skip", "quantize_linears"]

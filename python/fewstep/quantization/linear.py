@@ -30,8 +30,10 @@ class QuantLinear(nn.Module):
     asks for `layer.weight.dtype` or `.device`, or multiplies with it, gets what it expects. It is
     computed at every read; the state dict holds `weight_int8`, `weight_scale` and `bias`.
 
-    On the CPU a rearranged copy of the int8 weight (`ops.gemm_w8a8.pack_w8`) is kept beside it. It
-    is derived: never saved, and rebuilt after a move, a load or a change in place.
+    On the CPU a rearranged copy of the int8 weight (`ops.gemm_w8a8.pack_w8`) is kept beside it, so
+    the weight takes two bytes per element there. It is derived: never saved, dropped by a move, and
+    made again by the first call on the CPU that finds none or an old one. (Such a call must be an
+    eager one: a compiled graph can't keep it, and packs in every call instead.)
     """
 
     weight_int8: Tensor
@@ -77,6 +79,11 @@ class QuantLinear(nn.Module):
         return quantized.train(linear.training)
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """What `weight` reads in: the dtype the module was cast to."""
+        return self._like.dtype
+
+    @property
     def weight(self) -> Tensor:
         """The dequantised weight [out, in], in the dtype the module was cast to."""
         return (self.weight_int8.float() * self.weight_scale[:, None]).to(self._like.dtype)
@@ -106,8 +113,8 @@ class QuantLinear(nn.Module):
     def _current_pack(self, x: Tensor) -> Tensor | None:
         if x.device.type != "cpu":
             return None
-        if not torch.compiler.is_compiling() and self._packed_from is not None:
-            weight, version = self._packed_from
+        if not torch.compiler.is_compiling():
+            weight, version = self._packed_from or (None, 0)
             # Offloading hooks replace buffers without telling the module.
             if weight is not self.weight_int8 or _version(weight) != version:
                 self._pack()
@@ -123,13 +130,15 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move or cast, but keep the weight int8 and its scale float32 to the last bit."""
         weight_int8, weight_scale = self.weight_int8, self.weight_scale
-        self._packed = None
+        packed, packed_from = self._packed, self._packed_from
+        self._packed = self._packed_from = None  # moving it too would be a transfer for nothing
         super()._apply(fn, recurse)
         if self.weight_int8.dtype != torch.int8:
             self.weight_int8 = weight_int8.to(self.weight_int8.device)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = weight_scale.to(self.weight_scale.device)
-        self._pack()
+        if self.weight_int8 is weight_int8:  # a cast, or a move to where it is
+            self._packed, self._packed_from = packed, packed_from
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

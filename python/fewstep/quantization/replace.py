@@ -17,6 +17,7 @@ from torch import nn
 from .linear import QuantLinear, refuse_linear
 
 SCHEMES = ("w8a8",)
+MIB = 2**20
 # At 1,024 rows a bfloat16 layer of 128 x 128 breaks even: quantising and dispatch, about 0.1 ms,
 # cost what int8 saves (docs/ops/gemm_w8a8.md).
 SMALLEST_SIDE = 64
@@ -70,7 +71,10 @@ class QuantizedModules:
     _slots: list[_Slot] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Put the very layers back that were there, in the state they had. Idempotent.
+        """Put the very layers back that were there, with the weights they had. Idempotent.
+
+        A move or a cast that the quantised layers have seen meanwhile is made good, and so is the
+        training flag.
 
         Raises:
             RuntimeError: something else has taken a place since; nothing is changed then.
@@ -83,26 +87,60 @@ class QuantizedModules:
                     f"{type(found).__name__}; undo that change first"
                 )
         for slot in self._slots:
+            _follow(slot.linear, self.replaced[slot.name])
             slot.parent._modules[slot.key] = slot.linear
         self._slots.clear()
 
     def explain(self) -> str:
         """Return what was replaced and what was left alone, with the reasons."""
-        return "\n".join([f"{len(self.replaced)} linear layers in w8a8", *self._left_alone()])
+        left = [f"left alone: {line}" for line in self.left_alone()]
+        return "\n".join([f"{self.count()} in w8a8", *left, *([self.memory()] * bool(self._slots))])
 
-    def _left_alone(self) -> list[str]:
+    def count(self) -> str:
+        """Say how many layers were replaced."""
+        return _layers(len(self.replaced))
+
+    def left_alone(self) -> list[str]:
+        """Say what was left alone, one line per reason."""
         lines = []
         for reason, count in Counter(self.skipped.values()).most_common():
             names = [name for name, why in self.skipped.items() if why == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
-            lines.append(f"{count} left alone, {reason}: {shown}")
+            lines.append(f"{_layers(count)}, {reason}: {shown}")
         return lines
+
+    def memory(self) -> str:
+        """Say what the weights of the replaced layers take, before and now."""
+        before = sum(_bytes(linear) for linear in {slot.linear for slot in self._slots})
+        now = sum(_bytes(layer) for layer in set(self.replaced.values()))
+        return (
+            f"their weights took {before / MIB:.1f} MiB and take {now / MIB:.1f} MiB; the "
+            "original layers are kept for undo, where they are, until this handle is gone"
+        )
 
     def __enter__(self) -> QuantizedModules:
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.undo()
+
+
+def _layers(count: int) -> str:
+    return f"{count} linear layer{'s' * (count != 1)}"
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _follow(linear: nn.Linear, layer: QuantLinear) -> None:
+    """Put a layer that was outside the model into the state that the model is in now."""
+    dtype, device = layer.weight_dtype, layer.weight_int8.device
+    # A model on the meta device has its weights with an offloading hook: nothing to follow.
+    if device.type != "meta" and (dtype, device) != (linear.weight.dtype, linear.weight.device):
+        linear.to(device=device, dtype=dtype)
+    linear.train(layer.training)
 
 
 def _slots(model: nn.Module) -> Iterator[_Slot]:
@@ -189,7 +227,7 @@ def quantize_linears(
     slots, skipped = _plan(model, default_skip if skip is None else skip)
     handle = QuantizedModules(skipped=skipped)
     if not slots:
-        detail = "; ".join(handle._left_alone()) or "none at all"
+        detail = "; ".join(handle.left_alone()) or "none at all"
         raise ValueError(
             f"model: expected at least one nn.Linear that can be quantised in "
             f"{type(model).__name__}, got {detail}"

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -46,6 +47,28 @@ def _check_sigmas(name: str, sigmas: Sequence[float], top: float = 1.0) -> list[
     return values
 
 
+def _check_knots(knots: Mapping[str | int, Sequence[float]]) -> dict[str, list[float]]:
+    """Return the grids under string keys, as `set_timesteps` looks them up."""
+    if not isinstance(knots, Mapping):
+        raise TypeError(f"knots: expected a mapping of step counts to grids, got {knots!r}")
+    checked: dict[str, list[float]] = {}
+    for key, sigmas in knots.items():
+        count = str(key)
+        if isinstance(key, bool) or not count.isdecimal() or count.startswith("0"):
+            raise ValueError(f"knots: expected step counts such as '2' for keys, got {key!r}")
+        if count in checked:
+            raise ValueError(f"knots: expected one grid per step count, got two for {count}")
+        checked[count] = _check_sigmas(f"knots[{key!r}]", sigmas)
+        if len(checked[count]) != int(count):
+            raise ValueError(f"knots[{key!r}]: expected {count} values, got {len(sigmas)}")
+    return checked
+
+
+def _is_number(value: object) -> bool:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and math.isfinite(value)
+
+
 class FlowConsistencyScheduler(SchedulerMixin, ConfigMixin):
     """Scheduler for flow models that predict the average velocity down to 0.
 
@@ -54,8 +77,8 @@ class FlowConsistencyScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: timestep of sigma 1.
-        knots: measured grids by step count, e.g. {"2": [1.0, 0.6]}; keys are strings because the
-            config is JSON.
+        knots: measured grids by step count, e.g. {"2": [1.0, 0.6]}; the config is JSON, so that
+            it has strings for keys, but integers are accepted.
         shift: of the default grid, s -> shift s / (1 + (shift - 1) s).
         use_dynamic_shifting: shift also by `mu`, s -> e^mu / (e^mu + 1/s - 1), as FLUX does; then
             given sigmas are shifted too. Otherwise `mu` is accepted and ignored.
@@ -69,15 +92,18 @@ class FlowConsistencyScheduler(SchedulerMixin, ConfigMixin):
     def __init__(
         self,
         num_train_timesteps: int = 1000,
-        knots: Mapping[str, Sequence[float]] | None = None,
+        knots: Mapping[str | int, Sequence[float]] | None = None,
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
     ) -> None:
-        for count, sigmas in (knots or {}).items():
-            if len(_check_sigmas(f"knots[{count!r}]", sigmas)) != int(count):
-                raise ValueError(f"knots[{count!r}]: expected {count} values, got {len(sigmas)}")
-        if shift <= 0:
-            raise ValueError(f"shift: expected a positive number, got {shift}")
+        if not _is_number(num_train_timesteps) or num_train_timesteps < 1:
+            raise ValueError(
+                f"num_train_timesteps: expected a number of at least 1, got {num_train_timesteps!r}"
+            )
+        if not _is_number(shift) or shift <= 0:
+            raise ValueError(f"shift: expected a positive number, got {shift!r}")
+        if knots is not None:
+            self.register_to_config(knots=_check_knots(knots))
         self.num_inference_steps: int | None = None
         self._begin_index: int | None = None
         self._step_index: int | None = None
