@@ -193,9 +193,11 @@ def patch(
     """Make a diffusers pipeline fast, in place, and return the handle that undoes it.
 
     Args:
-        pipe: a `DiffusionPipeline` object. Only this object and its components change.
+        pipe: a `DiffusionPipeline` object. Only this object and its components change, the latter
+            also for other pipelines that share them.
         steps: every call takes this many, with the scheduler and grid that fit the checkpoint.
-        quantize: "w8a8" gives the denoiser int8 linear layers.
+        quantize: "w8a8" gives the denoiser int8 linear layers. Memory rises meanwhile: the original
+            ones are kept for `undo`.
         cache: "first-block", "interval", or a policy of `fewstep.caching`: skip the middle blocks
             on steps that barely differ from the last one that ran in full.
         guidance: "off" or a scale for calls that give none, on pipelines that keep that in their
