@@ -234,7 +234,7 @@ def build(name: str) -> Any:
 
 
 def denoiser(pipe: Any) -> torch.nn.Module:
-    return getattr(pipe, "transformer", None) or pipe.unet
+    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
 
 
 def _embeds(batch: int, width: int, offset: int) -> torch.Tensor:
