@@ -7,29 +7,30 @@
 
 #include "build_config.h"
 #include "fewstep/cpu/isa.h"
+#include "fewstep/dlpack.h"
 #include "fewstep/tensor.h"
 #include "op_headers.inc"
 
 namespace py = pybind11;
-using fewstep::DType;
 using fewstep::TensorView;
+namespace dlpack = fewstep::dlpack;
 
 namespace {
 
-TensorView make_view(std::uintptr_t data, DType dtype, const std::vector<std::int64_t>& sizes,
-                     const std::vector<std::int64_t>& strides) {
-    FEWSTEP_CHECK(sizes.size() == strides.size() && sizes.size() <= fewstep::kMaxDims,
-                  "TensorView: expected at most ", fewstep::kMaxDims,
-                  " dimensions and as many strides, got ", sizes.size(), " and ", strides.size());
-    TensorView view;
-    view.data = data;
-    view.dtype = dtype;
-    view.ndim = static_cast<int>(sizes.size());
-    for (std::size_t i = 0; i < sizes.size(); ++i) {
-        view.sizes[i] = sizes[i];
-        view.strides[i] = strides[i];
-    }
-    return view;
+// What `read_tensors` was given: torch.Tensor, and its functions. `_C` itself knows no torch.
+PyTypeObject* tensor_type = nullptr;
+const dlpack::ExchangeTable* exchange = nullptr;
+
+void read_tensors(const py::type& type, const py::capsule& table) {
+    const auto* given =
+        static_cast<dlpack::ExchangeTable*>(PyCapsule_GetPointer(table.ptr(), dlpack::kCapsule));
+    if (given == nullptr) throw py::error_already_set();
+    while (given != nullptr && given->version.major != dlpack::kMajor) given = given->previous;
+    FEWSTEP_CHECK(given != nullptr && given->tensor_from_object != nullptr,
+                  "read_tensors: expected functions of DLPack ", dlpack::kMajor,
+                  ".x that read a tensor, got none");
+    exchange = given;
+    tensor_type = reinterpret_cast<PyTypeObject*>(py::type(type).release().ptr());
 }
 
 py::dict build_info() {
@@ -44,22 +45,44 @@ py::dict build_info() {
 
 }  // namespace
 
+// A tensor where a kernel takes a view; None where it takes a pointer to one.
+namespace pybind11::detail {
+template <>
+class type_caster<TensorView> {
+  public:
+    static constexpr auto name = const_name("Tensor");
+    template <typename T>
+    using cast_op_type = pybind11::detail::cast_op_type<T>;
+
+    bool load(handle source, bool) {
+        given_ = !source.is_none();
+        if (!given_) return true;
+        if (tensor_type == nullptr || !PyType_IsSubtype(Py_TYPE(source.ptr()), tensor_type)) {
+            return false;
+        }
+        dlpack::Tensor tensor;
+        if (exchange->tensor_from_object(source.ptr(), &tensor) != 0) throw error_already_set();
+        view_ = dlpack::view(tensor);
+        return true;
+    }
+
+    operator TensorView*() { return given_ ? &view_ : nullptr; }
+    operator TensorView&() {
+        if (!given_) throw reference_cast_error();
+        return view_;
+    }
+
+  private:
+    TensorView view_;
+    bool given_ = false;
+};
+}  // namespace pybind11::detail
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "fewstep native kernels (torch-free)";
 
-    py::enum_<DType>(m, "DType")
-        .value("float64", DType::kFloat64)
-        .value("float32", DType::kFloat32)
-        .value("bfloat16", DType::kBFloat16)
-        .value("float16", DType::kFloat16)
-        .value("int8", DType::kInt8)
-        .value("uint8", DType::kUInt8)
-        .value("int32", DType::kInt32)
-        .value("int64", DType::kInt64)
-        .value("bool", DType::kBool);
-    py::class_<TensorView>(m, "TensorView").def(py::init(&make_view));
-
     m.def("build_info", &build_info);
+    m.def("read_tensors", &read_tensors);
     m.def("cpu_isa", [] { return fewstep::cpu::name(fewstep::cpu::isa()); });
 
     py::module_ cpu = m.def_submodule("cpu");

@@ -102,6 +102,40 @@ def test_a_wrong_view_is_refused(op, index, value, message):
         _native.call(op, *put(CALLS[op], index, value))
 
 
+NOT_VIEWS = {
+    "complex": (
+        torch.ones(3, 8, dtype=torch.complex64),
+        "dtype: expected .*got DLPack code 5",
+    ),
+    "6 dims": (torch.ones(1, 1, 1, 1, 3, 8), "expected a tensor of at most 5 dimensions, got 6"),
+    "meta": (torch.empty(3, 8, device="meta"), "meta"),
+    "sparse": (torch.eye(3, 8).to_sparse(), "storage"),
+    "number": (3, "incompatible function arguments"),
+    "none": (None, "incompatible function arguments"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_VIEWS)
+def test_what_is_no_view_is_refused(kind):
+    value, message = NOT_VIEWS[kind]
+    with pytest.raises((ValueError, TypeError, RuntimeError, BufferError), match=message):
+        _native._C.cpu.quantize_int8(value, *CALLS["quantize_int8"][1:])
+
+
+def test_parameters_and_slices_are_read_where_they_lie():
+    for x in (torch.nn.Parameter(X[0]), torch.randn(3, 20)[:, 5:13], torch.randn(6, 8)[::2]):
+        q, scale = torch.empty(3, 8, dtype=torch.int8), torch.empty(3)
+        _native.call("quantize_int8", x, q, scale)
+        want = ops.quantize_int8(x.detach().clone(), impl="reference")
+        assert torch.equal(q, want[0])
+        assert torch.equal(scale, want[1])
+
+
+def test_a_table_that_is_none_is_refused():
+    with pytest.raises((TypeError, ValueError)):
+        _native._C.read_tensors(torch.Tensor, None)
+
+
 @pytest.mark.parametrize("offsets", [[0, 1], [1, 2, 3], [0, 2, 1, 3], [0, 5, 3], [0, 1, 4]])
 def test_offsets_outside_the_rows_are_refused(offsets):
     call = put(put(CALLS["attention_jvp"], 6, None), 7, None)

@@ -1,8 +1,8 @@
 """The bridge to `fewstep._C`: tensors to views, the device guard, the current stream.
 
-The only module that calls `data_ptr`. `_C` knows no torch (docs/adr/0001-torch-free-bindings.md),
-so a call passes pointers, sizes and strides; torch is imported first because the CPU kernels
-resolve their OpenMP symbols to the runtime that torch loads.
+`_C` knows no torch (docs/adr/0001-torch-free-bindings.md): it reads pointers, sizes and strides
+through the C functions that torch.Tensor offers to DLPack consumers. torch is imported first
+because the CPU kernels resolve their OpenMP symbols to the runtime that torch loads.
 """
 
 from __future__ import annotations
@@ -20,20 +20,11 @@ try:
 except ImportError as error:  # a source tree that was never built: doctor says so, ops refuse
     _missing = f"the native library is not built ({error})"
 
-DTYPES: dict[torch.dtype, Any] = {}
+if _C is not None and not hasattr(_C, "read_tensors"):
+    _missing = f"the native library is of an older version, build it again: {_C.__file__}"
+    _C = None
 if _C is not None:
-    for _dtype in (
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.int8,
-        torch.uint8,
-        torch.int32,
-        torch.int64,
-        torch.bool,
-    ):
-        DTYPES[_dtype] = getattr(_C.DType, str(_dtype).removeprefix("torch."))
+    _C.read_tensors(Tensor, Tensor.__dlpack_c_exchange_api__)
 
 
 def build_info() -> dict[str, Any]:
@@ -60,25 +51,16 @@ def unavailable(op: str, device: torch.device) -> str | None:
     return f"there is no native {device.type} kernel for this op"
 
 
-def _view(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return _C.TensorView(
-        value.data_ptr(), DTYPES[value.dtype], tuple(value.shape), tuple(value.stride())
-    )
-
-
 def call(op: str, *args: Any) -> None:
     """Run the native kernel `op` on the device of its first tensor.
 
-    Tensors in `args` become views; other values pass through. On CUDA the tensors' device is made
-    current and the current stream is appended as the last argument.
+    Tensors in `args` are read as views; other values pass through. On CUDA the tensors' device is
+    made current and the current stream is appended as the last argument.
     """
     device = next(value.device for value in args if isinstance(value, Tensor))
     function = getattr(getattr(_C, device.type), op)
-    views = [_view(value) for value in args]
     if device.type == "cuda":
         with torch.cuda.device(device):
-            function(*views, torch.cuda.current_stream().cuda_stream)
+            function(*args, torch.cuda.current_stream().cuda_stream)
     else:
-        function(*views)
+        function(*args)
