@@ -28,10 +28,10 @@ CALLS = {
     "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, OUT),
     "attention_jvp": (
         *(Q, K, K, TQ, TK, TK, MASK, MASK[None], None, None, False),
-        *(OUT4, T_OUT4, STAT, T_STAT, 1.0),
+        *(OUT4, T_OUT4, STAT, T_STAT, STAT, 1.0),
     ),
     "attention_jvp_backward": (
-        *(Q, Q, STAT, STAT, Q, K, K, Q, K, K, STAT, STAT, MASK, MASK, None, None, False),
+        *(Q, Q, STAT, STAT, Q, K, K, Q, K, K, STAT, STAT, STAT, MASK, MASK, None, None, False),
         *(OUT4, KEY_OUT, KEY_OUT, OUT4, KEY_OUT, KEY_OUT, 1.0),
     ),
 }
@@ -73,6 +73,7 @@ BAD = [
     ("attention_jvp", 12, torch.empty(1, 1, 2, 2, 8), "t_o: expected size 3"),
     ("attention_jvp", 13, STAT.double(), "lse: expected float32"),
     ("attention_jvp", 14, STAT, "mu: expected 4 axes"),
+    ("attention_jvp", 15, STAT.double(), "lse_rest: expected float32"),
     ("attention_jvp_backward", 0, Q[:, :, :2], "d_o: expected size 3 in axis 2"),
     ("attention_jvp_backward", 1, Q.double(), "dt_o: expected float32, got float64"),
     ("attention_jvp_backward", 2, None, "delta0: expected beside dt_o, got none"),
@@ -82,12 +83,13 @@ BAD = [
     ("attention_jvp_backward", 9, torch.randn(1, 1, 4, 8), "t_v: expected size 3 in axis 2"),
     ("attention_jvp_backward", 10, STAT.double(), "lse: expected float32, got float64"),
     ("attention_jvp_backward", 11, torch.empty(1, 2, 4), "mu: expected size 3 in axis 2"),
-    ("attention_jvp_backward", 12, MASK[..., :2], "attn_mask: expected size 3 in axis 3"),
-    ("attention_jvp_backward", 13, MASK[None], "t_attn_mask: expected 4 axes"),
-    ("attention_jvp_backward", 14, OFFSETS, "attn_mask: expected none where cu_seqlens_q"),
-    ("attention_jvp_backward", 17, KEY_OUT, "d_q: expected size 2 in axis 1"),
-    ("attention_jvp_backward", 21, KEY_OUT.half(), "dt_k: expected float32, got float16"),
-    ("attention_jvp_backward", 22, torch.empty(1, 1, 3, 16), "dt_v: expected size 8 in axis 3"),
+    ("attention_jvp_backward", 12, STAT[0], "lse_rest: expected 3 axes, got 2"),
+    ("attention_jvp_backward", 13, MASK[..., :2], "attn_mask: expected size 3 in axis 3"),
+    ("attention_jvp_backward", 14, MASK[None], "t_attn_mask: expected 4 axes"),
+    ("attention_jvp_backward", 15, OFFSETS, "attn_mask: expected none where cu_seqlens_q"),
+    ("attention_jvp_backward", 18, KEY_OUT, "d_q: expected size 2 in axis 1"),
+    ("attention_jvp_backward", 22, KEY_OUT.half(), "dt_k: expected float32, got float16"),
+    ("attention_jvp_backward", 23, torch.empty(1, 1, 3, 16), "dt_v: expected size 8 in axis 3"),
 ]
 
 

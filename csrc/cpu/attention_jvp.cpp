@@ -22,16 +22,18 @@ namespace {
 
 constexpr std::int64_t kQueries = 32;  // a multiple of every vector width
 constexpr std::int64_t kKeys = 64;
+constexpr std::int64_t kSamples = 16;  // keys at equal distances that a mean is taken of
 
 template <typename T>
 struct AttentionTile {
     HeadRows<const T> q, k, v, t_q, t_k, t_v;  // q and t_q start at the first query of the tile
     Mask<T> mask, t_mask;                      // likewise
     HeadRows<T> o, t_o;
-    acc_t<T>*lse, *mu;
+    acc_t<T>*lse, *mu, *lse_rest;  // lse_rest: null where not wanted
     std::int64_t mu_direction;
     std::int64_t queries, keys, d, dv, directions;
-    std::int64_t first_query;  // counted from the start of its sequence, for causal
+    std::int64_t sequence_keys;  // with those that causal hides from the whole tile
+    std::int64_t first_query;    // counted from the start of its sequence, for causal
     bool causal;
     double scale;
 };
@@ -39,16 +41,18 @@ struct AttentionTile {
 // The scratch of one thread.
 template <typename Acc>
 struct Workspace {
-    Acc *m, *l, *alpha;  // [kQueries]
-    Acc *r, *c;          // [R, kQueries]
-    Acc *q, *t_q;        // [D, kQueries]; tangents have R in front here too
-    Acc *s, *t_s;        // [kKeys, kQueries]
-    Acc *o, *t_o;        // [Dv, kQueries]
-    Acc *k, *t_k;        // [kKeys, max(D, Dv)]
+    Acc *m, *l, *alpha, *kept;  // [kQueries]; kept: alpha l, with l of the tiles before
+    Acc *r, *c, *shift;         // [R, kQueries]; shift: scale q z
+    Acc* z;                     // [R, D]
+    Acc *q, *t_q;               // [D, kQueries]; tangents have R in front here too
+    Acc *s, *t_s;               // [kKeys, kQueries]
+    Acc *o, *t_o;               // [Dv, kQueries]
+    Acc *k, *t_k;               // [kKeys, max(D, Dv)]
 
     Workspace(Carver<Acc>& from, std::int64_t d, std::int64_t dv, std::int64_t directions) {
-        for (Acc** stat : {&m, &l, &alpha}) *stat = from.take(kQueries);
-        for (Acc** stat : {&r, &c}) *stat = from.take(directions * kQueries);
+        for (Acc** stat : {&m, &l, &alpha, &kept}) *stat = from.take(kQueries);
+        for (Acc** stat : {&r, &c, &shift}) *stat = from.take(directions * kQueries);
+        z = from.take(directions * d);
         q = from.take(d * kQueries);
         t_q = from.take(directions * d * kQueries);
         s = from.take(kKeys * kQueries);
@@ -84,7 +88,7 @@ struct Call {
     const TensorView &q, &k, &v;
     const TensorView *t_q, *t_k, *t_v, *mask, *t_mask;
     bool causal;
-    const TensorView &o, &t_o, &lse, &mu;
+    const TensorView &o, &t_o, &lse, &mu, *lse_rest;
     double scale;
 
     template <typename T>
@@ -105,8 +109,10 @@ struct Call {
         const std::int64_t stat = (b * q.size(1) + h) * q.size(2) + query;
         x.lse = lse.ptr<acc_t<T>>() + stat;
         x.mu = mu.ptr<acc_t<T>>() + stat;
+        x.lse_rest = lse_rest == nullptr ? nullptr : lse_rest->ptr<acc_t<T>>() + stat;
         x.mu_direction = lse.numel();
         x.queries = std::min(kQueries, sequence.queries - first);
+        x.sequence_keys = sequence.keys;
         x.keys = causal ? std::min(sequence.keys, first + x.queries) : sequence.keys;
         x.d = q.size(3);
         x.dv = v.size(3);
@@ -123,6 +129,7 @@ template <typename T>
 void fill_empty(const AttentionTile<T>& x) {
     for (std::int64_t m = 0; m < x.queries; ++m) {
         x.lse[m] = -std::numeric_limits<acc_t<T>>::infinity();
+        if (x.lse_rest != nullptr) x.lse_rest[m] = 0;
         std::fill_n(x.o.data + m * x.o.stride, x.dv, Convert<T>::from(0));
         for (std::int64_t d = 0; d < x.directions; ++d) {
             x.mu[d * x.mu_direction + m] = 0;
@@ -175,7 +182,7 @@ void attention_jvp(const TensorView& q, const TensorView& k, const TensorView& v
                    const TensorView* attn_mask, const TensorView* t_attn_mask,
                    const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k, bool is_causal,
                    const TensorView& o, const TensorView& t_o, const TensorView& lse,
-                   const TensorView& mu, double scale) {
+                   const TensorView& mu, const TensorView* lse_rest, double scale) {
     const std::int64_t b = q.size(0), h = q.size(1), nq = q.size(2), g = k.size(1), nk = k.size(2);
     const std::int64_t d = q.size(3), dv = v.size(3), r = t_o.size(0);
     FEWSTEP_CHECK(d % 8 == 0 && dv % 8 == 0,
@@ -197,8 +204,9 @@ void attention_jvp(const TensorView& q, const TensorView& k, const TensorView& v
     expect_rows(t_o, "t_o", q.dtype, {r, b, h, nq, dv});
     expect_contiguous(lse, "lse", stat, {b, h, nq});
     expect_contiguous(mu, "mu", stat, {r, b, h, nq});
-    const Call call{q,           k,         v, t_q, t_k, t_v, attn_mask,
-                    t_attn_mask, is_causal, o, t_o, lse, mu,  scale};
+    if (lse_rest != nullptr) expect_contiguous(*lse_rest, "lse_rest", stat, {b, h, nq});
+    const Call call{q,         k, v,   t_q, t_k, t_v,      attn_mask, t_attn_mask,
+                    is_causal, o, t_o, lse, mu,  lse_rest, scale};
     const auto sequences = list_sequences(q, k, cu_seqlens_q, cu_seqlens_k);
     dispatch_float(q.dtype, "q", [&](auto tag) { attend<decltype(tag)>(call, sequences); });
 }

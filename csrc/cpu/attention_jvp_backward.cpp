@@ -44,11 +44,11 @@ struct Plan {
 
 template <typename Acc>
 struct RowStats {
-    const Acc *lse, *mu, *delta0, *delta1;
+    const Acc *lse, *mu, *lse_rest, *delta0, *delta1;
 
     RowStats at(std::int64_t i) const {
         const auto moved = [i](const Acc* x) { return x == nullptr ? nullptr : x + i; };
-        return {moved(lse), moved(mu), moved(delta0), moved(delta1)};
+        return {moved(lse), moved(mu), moved(lse_rest), moved(delta0), moved(delta1)};
     }
 };
 
@@ -112,7 +112,8 @@ Kernel<T> choose_kernel() {
 }
 
 struct Call {
-    const TensorView *d_o, *dt_o, *delta0, &delta1, &q, &k, &v, *t_q, *t_k, *t_v, &lse, *mu;
+    const TensorView *d_o, *dt_o, *delta0, &delta1, &q, &k, &v, *t_q, *t_k, *t_v;
+    const TensorView &lse, *mu, *lse_rest;
     const TensorView *mask, *t_mask;
     bool causal;
     const TensorView *d_q, *d_k, *d_v, *dt_q, *dt_k, *dt_v;
@@ -167,7 +168,7 @@ struct Call {
         x.dt_o = head_rows<const T>(dt_o, b, h, first);
         x.mask = head_mask<T>(mask, b, h);  // masks and packed sequences exclude each other
         x.t_mask = head_mask<T>(t_mask, b, h);
-        x.stats = {stat(&lse), stat(mu), stat(delta0), stat(&delta1)};
+        x.stats = {stat(&lse), stat(mu), stat(lse_rest), stat(delta0), stat(&delta1)};
         x.d_q = part_d_q == nullptr ? nullptr : part_d_q + at * ld;
         x.dt_q = part_dt_q == nullptr ? nullptr : part_dt_q + at * ld;
         return x;
@@ -288,11 +289,11 @@ void attention_jvp_backward(const TensorView* d_o, const TensorView* dt_o, const
                             const TensorView& delta1, const TensorView& q, const TensorView& k,
                             const TensorView& v, const TensorView* t_q, const TensorView* t_k,
                             const TensorView* t_v, const TensorView& lse, const TensorView* mu,
-                            const TensorView* attn_mask, const TensorView* t_attn_mask,
-                            const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k,
-                            bool is_causal, const TensorView* d_q, const TensorView* d_k,
-                            const TensorView* d_v, const TensorView* dt_q, const TensorView* dt_k,
-                            const TensorView* dt_v, double scale) {
+                            const TensorView* lse_rest, const TensorView* attn_mask,
+                            const TensorView* t_attn_mask, const TensorView* cu_seqlens_q,
+                            const TensorView* cu_seqlens_k, bool is_causal, const TensorView* d_q,
+                            const TensorView* d_k, const TensorView* d_v, const TensorView* dt_q,
+                            const TensorView* dt_k, const TensorView* dt_v, double scale) {
     const std::int64_t b = q.size(0), h = q.size(1), nq = q.size(2), g = k.size(1), nk = k.size(2);
     const std::int64_t d = q.size(3), dv = v.size(3);
     FEWSTEP_CHECK(d % 8 == 0 && dv % 8 == 0,
@@ -326,12 +327,14 @@ void attention_jvp_backward(const TensorView* d_o, const TensorView* dt_o, const
     stats(&delta1, "delta1");
     stats(&lse, "lse");
     stats(mu, "mu");
+    stats(lse_rest, "lse_rest");
     expect_masks(attn_mask, t_attn_mask, q, k, cu_seqlens_q != nullptr);
     if (t_attn_mask != nullptr) {
         expect_shape(*t_attn_mask, "t_attn_mask", q.dtype, {b, h, nq, nk});
     }
-    const Call call{d_o, dt_o,      delta0,      delta1,    q,   k,   v,   t_q,  t_k,  t_v,  lse,
-                    mu,  attn_mask, t_attn_mask, is_causal, d_q, d_k, d_v, dt_q, dt_k, dt_v, scale};
+    const Call call{d_o, dt_o, delta0, delta1, q,        k,         v,           t_q,
+                    t_k, t_v,  lse,    mu,     lse_rest, attn_mask, t_attn_mask, is_causal,
+                    d_q, d_k,  d_v,    dt_q,   dt_k,     dt_v,      scale};
     const auto sequences = list_sequences(q, k, cu_seqlens_q, cu_seqlens_k);
     dispatch_float(q.dtype, "q", [&](auto tag) { backward<decltype(tag)>(call, sequences); });
 }

@@ -5,7 +5,8 @@ What may be None is handed over by itself, not in a tuple: Triton takes no tuple
 function returned (those of a launch are fine).
 Base addresses and strides come in tuples; strides are in units of UNIT elements, because the
 compiler only learns of divisibility by 16, and head dims like 72 need to be known as 9 * 8 for
-16-byte accesses. Scores are in units of log 2, so that exponentials are to base 2.
+16-byte accesses. Scores are in units of log 2, so that exponentials are to base 2; behind an
+additive mask they are as they are, because the unit of log 2 would round -1e9 to another value.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK_S = tl.constexpr(128)
+LARGEST = tl.constexpr(2e38)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Masks:
         if mask is not None and mask.dtype == torch.bool:
             mask = mask.view(torch.int8)
         return mask, self.t_attn_mask
+
+    @property
+    def additive(self) -> bool:
+        """There is a mask that is added to the scores."""
+        return self.attn_mask is not None and self.attn_mask.dtype != torch.bool
 
     @property
     def sequences(self) -> int:
@@ -129,12 +136,15 @@ def load_rows(base, stride, offs, n, cols, D: tl.constexpr, MASK_N: tl.constexpr
 
 
 @triton.jit
-def seed(base, strides, queries, keys, nq, nk, scale, SHAPE: tl.constexpr):
+def seed(
+    base, strides, queries, keys, nq, nk, scale, OUTSIDE: tl.constexpr, SHAPE: tl.constexpr
+):  # fmt: skip
     """Return what scores start from, M / scale; `queries` and `keys` are indices of a tile.
 
     A mask enters as the accumulator of the first product, before the scale. Added to the product it
     drags the layout of its load along: row statistics are then computed twice, in two layouts, and
-    hundreds of bytes a thread are spilled (Triton 3.9).
+    hundreds of bytes a thread are spilled (Triton 3.9). Finite values that the division would make
+    infinite are LARGEST instead: finfo.min must not turn into -inf. OUTSIDE stands past the ends.
     """
     tile = tl.zeros(SHAPE, tl.float32)
     if base is not None:
@@ -143,12 +153,24 @@ def seed(base, strides, queries, keys, nq, nk, scale, SHAPE: tl.constexpr):
         if strides[3] is not None:
             pointers += queries.to(tl.int64) * strides[3]
             inside = inside & (queries < nq)
-        mask = tl.load(pointers, mask=inside, other=0)
-        if mask.dtype == tl.int8:
+        if base.dtype.element_ty == tl.int8:
+            mask = tl.load(pointers, mask=inside, other=0)
             tile += tl.where(mask != 0, 0.0, -float("inf")) / scale
         else:
-            tile += mask.to(tl.float32) / scale
+            mask = tl.load(pointers, mask=inside, other=OUTSIDE).to(tl.float32)
+            bound = LARGEST * tl.minimum(tl.abs(scale), 1.0)
+            mask = tl.where((mask < -bound) & (mask > -float("inf")), -bound, mask)
+            mask = tl.where((mask > bound) & (mask < float("inf")), bound, mask)
+            tile += mask / scale
     return tile
+
+
+@triton.jit
+def power(x, ADDITIVE: tl.constexpr):
+    """Return exp x of scores: behind an additive mask they are not in units of log 2."""
+    if ADDITIVE:
+        x *= LOG2E
+    return tl.exp2(x)
 
 
 @triton.jit

@@ -2,26 +2,27 @@
 
     S  = scale q k^T + M                  tS = scale (t_q k^T + q t_k^T) + tM
     m' = max(m, rowmax S)                 alpha = exp(m - m')
-    P  = exp(S - m')                      H = P (tS - c)
-    l  = alpha l + rowsum P               r = alpha r + rowsum H
-    O  = alpha O + P v                    T = alpha T + P t_v + H v
-    o  = O / l    mu = c + r / l    t_o = T / l - (r / l) o    lse = m + log l
+    P  = exp(S - m')                      l' = alpha l + rowsum P
+    c' = c + rowsum P (tS - c) / l'       H  = P (tS - c')
+    T  = alpha (T - (c' - c) O) + P t_v + H v
+    O  = alpha O + P v
+    o  = O / l    mu = c    t_o = T / l    lse = m + log l    lse_rest = log l - (lse - m)
 
-for each tile of BLOCK_N keys; c is the mean of tS under P over the first tile that has weight for
-the row, so that a tangent component common to all keys never enters H. Two fp32 accumulators,
-[BLOCK_M, BLOCK_DV] each: two of 256 columns don't fit the registers, so wide values are split over
-programs, which repeat the scores. P and H are rounded to v's dtype for the second pair of products.
-
-Directions after the first are computed without the primal (not PRIMAL): P = exp(S - lse), so there
-is no running maximum, nothing is rescaled, and T is the only accumulator. 5 products instead of 6.
+for each tile of BLOCK_N keys; c is the mean of tS under P over the keys so far, so that what the
+keys of a tile have in common in their tangent never enters H, and nothing is left to subtract at
+the end but the rounding of c, far below that of H. Two fp32 accumulators, [BLOCK_M, BLOCK_DV] each:
+two of 256 columns don't fit the registers, so wide values are split over programs, which repeat the
+scores. P and H are rounded to v's dtype for the second pair of products. Every direction has a
+program of its own, which repeats the primal: T can't move on to a new c without O beside it.
 
 One loop takes the ragged last tile and the first one too. Peeling them, and branching there, was
 tried: the compiler then spills (72 to 720 bytes a thread for head dims over 64). Only
 narrow causal heads have a second loop, for the tiles on the diagonal.
 
 q [B, H, Nq, D], k [B, G, Nk, D], v [B, G, Nk, Dv], o [B, H, Nq, Dv]; tangents and t_o with R in
-front: any strides with unit stride in the last axis. lse [B, H, Nq] and mu [R, B, H, Nq] contiguous
-fp32. Head dims are padded to the next power of two in registers only: loads and stores are masked.
+front: any strides with unit stride in the last axis. lse, lse_rest [B, H, Nq] and mu [R, B, H, Nq]
+contiguous fp32, lse_rest beside an additive mask only. Head dims are padded to the next power of
+two in registers only: loads and stores are masked.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from ._attention import (
     is_hopper,
     load_rows,
     mask_strides,
+    power,
     safe_scale,
     seed,
     strides_in_units,
@@ -126,61 +128,58 @@ def _attend_keys(
     UNIT: tl.constexpr,
     EVEN_N: tl.constexpr,
     CAUSAL: tl.constexpr,
-    PRIMAL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
 ):
-    """Take one tile of keys into the row statistics and accumulators; m is in units of log 2."""
-    m_i, l_i, r_i, c_i, o, t_o = state
+    """Take one tile of keys into the row statistics and accumulators; m in their units."""
+    m_i, l_i, c_i, o, t_o = state
     offs_n = start + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, D_PAD)
     cols_v = first_dv + tl.arange(0, BLOCK_DV)
     SHAPE: tl.constexpr = [BLOCK_M, BLOCK_N]
+    UNIT_OF_SCORES: tl.constexpr = 1.0 if ADDITIVE else LOG2E
     rows, columns = offs_m[:, None], offs_n[None, :]
 
     # S is finished before tS is begun: fewer registers are live than with both at once.
     k = load_rows(k_base, strides[0], offs_n, nk, cols, D, not EVEN_N, D != D_PAD, UNIT)
-    s = seed(mask_base, masks_strides[0], rows, columns, nq, nk, scale, SHAPE)
-    s = dot(q, tl.trans(k), s) * (scale * LOG2E)
+    s = seed(mask_base, masks_strides[0], rows, columns, nq, nk, scale, -float("inf"), SHAPE)
+    s = dot(q, tl.trans(k), s) * (scale * UNIT_OF_SCORES)
     s = hide(s, rows, columns, nk, CAUSAL, EVEN_N)
-    if PRIMAL:
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        origin = m_new
-        if mask_base is not None:
-            # A row that met no key so far: P must come out 0, not NaN.
-            origin = tl.where(m_new == -float("inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - origin)
-        p = tl.exp2(s - origin[:, None])
-        l_new = l_i * alpha + tl.sum(p, 1)
-        o = o * alpha[:, None]
-        t_o = t_o * alpha[:, None]
-        r_i = r_i * alpha
-    else:
-        m_new = m_i
-        p = tl.exp2(s - m_i[:, None])
-        l_new = l_i + tl.sum(p, 1)
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    origin = m_new
+    if mask_base is not None:
+        # A row that met no key so far: P must come out 0, not NaN.
+        origin = tl.where(m_new == -float("inf"), 0.0, m_new)
+    alpha = power(m_i - origin, ADDITIVE)
+    p = power(s - origin[:, None], ADDITIVE)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    o = o * alpha[:, None]
+    t_o = t_o * alpha[:, None]
     v = load_rows(v_base, strides[1], offs_n, nk, cols_v, DV, not EVEN_N, DV % BLOCK_DV != 0, UNIT)
-    p_low = narrow(p, v.dtype)
-    if PRIMAL:
-        o = dot(p_low, v, o)
-    if t_v_base is not None:
-        t_v = load_rows(
-            t_v_base, strides[3], offs_n, nk, cols_v, DV, not EVEN_N, DV % BLOCK_DV != 0, UNIT
-        )
-        t_o = dot(p_low, t_v, t_o)
     if t_q is not None or t_k_base is not None or t_mask_base is not None:
-        t_s = seed(t_mask_base, masks_strides[1], rows, columns, nq, nk, scale, SHAPE)
+        t_s = seed(t_mask_base, masks_strides[1], rows, columns, nq, nk, scale, 0.0, SHAPE)
         if t_q is not None:
             t_s = dot(t_q, tl.trans(k), t_s)
         if t_k_base is not None:
             t_k = load_rows(t_k_base, strides[2], offs_n, nk, cols, D, not EVEN_N, D != D_PAD, UNIT)
             t_s = dot(q, tl.trans(t_k), t_s)
         t_s *= scale
-        # Set by a select rather than a branch, which would break the pipeline.
-        weight = tl.where(l_new == 0.0, 1.0, l_new)
-        c_i = tl.where(l_i == 0.0, tl.sum(p * t_s, 1) / weight, c_i)
-        h = p * (t_s - c_i[:, None])
-        r_i = r_i + tl.sum(h, 1)
-        t_o = dot(narrow(h, v.dtype), v, t_o)
-    return m_new, l_new, r_i, c_i, o, t_o
+        weight = l_i
+        if mask_base is not None:
+            weight = tl.where(l_i == 0.0, 1.0, l_i)
+        c_new = c_i + tl.sum(p * (t_s - c_i[:, None]), 1) / weight
+        # What O is here comes from the tiles before.
+        t_o = t_o - (c_new - c_i)[:, None] * o
+        t_o = dot(narrow(p * (t_s - c_new[:, None]), v.dtype), v, t_o)
+        c_i = c_new
+    # Rounded only now: across tS, P is live once, not twice.
+    p_low = narrow(p, v.dtype)
+    if t_v_base is not None:
+        t_v = load_rows(
+            t_v_base, strides[3], offs_n, nk, cols_v, DV, not EVEN_N, DV % BLOCK_DV != 0, UNIT
+        )
+        t_o = dot(p_low, t_v, t_o)
+    o = dot(p_low, v, o)
+    return m_new, l_i, c_i, o, t_o
 
 
 @triton.jit
@@ -205,10 +204,10 @@ def _attention_jvp_fwd_kernel(
     UNIT: tl.constexpr,
     EVEN_N: tl.constexpr,
     CAUSAL: tl.constexpr,
-    PRIMAL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
 ):
     q_ptr, k_ptr, v_ptr, t_q_ptr, t_k_ptr, t_v_ptr = inputs
-    o_ptr, t_o_ptr, lse_ptr, mu_ptr = outputs
+    o_ptr, t_o_ptr, lse_ptr, mu_ptr, lse_rest_ptr = outputs
     cu_q_ptr, cu_k_ptr, count = sequences
     # Tiles of one head are neighbours, so that its keys and values stay in the L2 cache.
     tiles = tile_count(cu_q_ptr, count, nq, BLOCK_M)
@@ -239,14 +238,8 @@ def _attention_jvp_fwd_kernel(
     mask_base = base_of_mask(masks[0], masks_strides[0], 0, b, h)
     t_mask_base = base_of_mask(masks[1], masks_strides[1], r, b, h)
 
-    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    if not PRIMAL:
-        lse = tl.load(lse_ptr + stats + begin_q + offs_m, mask=mask_m, other=-float("inf"))
-        # exp(S - inf) is 0: what a row without keys and rows past the end need.
-        m_i = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
     state = (
-        m_i,
-        tl.zeros([BLOCK_M], tl.float32),
+        tl.full([BLOCK_M], -float("inf"), tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
@@ -263,38 +256,39 @@ def _attention_jvp_fwd_kernel(
             state = _attend_keys(
                 state, q, t_q, offs_m, k_base, v_base, t_k_base, t_v_base, row_strides, mask_base,
                 t_mask_base, masks_strides, start, nq, nk, scale, first_dv, BLOCK_M, BLOCK_N,
-                BLOCK_DV, D, DV, D_PAD, UNIT, True, False, PRIMAL,
+                BLOCK_DV, D, DV, D_PAD, UNIT, True, False, ADDITIVE,
             )  # fmt: skip
     for start in range(first_masked, end, BLOCK_N):
         state = _attend_keys(
             state, q, t_q, offs_m, k_base, v_base, t_k_base, t_v_base, row_strides, mask_base,
             t_mask_base, masks_strides, start, nq, nk, scale, first_dv, BLOCK_M, BLOCK_N, BLOCK_DV,
-            D, DV, D_PAD, UNIT, EVEN_N, CAUSAL, PRIMAL,
+            D, DV, D_PAD, UNIT, EVEN_N, CAUSAL, ADDITIVE,
         )  # fmt: skip
-    m_i, l_i, r_i, c_i, o, t_o = state
+    m_i, l_i, c_i, o, t_o = state
 
     # Rows without keys: zeros, and lse = -inf.
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
-    ratio = r_i / l_safe
     cols_v = first_dv + tl.arange(0, BLOCK_DV)
     mask = mask_m[:, None] & (cols_v[None, :] < DV)
     rows = offs_m[:, None].to(tl.int64) * UNIT
     dtype = o_ptr.dtype.element_ty
     o_ptrs = base_of(o_ptr, strides[6], 0, b, h, begin_q, UNIT) + rows * strides[6][3]
     o_ptrs += cols_v[None, :]
-    if PRIMAL:
+    if r == 0:
+        tl.store(o_ptrs, narrow(o / l_safe[:, None], dtype), mask=mask)
         if first_dv == 0:
-            lse = tl.where(l_i == 0.0, -float("inf"), m_i * LN2 + tl.log(l_safe))
-            tl.store(lse_ptr + stats + begin_q + offs_m, lse, mask=mask_m)
-        o = o / l_safe[:, None]
-        tl.store(o_ptrs, narrow(o, dtype), mask=mask)
-    else:
-        o = tl.load(o_ptrs, mask=mask, other=0.0).to(tl.float32)
+            log_l = tl.log(l_safe)
+            lse = m_i + log_l if ADDITIVE else m_i * LN2 + log_l
+            rows_of_stats = stats + begin_q + offs_m
+            tl.store(lse_ptr + rows_of_stats, tl.where(l_i == 0.0, -float("inf"), lse), mask=mask_m)
+            if ADDITIVE:
+                rest = tl.where(l_i == 0.0, 0.0, log_l - (lse - m_i))
+                tl.store(lse_rest_ptr + rows_of_stats, rest, mask=mask_m)
     if t_o_ptr is not None:
         if first_dv == 0:
-            tl.store(mu_ptr + t_stats + begin_q + offs_m, c_i + ratio, mask=mask_m)
-        t_o = t_o / l_safe[:, None] - ratio[:, None] * o
+            tl.store(mu_ptr + t_stats + begin_q + offs_m, c_i, mask=mask_m)
         t_o_ptrs = base_of(t_o_ptr, strides[7], r, b, h, begin_q, UNIT) + rows * strides[7][3]
+        t_o = t_o / l_safe[:, None]
         tl.store(t_o_ptrs + cols_v[None, :], narrow(t_o, dtype), mask=mask)
 
 
@@ -306,37 +300,19 @@ def launch_attention_jvp(
     scale: float,
     config: TileConfig | None = None,
 ) -> None:
-    """Fill outputs = (o, t_o, lse, mu) from (q, k, v) and (t_q, t_k, t_v), as described above.
+    """Fill outputs = (o, t_o, lse, mu, lse_rest) from (q, k, v) and (t_q, t_k, t_v), as above.
 
-    `config` is for tuning.
+    lse_rest may be None without an additive mask. `config` is for tuning.
     """
-    directions = outputs[1].shape[0]
-    _launch(primals, tangents, masks, outputs, slice(0, 1), scale, config)
-    if directions > 1:
-        _launch(primals, tangents, masks, outputs, slice(1, directions), scale, config)
-
-
-def _launch(
-    primals: Sequence[Tensor],
-    tangents: Sequence[Tensor | None],
-    masks: Masks,
-    outputs: Sequence[Tensor],
-    directions: slice,
-    scale: float,
-    config: TileConfig | None,
-) -> None:
-    """Compute some directions; the primal too if the first is among them."""
     q, k, v = primals
     b, h, nq, d = q.shape
     nk, dv = v.shape[2:]
     if b * h * nq == 0:
         return
-    primal = directions.start == 0
     mask, t_mask = masks.readable
-    o, t_o, lse, mu = outputs
+    o, t_o, lse, mu, lse_rest = outputs
     t_mask, t_o, mu, *tangents = (
-        None if x is None or x.shape[0] == 0 else x[directions]
-        for x in (t_mask, t_o, mu, *tangents)
+        None if x is None or x.shape[0] == 0 else x for x in (t_mask, t_o, mu, *tangents)
     )
     d_pad, dv_pad = pad_head_dim(d), pad_head_dim(dv)
     config = config or choose_config(q, v, masks)
@@ -350,7 +326,7 @@ def _launch(
         inputs,
         (mask, t_mask),
         (masks.cu_seqlens_q, masks.cu_seqlens_k, sequences),
-        (o, t_o, lse, mu),
+        (o, t_o, lse, mu, lse_rest),
         strides,
         (mask_strides(mask), mask_strides(t_mask)),
         h,
@@ -367,7 +343,7 @@ def _launch(
         UNIT=unit,
         EVEN_N=nk % config.block_n == 0 and not sequences,
         CAUSAL=masks.is_causal,
-        PRIMAL=primal,
+        ADDITIVE=masks.additive,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

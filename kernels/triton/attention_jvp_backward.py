@@ -1,6 +1,6 @@
 """attention_jvp_backward in Triton: a kernel for the keys' side and one for the queries' side.
 
-    P   = exp(S - lse)                      tP  = P (tS - mu)
+    P   = exp((S - lse) - lse_rest)         tP  = P (tS - mu)
     E0  = dt_o v^T - D0                     E1  = d_o v^T + dt_o t_v^T - D1
     dS0 = P E0                              dS1 = P E1 + tP E0
     dt_q = scale dS0 k                      d_q = scale (dS1 k + dS0 t_k)
@@ -23,8 +23,8 @@ P, tP, dS0 and dS1 are rounded to the storage type for the second products. What
 tangent, a cotangent, a gradient nobody needs) is None, and the code for it is not compiled.
 
 q, t_q, d_q, dt_q [B, H, Nq, D], k ... [B, G, Nk, D], v ... [B, G, Nk, Dv], d_o, dt_o
-[B, H, Nq, Dv]: any strides with unit stride in the last axis. lse, mu, D0, D1 [B, H, Nq] contiguous
-fp32.
+[B, H, Nq, Dv]: any strides with unit stride in the last axis. lse, mu, lse_rest, D0, D1 [B, H, Nq]
+contiguous fp32; lse_rest may be None.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from ._attention import (
     is_hopper,
     load_rows,
     mask_strides,
+    power,
     safe_scale,
     seed,
     strides_in_units,
@@ -89,10 +90,12 @@ def _load_stat(ptr, first, offs, n):
 
 
 @triton.jit
-def _load_lse(ptr, first, offs, n):
-    """Return lse in units of log 2; inf for a row without keys and past the last: P is 0 there."""
+def _load_lse(ptr, first, offs, n, ADDITIVE: tl.constexpr):
+    """Return lse in units of the scores; inf without keys and past the last row: P is 0."""
     lse = tl.load(ptr + first + offs, mask=offs < n, other=-float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
+    if not ADDITIVE:
+        lse *= LOG2E
+    return tl.where(lse == -float("inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -102,6 +105,7 @@ def _weights(
     y,
     t_y,
     lse,
+    rest,
     mu,
     mask_base,
     t_mask_base,
@@ -115,6 +119,7 @@ def _weights(
     AXIS: tl.constexpr,
     CAUSAL: tl.constexpr,
     EVEN_N: tl.constexpr,
+    ADDITIVE: tl.constexpr,
     NEED_TP: tl.constexpr,
 ):
     """Return (P, tP) of a tile with queries in rows (AXIS 1) or in columns (AXIS 0).
@@ -122,13 +127,16 @@ def _weights(
     x, t_x, y, t_y: factors of S, rows of the tile first. tP is P where it is not needed.
     """
     queries, keys = tl.expand_dims(offs_m, AXIS), tl.expand_dims(offs_n, 1 - AXIS)
-    s = seed(mask_base, masks_strides[0], queries, keys, nq, nk, scale, SHAPE)
-    s = dot(x, tl.trans(y), s) * (scale * LOG2E)
-    s = hide(s, queries, keys, nk, CAUSAL, EVEN_N)
-    p = tl.exp2(s - tl.expand_dims(lse, AXIS))
+    s = seed(mask_base, masks_strides[0], queries, keys, nq, nk, scale, -float("inf"), SHAPE)
+    UNIT_OF_SCORES: tl.constexpr = 1.0 if ADDITIVE else LOG2E
+    s = dot(x, tl.trans(y), s) * (scale * UNIT_OF_SCORES)
+    s = hide(s, queries, keys, nk, CAUSAL, EVEN_N) - tl.expand_dims(lse, AXIS)
+    if rest is not None:
+        s -= tl.expand_dims(rest, AXIS)
+    p = power(s, ADDITIVE)
     t_p = p
     if NEED_TP:
-        t_s = seed(t_mask_base, masks_strides[1], queries, keys, nq, nk, scale, SHAPE)
+        t_s = seed(t_mask_base, masks_strides[1], queries, keys, nq, nk, scale, 0.0, SHAPE)
         if t_x is not None:
             t_s = dot(t_x, tl.trans(y), t_s)
         if t_y is not None:
@@ -214,11 +222,12 @@ def _attention_jvp_bwd_keys_kernel(
     DV_PAD: tl.constexpr,
     UNIT: tl.constexpr,
     CAUSAL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
 ):
     q_ptr, k_ptr, v_ptr, t_q_ptr, t_k_ptr, t_v_ptr, d_o_ptr, dt_o_ptr = inputs
     d_k_ptr, dt_k_ptr, d_v_ptr, dt_v_ptr = gradients
     cu_q_ptr, cu_k_ptr, count = sequences
-    HAS_D0: tl.constexpr = stats[2] is not None
+    HAS_D0: tl.constexpr = stats[3] is not None
     HAS_TS: tl.constexpr = t_q_ptr is not None or t_k_ptr is not None or masks[1] is not None
     NEED_DS1: tl.constexpr = d_k_ptr is not None
     NEED_DS0: tl.constexpr = HAS_D0 and (dt_k_ptr is not None or (NEED_DS1 and t_q_ptr is not None))
@@ -274,14 +283,15 @@ def _attention_jvp_bwd_keys_kernel(
             t_q = load_rows(t_q_base, strides[3][3], offs_m, nq, cols, D, True, PAD, UNIT)
             d_o = load_rows(d_o_base, strides[6][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
             dt_o = load_rows(dt_o_base, strides[7][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
-            lse = _load_lse(stats[0], first_stat, offs_m, nq)
+            lse = _load_lse(stats[0], first_stat, offs_m, nq, ADDITIVE)
             mu = _load_stat(stats[1], first_stat, offs_m, nq)
-            delta0 = _load_stat(stats[2], first_stat, offs_m, nq)
-            delta1 = _load_stat(stats[3], first_stat, offs_m, nq)
+            rest = _load_stat(stats[2], first_stat, offs_m, nq)
+            delta0 = _load_stat(stats[3], first_stat, offs_m, nq)
+            delta1 = _load_stat(stats[4], first_stat, offs_m, nq)
             p, t_p = _weights(
-                k, t_k, q, t_q, lse, mu, mask_base, t_mask_base, masks_strides, offs_m, offs_n,
-                nq, nk, scale,
-                [BLOCK_N, BLOCK_M], 0, CAUSAL, True, NEED_TP,
+                k, t_k, q, t_q, lse, rest, mu, mask_base, t_mask_base, masks_strides, offs_m,
+                offs_n, nq, nk, scale,
+                [BLOCK_N, BLOCK_M], 0, CAUSAL, True, ADDITIVE, NEED_TP,
             )  # fmt: skip
             if d_v_ptr is not None and d_o_ptr is not None:
                 d_v = dot(narrow(p, k.dtype), d_o, d_v)
@@ -330,11 +340,12 @@ def _attention_jvp_bwd_queries_kernel(
     DV_PAD: tl.constexpr,
     UNIT: tl.constexpr,
     CAUSAL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
 ):
     q_ptr, k_ptr, v_ptr, t_q_ptr, t_k_ptr, t_v_ptr, d_o_ptr, dt_o_ptr = inputs
     d_q_ptr, dt_q_ptr = gradients
     cu_q_ptr, cu_k_ptr, count = sequences
-    HAS_D0: tl.constexpr = stats[2] is not None
+    HAS_D0: tl.constexpr = stats[3] is not None
     HAS_TS: tl.constexpr = t_q_ptr is not None or t_k_ptr is not None or masks[1] is not None
     NEED_DS1: tl.constexpr = d_q_ptr is not None
     NEED_DS0: tl.constexpr = HAS_D0 and (dt_q_ptr is not None or (NEED_DS1 and t_k_ptr is not None))
@@ -363,10 +374,11 @@ def _attention_jvp_bwd_queries_kernel(
     d_o = load_rows(d_o_base, strides[6][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
     dt_o = load_rows(dt_o_base, strides[7][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
     first_stat += begin_q
-    lse = _load_lse(stats[0], first_stat, offs_m, nq)
+    lse = _load_lse(stats[0], first_stat, offs_m, nq, ADDITIVE)
     mu = _load_stat(stats[1], first_stat, offs_m, nq)
-    delta0 = _load_stat(stats[2], first_stat, offs_m, nq)
-    delta1 = _load_stat(stats[3], first_stat, offs_m, nq)
+    rest = _load_stat(stats[2], first_stat, offs_m, nq)
+    delta0 = _load_stat(stats[3], first_stat, offs_m, nq)
+    delta1 = _load_stat(stats[4], first_stat, offs_m, nq)
     k_base = base_of(k_ptr, strides[1], 0, b, g, begin_k, UNIT)
     t_k_base = base_of(t_k_ptr, strides[4], 0, b, g, begin_k, UNIT)
     v_base = base_of(v_ptr, strides[2], 0, b, g, begin_k, UNIT)
@@ -389,9 +401,9 @@ def _attention_jvp_bwd_queries_kernel(
         v = load_rows(v_base, strides[2][3], offs_n, nk, cols_v, DV, True, PAD_V, UNIT)
         t_v = load_rows(t_v_base, strides[5][3], offs_n, nk, cols_v, DV, True, PAD_V, UNIT)
         p, t_p = _weights(
-            q, t_q, k, t_k, lse, mu, mask_base, t_mask_base, masks_strides, offs_m, offs_n, nq, nk,
-            scale,
-            [BLOCK_M, BLOCK_N], 1, CAUSAL, False, NEED_TP,
+            q, t_q, k, t_k, lse, rest, mu, mask_base, t_mask_base, masks_strides, offs_m, offs_n,
+            nq, nk, scale,
+            [BLOCK_M, BLOCK_N], 1, CAUSAL, False, ADDITIVE, NEED_TP,
         )  # fmt: skip
         ds0, ds1 = _score_gradients(
             p, t_p, dt_o, d_o, v, t_v, delta0, delta1, [BLOCK_M, BLOCK_N], 1, NEED_TP, NEED_DS0,
@@ -421,7 +433,8 @@ def launch_attention_jvp_backward(
 ) -> None:
     """Fill gradients = (d_q, d_k, d_v, dt_q, dt_k, dt_v), those that are not None.
 
-    cotangents (d_o, dt_o), primals (q, k, v), tangents (t_q, t_k, t_v), stats (lse, mu, D0, D1).
+    cotangents (d_o, dt_o), primals (q, k, v), tangents (t_q, t_k, t_v), stats (lse, mu, lse_rest,
+    D0, D1).
     `config` is for tuning.
     """
     d_q, d_k, d_v, dt_q, dt_k, dt_v = gradients
@@ -491,6 +504,7 @@ def _launch(
         DV_PAD=dv_pad,
         UNIT=unit,
         CAUSAL=masks.is_causal,
+        ADDITIVE=masks.additive,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

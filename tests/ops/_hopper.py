@@ -146,7 +146,7 @@ def forward(d, directions=1, static=False, **options):
     rows = q.new_empty(q.shape[:3], dtype=torch.float32)
     outputs = (
         torch.empty_like(q), q.new_empty((directions, *q.shape)),
-        rows, rows.new_empty((directions, *rows.shape)),
+        rows, rows.new_empty((directions, *rows.shape)), rows if masks.additive else None,
     )  # fmt: skip
     return launches(
         attention_jvp,
@@ -162,10 +162,11 @@ def backward(d, plain=False, **options):
     tangents = [x[0] for x in tangents]
     if masks.t_attn_mask is not None:
         masks = _attention.Masks(masks.attn_mask, masks.t_attn_mask[0])
-    gradients, cotangents, stats = (*primals, *primals), (q, q), (rows,) * 4
+    gradients, cotangents = (*primals, *primals), (q, q)
+    stats = (rows, rows, rows if masks.additive else None, rows, rows)
     if plain:
         gradients = (*primals, None, None, None)
-        tangents, cotangents, stats = [None] * 3, (q, None), (rows, None, None, rows)
+        tangents, cotangents, stats = [None] * 3, (q, None), (rows, None, None, None, rows)
     return launches(
         attention_jvp_backward,
         lambda: attention_jvp_backward.launch_attention_jvp_backward(

@@ -195,7 +195,7 @@ def test_backward_in_two_launches_for_wide_heads():
 @pytest.mark.parametrize("kept", [(3, 4, 5), (3,), (5,)])
 @pytest.mark.parametrize("directions", [1, 2, 3])
 def test_directions(directions, kept):
-    """Directions after the first take the kernel without the primal."""
+    """Each direction has a program of its own; the first stores o and lse."""
     args = inputs(17, 33, directions=directions)
     args = [x if i < 3 or i in kept else None for i, x in enumerate(args)]
     kwargs = additive(17, 33, torch.float32, (directions, 1, 2, 17, 33))
@@ -226,6 +226,23 @@ def test_rows_without_a_key_are_exactly_zero():
         assert not out[:, :, :5].any()
     assert (lse[:, :, :5] == NEVER).all()
     assert all(torch.isfinite(x).all() for x in check_backward(args, attn_mask=nothing))
+
+
+@pytest.mark.parametrize("directions", [None, 2])
+@pytest.mark.parametrize("value", [-1e6, -1e9, torch.finfo(torch.float32).min])
+def test_rows_of_large_finite_masks_and_their_gradients(value, directions):
+    """As the other implementations: a row that holds nothing else is no row without keys."""
+    args = inputs(20, 33, directions=directions)
+    mask = torch.zeros(20, 33)
+    mask[2], mask[17], mask[5, :20] = value, value, value
+    found = []
+    for impl in ("triton", "native"):
+        leaves = [x.clone().requires_grad_() for x in args]
+        outputs = ops.attention_jvp(*leaves, attn_mask=mask, impl=impl)
+        gradients = torch.autograd.grad(sum(x.sin().sum() for x in outputs), leaves)
+        found.append((*outputs, *gradients))
+    for ours, theirs in zip(*found, strict=True):
+        assert relative_error(ours, theirs) < 3e-6
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
@@ -313,12 +330,15 @@ def test_forward_stays_inside(masks):
         args = [padded(x) for x in inputs(49, 60, directions=2)]
     q, v = args[0], args[2]
     o, t_o = torch.zeros(*q.shape[:3], v.shape[-1]), torch.zeros(2, *q.shape[:3], v.shape[-1])
-    outputs = [padded(x) for x in (o, t_o, torch.zeros(q.shape[:3]), torch.zeros(2, *q.shape[:3]))]
+    stats = (torch.zeros(q.shape[:3]), torch.zeros(2, *q.shape[:3]), torch.zeros(q.shape[:3]))
     masking = _attention.Masks(**kwargs)
+    outputs = [padded(x) for x in (o, t_o, *stats)]
+    if not masking.additive:
+        outputs[4] = None
     attention_jvp.launch_attention_jvp(args[:3], args[3:], masking, outputs, SCALE)
-    assert all(padding_intact(x) for x in outputs)
+    assert all(x is None or padding_intact(x) for x in outputs)
     want = exactly(reference.attention_jvp, args, kwargs)
-    for ours, exact in zip(outputs, want, strict=True):
+    for ours, exact in zip(outputs[:4], want, strict=True):
         empty = exact == NEVER
         assert relative_error(ours[~empty], exact[~empty]) < 2e-6
 
@@ -332,14 +352,15 @@ def test_backward_stays_inside(masks):
     q, k, v = args[:3]
     o, _, lse, mu = exactly(reference.attention_jvp, args, kwargs)
     cotangents = [row_sliced(torch.randn(o.shape)) for _ in range(2)]
-    stats = [padded(x.float()) for x in (lse, mu, torch.randn(lse.shape), torch.randn(lse.shape))]
+    rest = torch.rand(lse.shape)
+    stats = [padded(x.float()) for x in (lse, mu, rest, *(torch.randn(lse.shape) for _ in "01"))]
     gradients = [padded(torch.zeros_like(x)) for x in (q, k, v, q, k, v)]
     attention_jvp_backward.launch_attention_jvp_backward(
         cotangents, args[:3], args[3:], stats, _attention.Masks(**kwargs), gradients, SCALE
     )
     assert all(padding_intact(x) for x in gradients)
-    call = (*cotangents, *stats[2:], *args, *stats[:2])
-    want = exactly(reference.attention_jvp_backward, call, kwargs)
+    call = (*cotangents, *stats[3:], *args, *stats[:2])
+    want = exactly(reference.attention_jvp_backward, call, {**kwargs, "lse_rest": stats[2]})
     for ours, exact in zip(gradients, want, strict=True):
         assert relative_error(ours, exact) < 2e-6
 
@@ -361,11 +382,12 @@ def test_offsets_out_of_range_stay_inside():
     bad = (offsets(-7, 12, 90, 3, 33), offsets(5, 1000, -1, 31, 32))
     outputs = [torch.zeros(1, 1, 33, 40), torch.zeros(1, 1, 1, 33, 40)]
     outputs = [padded(x) for x in (*outputs, torch.zeros(1, 1, 33), torch.zeros(1, 1, 1, 33))]
+    outputs.append(None)
     directed = [x[None] for x in args[3:]]
     masks = _attention.Masks(None, None, *bad)
     attention_jvp.launch_attention_jvp(args[:3], directed, masks, outputs, SCALE)
-    assert all(padding_intact(x) for x in outputs)
-    assert not any(x.isnan().any() for x in outputs)
+    assert all(padding_intact(x) for x in outputs[:4])
+    assert not any(x.isnan().any() for x in outputs[:4])
 
 
 @pytest.mark.slow

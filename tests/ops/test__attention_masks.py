@@ -214,6 +214,81 @@ def test_masks_that_hide_by_a_large_number():
     check(inputs(40, 300), attn_mask=mask)
 
 
+def at_rounded_scores(q, k, v, t_q, t_k, t_v, mask):
+    """(o, t_o) in fp64, of scores that are rounded to fp32 where the mask is added."""
+    scale = q.shape[-1] ** -0.5
+    s = scale * q @ k.mT + mask
+    s = s + (s.detach().float() - s.detach())  # the rounding has no derivative
+    t_s = scale * (t_q @ k.mT + q @ t_k.mT)
+    p = s.softmax(-1)
+    t_p = p * (t_s - (p * t_s).sum(-1, keepdim=True))
+    return p @ v, t_p @ v + p @ t_v
+
+
+def finite(dtype):
+    """What models hide keys with in `dtype`."""
+    values = (-3e4,) if dtype == torch.float16 else (-1e4, -1e6, -1e9)
+    return (*values, torch.finfo(dtype).min)
+
+
+def large_finite_masks(value, dtype):
+    """Inputs and a mask with rows of `value` alone, of some of it, and of none."""
+    mask = torch.zeros(40, 70)
+    mask[2], mask[31:33], mask[5, :64], mask[6, 3:] = value, value, value, value
+    shapes = [(1, 2, n, 24) for n in (40, 70, 70)] * 2
+    return [torch.randn(shape).to(dtype) for shape in shapes], mask.to(dtype)
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_rows_of_large_finite_masks_and_their_gradients(dtype, impl):
+    """A row of -1e9 alone attends to all its keys alike, as in torch: softmax ignores a shift."""
+    for value in finite(dtype):
+        args, mask = large_finite_masks(value, dtype)
+        leaves = [x.clone().requires_grad_() for x in args]
+        exact = [x.double().requires_grad_() for x in args]
+        cotangents = [torch.randn(1, 2, 40, 24).to(dtype) for _ in range(2)]
+        got = ops.attention_jvp(*leaves, attn_mask=mask, impl=impl)
+        want = at_rounded_scores(*exact, mask.double())
+        found = torch.autograd.grad(got, leaves, cotangents)
+        true = torch.autograd.grad(want, exact, [x.double() for x in cotangents])
+        # fp32: sums of tens of terms, each off by a unit or so; 1e-6 where a difference is left of
+        # them. In 16 bits o, t_o and the gradients are rounded, and o and t_o enter D0 and D1.
+        bound = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+        for ours, theirs in zip((*got, *found), (*want, *true), strict=True):
+            assert relative_error(ours, theirs) < bound, value
+        rows = [2, 31, 32]  # which no average over the others hides
+        for ours, theirs in zip((*got, found[0], found[3]), (*want, true[0], true[3]), strict=True):
+            assert relative_error(ours[:, :, rows], theirs[:, :, rows]) < 2 * bound, value
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_keys_that_a_whole_tile_hides_are_not_read(additive):
+    """Padding behind the text, in front of it and between: no time, no bit, no NaN."""
+    args = inputs(70, 330)
+    visible = torch.cat([torch.arange(64, 128), torch.arange(256, 300)])
+    allowed = torch.zeros(330, dtype=torch.bool)
+    allowed[visible] = True
+    mask = torch.zeros(330).masked_fill(~allowed, NEVER) if additive else allowed
+    kept = [x if i in (0, 3) else x[..., visible, :] for i, x in enumerate(args)]
+    hidden = torch.cat([torch.arange(64), torch.arange(128, 256), torch.arange(320, 330)])
+    for i in (1, 2, 4, 5):
+        args[i][..., hidden, :] = float("nan")
+    found = []
+    for some, kwargs in ((args, {"attn_mask": mask[None]}), (kept, {})):
+        leaves = [x.clone().requires_grad_() for x in some]
+        outputs = ops.attention_jvp(*leaves, return_stats=True, impl="native", **kwargs)
+        gradients = torch.autograd.grad(sum(x.sin().sum() for x in outputs), leaves)
+        found.append((*outputs, *gradients))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][2], found[1][2])
+    for i, (ours, theirs) in enumerate(zip(*found, strict=True)):
+        if i - 4 in (1, 2, 4, 5):
+            assert not ours[..., ~allowed, :].any()
+            ours = ours[..., visible, :]
+        assert relative_error(ours, theirs) < 3e-6
+
+
 def test_a_mask_of_true_changes_no_bit():
     args = inputs(37, 130)
     plain = ops.attention_jvp(*args, return_stats=True, impl="native")
@@ -260,18 +335,23 @@ def test_masks_are_read_where_they_lie(layout, monkeypatch):
 def test_writes_stay_inside():
     args = inputs(35, 70, directions=2)
     lead = (2, 4, 35)
-    o, t_o, lse, mu = (
-        padded(torch.zeros(shape)) for shape in ((*lead, 40), (2, *lead, 40), lead, (2, *lead))
+    o, t_o, lse, mu, rest = (
+        padded(torch.zeros(shape))
+        for shape in ((*lead, 40), (2, *lead, 40), lead, (2, *lead), lead)
     )
     masks = (torch.randn(2, 4, 35, 70), torch.randn(2, 2, 4, 35, 70))
-    _native.call("attention_jvp", *args, *masks, None, None, True, o, t_o, lse, mu, 0.2)
-    assert all(padding_intact(x) for x in (o, t_o, lse, mu))
+    _native.call("attention_jvp", *args, *masks, None, None, True, o, t_o, lse, mu, rest, 0.2)
+    assert all(padding_intact(x) for x in (o, t_o, lse, mu, rest))
     want = reference.attention_jvp(
         *map(double, args), attn_mask=masks[0].double(), t_attn_mask=masks[1].double(),
         is_causal=True, scale=0.2,
     )  # fmt: skip
     for ours, exact in zip((o, t_o, lse, mu), want, strict=True):
         assert relative_error(ours, exact) < 2e-6
+    # lse + lse_rest has twice the digits of lse; in them the scores are off, but not as much as lse
+    # is: by some units of 2^-24 of their own size, which is about 1.
+    assert (lse.double() + rest - want[2]).abs().max() < 2e-6
+    assert rest.any()
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])

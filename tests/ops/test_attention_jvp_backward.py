@@ -308,7 +308,7 @@ def test_writes_stay_inside():
     outputs = [padded(torch.zeros(t.shape)) for t in x.inputs]
     masking = (x.kwargs["attn_mask"], None, None, None, False)
     scale = x.inputs[0].shape[-1] ** -0.5
-    _native.call("attention_jvp_backward", *x.arguments(), *masking, *outputs, scale)
+    _native.call("attention_jvp_backward", *x.arguments(), None, *masking, *outputs, scale)
     assert all(padding_intact(out) for out in outputs)
     for ours, want in zip(outputs, x.exact(), strict=True):
         assert relative_error(ours, want) < 2e-6
@@ -346,7 +346,7 @@ def test_threads_do_not_change_a_bit(is_causal):
 
 def raw_arguments(x, needs=63):
     masking = (*(x.kwargs.get(f"{t}attn_mask") for t in ("", "t_")), None, None)
-    return (*x.arguments(), *masking, x.kwargs.get("is_causal", False), 0.3, needs, "native")
+    return (*x.arguments(), None, *masking, x.kwargs.get("is_causal", False), 0.3, needs, "native")
 
 
 def test_opcheck():

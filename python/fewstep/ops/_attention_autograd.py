@@ -19,8 +19,9 @@ B of the plain backward is the transpose J^T of attention's Jacobian, applied to
 So Hessians and their products with vectors run on the fused kernels, forward over reverse and
 reverse over reverse. Derivatives of a B with tangents (third order) differentiate the reference,
 which stores Nq x Nk matrices. So does a forward derivative of attention_jvp along tangents of its
-own tangents. o, t_o, lse and mu are values that B is handed to save work: its derivatives are those
-of B as a function of the cotangents, primals and tangents, and no gradient goes into the former.
+own tangents. o, t_o, lse, mu and lse_rest (what rounding took from lse; None without an additive
+mask) are values that B is handed to save work: its derivatives are those of B as a function of the
+cotangents, primals and tangents, and no gradient goes into the former.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from ._select import UnsupportedError, select
 _PRIMALS, _TANGENTS = 0b000111, 0b111000
 _INPUTS = ("q", "k", "v", "t_q", "t_k", "t_v", "attn_mask", "t_attn_mask", "cu_q", "cu_k")
 _COTANGENTS = ("d_o", "dt_o", "d_lse", "d_mu")
-_OUTPUTS = ("o", "t_o", "lse", "mu")
+_OUTPUTS = ("o", "t_o", "lse", "mu", "lse_rest")
 
 
 def refuse_mask_gradient(*masks: Tensor | None) -> None:
@@ -111,7 +112,8 @@ def _gradient(*args: Any) -> tuple[Tensor, ...]:
     from .attention_jvp_backward import NAMES, attention_jvp_backward
 
     d_o, dt_o, d_lse, d_mu, *rest, is_causal, scale, needs, impl = args
-    primals, tangents, masks, (o, t_o, lse, mu) = rest[:3], rest[3:6], rest[6:10], rest[10:]
+    primals, tangents, masks = rest[:3], rest[3:6], rest[6:10]
+    o, t_o, lse, mu, lse_rest = rest[10:]
     names = [name for i, name in enumerate(NAMES) if needs >> i & 1]
 
     def run(r: int | None, delta0: Any, delta1: Any, d_o: Any, dt_o: Any) -> tuple[Tensor, ...]:
@@ -121,7 +123,7 @@ def _gradient(*args: Any) -> tuple[Tensor, ...]:
         masking = _masking((masks[0], t_mask, *masks[2:]), is_causal, scale)
         return _with_impl(
             attention_jvp_backward, impl, d_o, dt_o, delta0, delta1, *primals, *t, lse, mu_r,
-            needs=tuple(names), **masking,
+            lse_rest=lse_rest, needs=tuple(names), **masking,
         )  # fmt: skip
 
     delta1 = _delta(lse, _row_sums(d_o, o), None if d_lse is None else -d_lse)
@@ -177,7 +179,8 @@ def _is_plain(dt_o: Tensor | None, d_mu: Tensor | None) -> bool:
 
 def _gradient_backward(ctx: Any, *c: Tensor | None) -> tuple[Any, ...]:
     is_causal, scale, needs, impl = ctx.settings
-    d_o, dt_o, d_lse, d_mu, *inputs = ctx.saved_tensors[:14]
+    saved = ctx.saved_tensors
+    d_o, dt_o, d_lse, d_mu, *inputs = saved[:14]
     if any(ctx.needs_input_grad[10:12]):
         raise _no_mask_gradient()
     wanted = [i for i, need in enumerate(ctx.needs_input_grad[:10]) if need]
@@ -192,7 +195,7 @@ def _gradient_backward(ctx: Any, *c: Tensor | None) -> tuple[Any, ...]:
         tangents = (None if x is None else x.unsqueeze(0) for x in c[:3])
         gradients[4:7] = gradient(
             None, _lead_or_none(d_o), None, _lead_or_none(d_lse), *primals, *tangents, *masks,
-            o, t_o[None], lse, mu[None], is_causal, scale, bits, impl,
+            o, t_o[None], lse, mu[None], saved[18], is_causal, scale, bits, impl,
         )[:3]  # fmt: skip
     return tuple(x if i in wanted else None for i, x in enumerate(gradients))
 
@@ -209,20 +212,20 @@ def _gradient_jvp(ctx: Any, saved: Sequence[Tensor | None], *t: Tensor | None) -
         arguments = (d_o, dt_o, d_lse, d_mu, *inputs, is_causal, scale, needs)
         found = push_forward(_gradient_formula, arguments, (*t, None, None, None))
         return tuple(x if needs >> i & 1 else None for i, x in enumerate(found))
-    o, lse = saved[14], saved[16]
+    o, lse, rest = saved[14], saved[16], saved[18]
     primals, masks = inputs[:3], (inputs[6], t[10], *inputs[8:])
     t_primals = t[4:7]
     if all(x is None for x in (*t_primals, t[10])):
         d_q, d_k, d_v, *_ = gradient(
             t[0], None, t[2], None, *primals, None, None, None, *masks, o, None, lse, None,
-            is_causal, scale, needs, impl,
+            rest, is_causal, scale, needs, impl,
         )  # fmt: skip
     else:
         o, t_o, lse, mu = _along(primals, t_primals, _masking(masks, is_causal, scale), impl)
         d_q, d_k, d_v, *_ = gradient(
             t[0], _lead_or_none(d_o), t[2], _lead_or_none(d_lse), *primals,
             *map(_lead_or_none, t_primals), masks[0], _lead_or_none(masks[1]), *masks[2:],
-            o, t_o[None], lse, mu[None], is_causal, scale, needs, impl,
+            o, t_o[None], lse, mu[None], rest, is_causal, scale, needs, impl,
         )  # fmt: skip
     return *(x if needs >> i & 1 else None for i, x in enumerate((d_q, d_k, d_v))), None, None, None
 
@@ -252,7 +255,7 @@ def _unfold(x: Tensor, size: int, axis: int) -> Tensor:
 
 # Where B, the axis of batches, is in each tensor: tensors with directions have it second.
 _AXES = {
-    **dict.fromkeys(("q", "k", "v", "attn_mask", "d_o", "d_lse", "o", "lse"), 0),
+    **dict.fromkeys(("q", "k", "v", "attn_mask", "d_o", "d_lse", "o", "lse", "lse_rest"), 0),
     **dict.fromkeys(("t_q", "t_k", "t_v", "t_attn_mask", "dt_o", "d_mu", "t_o", "mu"), 1),
 }
 
@@ -302,29 +305,34 @@ def _attention_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[An
             _fold(x, dim, size, 0) if name.startswith("t_") else x
             for name, x, dim in zip(_INPUTS, args, in_dims, strict=False)
         ]
-        o, t_o, lse, mu = _attention(*tensors, *args[len(_INPUTS) :])
-        return (o, _unfold(t_o, size, 0), lse, _unfold(mu, size, 0)), (None, 0, None, 0)
+        o, t_o, lse, mu, rest = _attention(*tensors, *args[len(_INPUTS) :])
+        unfolded = (o, _unfold(t_o, size, 0), lse, _unfold(mu, size, 0), rest)
+        return unfolded, (None, 0, None, 0, None)
     if args[_INPUTS.index("cu_q")] is not None:
         return loop_vmap(_attention, info, in_dims, *args)
-    o, t_o, lse, mu = _attention(*_fold_batch(_INPUTS, info, in_dims, args))
+    *outputs, rest = _attention(*_fold_batch(_INPUTS, info, in_dims, args))
     axes = (0, 1, 0, 1)
-    return tuple(
-        x.unflatten(i, (size, -1)) for x, i in zip((o, t_o, lse, mu), axes, strict=True)
-    ), axes
+    unfolded = (x.unflatten(i, (size, -1)) for x, i in zip(outputs, axes, strict=True))
+    if rest.dim() == 1:
+        return (*unfolded, rest), (*axes, None)
+    return (*unfolded, rest.unflatten(0, (size, -1))), (*axes, 0)
 
 
 gradient = differentiable(
     "attention_jvp_gradient",
     _gradient,
-    22,
+    23,
     Derivative(_setup_gradient, _gradient_backward, _gradient_vmap, _gradient_jvp),
 )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, is_causal, scale, impl = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *outputs, rest = output
+    # Without an additive mask there is none.
+    ctx.save_for_backward(*tensors, *outputs, rest if rest.dim() > 1 else None)
     ctx.save_for_forward(*tensors)
+    ctx.mark_non_differentiable(rest)
     ctx.settings = is_causal, scale, impl
     ctx.set_materialize_grads(False)
 
@@ -336,7 +344,7 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     if any(ctx.needs_input_grad[6:8]):
         raise _no_mask_gradient()
     needs = sum(1 << i for i in range(6) if ctx.needs_input_grad[i])
-    d_o, dt_o, d_lse, d_mu = cotangents
+    d_o, dt_o, d_lse, d_mu = cotangents[:4]
     if outputs[1].shape[0] == 0:  # no tangents: t_o and mu have no element, nor their cotangents
         dt_o = d_mu = None
     if _is_plain(dt_o, d_mu):
@@ -353,10 +361,10 @@ def _jvp(ctx: Any, saved: Sequence[Tensor | None], *tangents: Tensor | None) -> 
     t = tuple(None if x is None or x._is_zerotensor() else x for x in tangents[:10])
     has_directions = any(x is not None for x in (*saved[3:6], saved[7]))
     if has_directions:
-        return push_forward(_formula, (*saved, is_causal, scale), (*t, None, None))
+        return (*push_forward(_formula, (*saved, is_causal, scale), (*t, None, None)), None)
     masks = (saved[6], t[6], *saved[8:])
     _, t_o, lse, mu = _along(saved[:3], t[:3], _masking(masks, is_causal, scale), impl)
-    return t_o, t_o.new_empty((0, *t_o.shape)), mu, lse.new_empty((0, *lse.shape))
+    return t_o, t_o.new_empty((0, *t_o.shape)), mu, lse.new_empty((0, *lse.shape)), None
 
 
 RULES = Derivative(_setup, _backward, _attention_vmap, _jvp)

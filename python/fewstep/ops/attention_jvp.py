@@ -66,25 +66,30 @@ def _directions(tangents: Sequence[Tensor | None]) -> int:
     return next((t.shape[0] for t in tangents if t is not None), 0)
 
 
-def _new_outputs(q: Tensor, v: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate (o, t_o, lse, mu)."""
+def _new_outputs(
+    q: Tensor, v: Tensor, directions: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate (o, t_o, lse, mu, lse_rest); the last is empty without an additive mask."""
     o, t_o = new_rows(q, v.shape[-1]), new_rows(q, v.shape[-1], directions)
     lse, mu = (
         q.new_empty((*lead, *q.shape[:3]), dtype=stat_dtype(q)) for lead in ((), (directions,))
     )
-    return o, t_o, lse, mu
+    additive = mask is not None and mask.dtype != torch.bool
+    return o, t_o, lse, mu, torch.empty_like(lse) if additive else lse.new_empty(0)
 
 
 def _run_reference(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, scale = rest
     tangents, masking = arguments[:3], Masking(*arguments[3:])
     directions = _directions((*tangents, masking.t_attn_mask))
-    outputs = _new_outputs(q, v, directions)
+    outputs = _new_outputs(q, v, directions, masking.attn_mask)
     # S and P, and for each direction tS and H.
     warn_of_scores("attention_jvp", 4, q, k, directions)
-    values = _reference(q, k, v, *tangents, scale=scale, **masking.keywords())
-    for i, (out, value) in enumerate(zip(outputs, values, strict=True)):
-        if directions or i in (0, 2):
+    values = _reference(
+        q, k, v, *tangents, scale=scale, return_rest=True, **masking.keywords()
+    )  # fmt: skip
+    for out, value in zip(outputs, values, strict=True):
+        if out.numel():
             out.copy_(value)
     return outputs
 
@@ -92,10 +97,17 @@ def _run_reference(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor,
 def _run_native(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, scale = rest
     tangents, masking = arguments[:3], Masking(*arguments[3:])
-    outputs = _new_outputs(q, v, _directions((*tangents, masking.t_attn_mask)))
+    directions = _directions((*tangents, masking.t_attn_mask))
+    outputs = _new_outputs(q, v, directions, masking.attn_mask)
     inputs = [unit_stride(x) for x in (q, k, v, *tangents)]
-    _native.call("attention_jvp", *inputs, *masking.kernel_arguments(), *outputs, scale)
+    _native.call("attention_jvp", *inputs, *masking.kernel_arguments(), *_wanted(outputs), scale)
     return outputs
+
+
+def _wanted(outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Return the outputs with None for an lse_rest that nobody needs."""
+    *others, rest = outputs
+    return (*others, rest if rest.dim() > 1 else None)
 
 
 def _run_triton(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -104,9 +116,10 @@ def _run_triton(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ..
 
     *arguments, scale = rest
     tangents, masks = arguments[:3], Masks(*arguments[3:])
-    outputs = _new_outputs(q, v, _directions((*tangents, masks.t_attn_mask)))
+    outputs = _new_outputs(q, v, _directions((*tangents, masks.t_attn_mask)), masks.attn_mask)
     primals = [unit_stride(x) for x in (q, k, v)]
-    launch_attention_jvp(primals, [unit_stride(x) for x in tangents], masks, outputs, scale)
+    tangents = [unit_stride(x) for x in tangents]
+    launch_attention_jvp(primals, tangents, masks, _wanted(outputs), scale)
     return outputs
 
 
@@ -126,14 +139,14 @@ IMPLEMENTATIONS = (
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _new_outputs(q, v, _directions((*rest[:3], rest[4])))
+    return _new_outputs(q, v, _directions((*rest[:3], rest[4])), rest[3])
 
 
 _op = register(
     "attention_jvp",
     "(Tensor q, Tensor k, Tensor v, Tensor? t_q, Tensor? t_k, Tensor? t_v, Tensor? attn_mask,"
     " Tensor? t_attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool is_causal,"
-    " float scale, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float scale, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
     RULES,
@@ -205,7 +218,7 @@ def attention_jvp(
     if directions is None:
         inputs[3:] = [None if x is None else x.unsqueeze(0) for x in inputs[3:]]
     chosen = select("attention_jvp", impl, IMPLEMENTATIONS, *inputs, masking)
-    o, t_o, lse, mu = _op(*inputs, *masking.kernel_arguments(), scale, chosen)
+    o, t_o, lse, mu, _ = _op(*inputs, *masking.kernel_arguments(), scale, chosen)
     if directions is None:  # one, or no tangent at all
         none = t_o.shape[0] == 0
         # A zero seen everywhere: nobody should pay for a tangent that isn't there.

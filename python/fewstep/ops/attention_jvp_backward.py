@@ -18,6 +18,9 @@ delta0, delta1  [B, H, Nq], the dtype of lse    D0 and D1 above; delta0 None: t_
                                                 cotangent, and what is left is attention's backward
 q ... t_v       as in attention_jvp, one direction: t_x has the shape of x
 lse, mu         [B, H, Nq], from attention_jvp; mu None: no tangents
+lse_rest        like lse: log l - (lse - m), with m the largest score of a row and l the sum of
+                exp(S - m); P = exp((S - lse) - lse_rest). None is zero, which is right to the
+                rounding of lse: not where an additive mask leaves a row nothing but -1e6 or less
 
 Returns (d_q, d_k, d_v, dt_q, dt_k, dt_v), in the shapes and dtype of q, k, v; those that `needs`
 doesn't name are empty. 15 matmuls for all of them; 5 (and the scores) where only d_o is given.
@@ -68,10 +71,13 @@ def _outputs(primals: tuple[Tensor, ...], needs: int) -> tuple[Tensor, ...]:
 
 def _run_reference(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, scale, needs = rest
-    tensors, masking = arguments[:10], Masking(*arguments[10:])
+    *tensors, lse_rest = arguments[:11]
+    masking = Masking(*arguments[11:])
     # S, tS, P, tP, X0, X1, dS0, dS1.
     warn_of_scores("attention_jvp_backward", 8, tensors[2], tensors[3])
-    values = _reference(d_o, dt_o, *tensors, scale=scale, **masking.keywords())
+    values = _reference(
+        d_o, dt_o, *tensors, lse_rest=lse_rest, scale=scale, **masking.keywords()
+    )  # fmt: skip
     outputs = _outputs(tuple(tensors[2:5]), needs)
     for i, (out, value) in enumerate(zip(outputs, values, strict=True)):
         if needs >> i & 1:
@@ -81,14 +87,14 @@ def _run_reference(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple
 
 def _run_native(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, scale, needs = rest
-    (delta0, delta1, *inputs, lse, mu), masking = arguments[:10], arguments[10:]
+    (delta0, delta1, *inputs, lse, mu, rest), masking = arguments[:11], arguments[11:]
     outputs = _outputs(tuple(inputs[:3]), needs)
     _native.call(
         "attention_jvp_backward",
         *map(unit_stride, (d_o, dt_o)),
         *(x if x is None else x.contiguous() for x in (delta0, delta1)),
         *map(unit_stride, inputs),
-        *(x if x is None else x.contiguous() for x in (lse, mu)),
+        *(x if x is None else x.contiguous() for x in (lse, mu, rest)),
         *masking,
         *(out if needs >> i & 1 else None for i, out in enumerate(outputs)),
         scale,
@@ -101,15 +107,15 @@ def _run_triton(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Te
     from ..kernels.attention_jvp_backward import launch_attention_jvp_backward
 
     *arguments, scale, needs = rest
-    delta0, delta1, *tensors, lse, mu = arguments[:10]
+    delta0, delta1, *tensors, lse, mu, rest = arguments[:11]
     primals, tangents = tensors[:3], tensors[3:]
     outputs = _outputs(tuple(primals), needs)
     launch_attention_jvp_backward(
         [unit_stride(x) for x in (d_o, dt_o)],
         [unit_stride(x) for x in primals],
         [unit_stride(x) for x in tangents],
-        [None if x is None else x.contiguous() for x in (lse, mu, delta0, delta1)],
-        Masks(*arguments[10:]),
+        [None if x is None else x.contiguous() for x in (lse, mu, rest, delta0, delta1)],
+        Masks(*arguments[11:]),
         [x if needs >> i & 1 else None for i, x in enumerate(outputs)],
         scale,
     )
@@ -138,9 +144,10 @@ def _fake(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Tensor, 
 _op = register(
     "attention_jvp_backward",
     "(Tensor? d_o, Tensor? dt_o, Tensor? delta0, Tensor delta1, Tensor q, Tensor k, Tensor v,"
-    " Tensor? t_q, Tensor? t_k, Tensor? t_v, Tensor lse, Tensor? mu, Tensor? attn_mask,"
-    " Tensor? t_attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool is_causal,"
-    " float scale, int needs, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? t_q, Tensor? t_k, Tensor? t_v, Tensor lse, Tensor? mu, Tensor? lse_rest,"
+    " Tensor? attn_mask, Tensor? t_attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " bool is_causal, float scale, int needs, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
 )
@@ -182,6 +189,7 @@ def attention_jvp_backward(
     lse: Tensor,
     mu: Tensor | None,
     *,
+    lse_rest: Tensor | None = None,
     attn_mask: Tensor | None = None,
     t_attn_mask: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
@@ -206,6 +214,7 @@ def attention_jvp_backward(
         t_v: tangent of v, likewise.
         lse: from `attention_jvp` [B, H, Nq].
         mu: from `attention_jvp`; None without tangents.
+        lse_rest: what rounding took from lse, as described above; None for zero.
         attn_mask: as in `attention_jvp`.
         t_attn_mask: as in `attention_jvp`, of one direction.
         cu_seqlens_q: as in `attention_jvp`.
@@ -234,7 +243,7 @@ def attention_jvp_backward(
     validate_masking(q, k, masking, None)
     _validate(
         {"d_o": d_o, "dt_o": dt_o},
-        {"delta0": delta0, "delta1": delta1, "lse": lse, "mu": mu},
+        {"delta0": delta0, "delta1": delta1, "lse": lse, "mu": mu, "lse_rest": lse_rest},
         q, v,
     )  # fmt: skip
     if dt_o is not None and delta0 is None:
@@ -246,7 +255,7 @@ def attention_jvp_backward(
     bits = sum(1 << i for i, name in enumerate(NAMES) if name in needs)
     scale = resolve_scale(scale, q)
     masking = masking.expanded(q, k, None).one_direction(0)
-    tensors = (d_o, dt_o, delta0, delta1, q, k, v, t_q, t_k, t_v, lse, mu)
+    tensors = (d_o, dt_o, delta0, delta1, q, k, v, t_q, t_k, t_v, lse, mu, lse_rest)
     chosen = select("attention_jvp_backward", impl, IMPLEMENTATIONS, q, masking)
     return tuple(_op(*tensors, *masking.kernel_arguments(), scale, bits, chosen))
 

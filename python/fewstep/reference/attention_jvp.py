@@ -3,7 +3,10 @@
     S  = scale q k^T + M                    tS = scale (t_q k^T + q t_k^T) + tM
     P  = softmax(S)                         mu = sum_j P tS,  tP = P (tS - mu)
     o  = P v                                t_o = tP v + P t_v
-    lse = log sum_j exp S
+    lse = log sum_j exp S                   lse_rest = log l - (lse - m)
+
+with m = max_j S and l = sum_j exp(S - m): lse_rest is what rounding m + log l took from lse. In a
+row where a mask leaves nothing but -1e9 that is all of log l.
 
 q [B, H, Nq, D]; k [B, G, Nk, D], v [B, G, Nk, Dv] with G dividing H: query head h reads head
 h // (H / G). Tangents have the shape of their primal, or one axis more in front, [R, ...], for R
@@ -70,8 +73,9 @@ def attention_jvp(
     cu_seqlens_k: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (o, t_o, lse, mu) in the accumulation dtype."""
+    return_rest: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return (o, t_o, lse, mu) in the accumulation dtype; lse_rest too if asked."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     heads = q.shape[-3] if q.dim() > 2 else 1
@@ -100,11 +104,19 @@ def attention_jvp(
     if t_attn_mask is not None:
         t_s = t_s + t_attn_mask.to(dtype)
 
-    lse = s.logsumexp(-1)
-    p = (s - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    m = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros((*s.shape[:-1], 1))
+    m = m.masked_fill(m == -torch.inf, 0)
+    p = (s - m).exp()
+    total = p.sum(-1, keepdim=True)
+    empty = total == 0
+    log_l = total.masked_fill(empty, 1).log()
+    lse = m + log_l
+    lse_rest = (log_l - (lse - m))[..., 0]
+    lse = lse.masked_fill(empty, -torch.inf)[..., 0]
+    p = p / total.masked_fill(empty, 1)
     mu = (p * t_s).sum(-1)
     o = p @ v
     t_o = (p * (t_s - mu[..., None])) @ v
     if t_v is not None:
         t_o = t_o + p @ share_heads(t_v.to(dtype), heads)
-    return o, t_o, lse, mu
+    return (o, t_o, lse, mu, lse_rest) if return_rest else (o, t_o, lse, mu)

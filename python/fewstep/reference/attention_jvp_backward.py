@@ -1,5 +1,6 @@
 """Oracle of `fewstep.ops.attention_jvp_backward`: gradients through o and t_o, written by hand.
 
+    P  = exp((S - lse) - lse_rest)
     D0 = sum dt_o o - d_mu                  D1 = sum (d_o o + dt_o t_o) - d_lse
     X0 = dt_o v^T                           X1 = d_o v^T + dt_o t_v^T
     tP = P (tS - mu)
@@ -40,6 +41,7 @@ def attention_jvp_backward(
     lse: Tensor,
     mu: Tensor | None,
     *,
+    lse_rest: Tensor | None = None,
     attn_mask: Tensor | None = None,
     t_attn_mask: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
@@ -68,7 +70,7 @@ def attention_jvp_backward(
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     d_o, dt_o = wide(d_o, out), wide(dt_o, out)
     lse, delta1 = lse[..., None], delta1[..., None]
-    delta0, mu = (wide(x, lse[..., 0])[..., None] for x in (delta0, mu))
+    delta0, mu, lse_rest = (wide(x, lse[..., 0])[..., None] for x in (delta0, mu, lse_rest))
 
     s = scale * q @ k.mT
     t_s = scale * (t_q @ k.mT + q @ t_k.mT)
@@ -81,7 +83,7 @@ def attention_jvp_backward(
     if allowed is not None:
         s = s.masked_fill(~allowed, -torch.inf)
 
-    p = (s - lse.masked_fill(lse == -torch.inf, 0)).exp()
+    p = ((s - lse.masked_fill(lse == -torch.inf, 0)) - lse_rest).exp()
     t_p = p * (t_s - mu)
     x0 = dt_o @ v.mT - delta0
     x1 = d_o @ v.mT + dt_o @ t_v.mT - delta1

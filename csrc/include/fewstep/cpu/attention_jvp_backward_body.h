@@ -31,10 +31,11 @@ void score_gradients(const Workspace<Acc>& w, const RowStats<Acc>& stats, const 
     for (std::int64_t m = 0; m < rows; ++m) {
         // A query that met no key has P = 0 everywhere.
         const Acc shift = stats.lse[m] == -kInfinity ? kInfinity : stats.lse[m];
+        const Acc rest = stats.lse_rest == nullptr ? 0 : stats.lse_rest[m];
         const Acc mu = stats.mu == nullptr ? 0 : stats.mu[m];
         const Acc delta0 = plan.has0 ? stats.delta0[m] : 0, delta1 = stats.delta1[m];
         for (std::int64_t at = m * kKeys; at < m * kKeys + lanes; at += kWidth) {
-            const Vec<Acc> p = exp_nonpositive<Acc>(load(w.s + at) - shift);
+            const Vec<Acc> p = exp_nonpositive<Acc>((load(w.s + at) - shift) - rest);
             store(w.s + at, p);
             Vec<Acc> ds1 = {}, t_p = {};
             if (plan.ds1) ds1 = p * ((plan.x1 ? load(w.x1 + at) : Vec<Acc>{}) - delta1);
@@ -115,7 +116,7 @@ void backward_keys(const KeyHead<T>& x, const QueryHead<T>* heads, std::int64_t 
     using Acc = acc_t<T>;
     for (std::int64_t j = first; j < end; j += kKeys) {
         const std::int64_t keys = std::min(kKeys, end - j);
-        pack_keys(x, plan, j, keys, w);
+        bool packed = false;
         for (Acc* sums : {w.d_k, w.dt_k}) {
             if (sums != nullptr) std::fill_n(sums, keys * plan.ld, Acc{0});
         }
@@ -130,6 +131,9 @@ void backward_keys(const KeyHead<T>& x, const QueryHead<T>* heads, std::int64_t 
                         std::fill_n(sums + i * plan.ld, rows * plan.ld, Acc{0});
                     }
                 }
+                if (!meets(heads[h].mask.at(0, i, j), rows, keys)) continue;
+                if (!packed) pack_keys(x, plan, j, keys, w);
+                packed = true;
                 backward_pair(heads[h], plan, w, i, rows, j, keys);
             }
         }

@@ -2,14 +2,17 @@
 // queries: the row statistics m, l, r, c are vectors and nothing is reduced across lanes.
 //
 // For each tile of keys, with S, tS, P, H stored keys by queries:
-//   m' = max(m, max_j S)    alpha = exp(m - m')    P = exp(S - m')    H = P * (tS - c)
-//   l = alpha l + sum_j P   r = alpha r + sum_j H
-//   O = alpha O + P v       T = alpha T + P t_v + H v
+//   m' = max(m, max_j S)    alpha = exp(m - m')    P = exp(S - m')    l' = alpha l + sum_j P
+//   c' = c + sum_j P (tS - c) / l'                 H = P (tS - c')
+//   r  = alpha (r - (c' - c) l) + sum_j H
+//   T  = alpha (T - (c' - c) O) + P t_v + H v      O = alpha O + P v
 // and at the end o = O / l, mu = c + r / l, t_o = T / l - (r / l) o, lse = m + log l.
-// c is the mean of tS under P over the first tile in which the row meets a key. The result does not
-// depend on it in exact arithmetic; with it, a component of the tangent that is common to all keys
-// never enters H, where it would have to cancel against (r / l) o. m needs no tangent: the shift is
-// exact. Several directions share S, P, l, m and O; each has its own tS, H, c, r and T.
+// c is the mean of tS under P over all keys so far, and r what rounding leaves of it. The result
+// does not depend on c in exact arithmetic; with it, what keys have in common in their tangent
+// never enters H, where it would have to cancel against (r / l) o. For the same reason tS is made
+// of t_k - z, with z about the mean of t_k over all keys: that takes scale q z from mu, and nothing
+// else. m needs no tangent: the shift is exact. Several directions share S, P, l, m and O; each has
+// its own z, tS, H, c, r and T. Tiles of keys that no query of the tile meets are not visited.
 
 #include "fewstep/cpu/attention_rows_body.h"
 #include "fewstep/cpu/dual_matmul_body.h"
@@ -36,35 +39,33 @@ void softmax_tile(const Workspace<Acc>& w, std::int64_t keys, std::int64_t lanes
             store(w.s + at, p);
             sum += p;
         }
+        const Vec<Acc> kept = first ? Vec<Acc>{} : alpha * load(w.l + lane);
         store(w.m + lane, m);
         store(w.alpha + lane, alpha);
-        store(w.l + lane, first ? sum : alpha * load(w.l + lane) + sum);
+        store(w.kept + lane, kept);
+        store(w.l + lane, kept + sum);
     }
 }
 
-// tS of direction d becomes H in place, and c and r move on. After softmax_tile.
+// tS of direction d becomes H in place, and c, r and T move on to the new mean. After softmax_tile,
+// and before O takes in the tile.
 template <typename Acc>
 void centre_tile(const Workspace<Acc>& w, std::int64_t d, std::int64_t keys, std::int64_t lanes,
-                 bool first) {
+                 std::int64_t dv, bool first) {
     constexpr int kWidth = Lanes<Acc>::kCount;
     Acc* const t_s = w.t_s + d * kKeys * kQueries;
-    for (std::int64_t lane = d * kQueries; lane < d * kQueries + lanes; lane += kWidth) {
-        const std::int64_t query = lane - d * kQueries;
-        const Vec<Acc> alpha = load(w.alpha + query);
-        // Where alpha is zero nothing before this tile counts, so c may be chosen anew.
-        bool starts = false;
-        for (int i = 0; i < kWidth; ++i) starts |= w.alpha[query + i] == 0;
-        Vec<Acc> c = first ? Vec<Acc>{} : load(w.c + lane);
-        if (starts) {
-            Vec<Acc> weighted = {};
-            for (std::int64_t j = 0; j < keys; ++j) {
-                const std::int64_t at = j * kQueries + query;
-                weighted += load(w.s + at) * load(t_s + at);
-            }
-            const Vec<Acc> l = load(w.l + query);
-            const Vec<Acc> mean = l == Acc{0} ? Vec<Acc>{} : weighted / l;
-            c = alpha == Acc{0} ? mean : c;
+    Acc* const t_o = w.t_o + d * dv * kQueries;
+    for (std::int64_t query = 0; query < lanes; query += kWidth) {
+        const std::int64_t lane = d * kQueries + query;
+        const Vec<Acc> before = first ? Vec<Acc>{} : load(w.c + lane);
+        Vec<Acc> weighted = {};
+        for (std::int64_t j = 0; j < keys; ++j) {
+            const std::int64_t at = j * kQueries + query;
+            weighted += load(w.s + at) * (load(t_s + at) - before);
         }
+        const Vec<Acc> l = load(w.l + query);
+        const Vec<Acc> c = before + (l == Acc{0} ? Vec<Acc>{} : weighted / l);
+        const Vec<Acc> moved = c - before;
         Vec<Acc> sum = {};
         for (std::int64_t j = 0; j < keys; ++j) {
             const std::int64_t at = j * kQueries + query;
@@ -72,8 +73,36 @@ void centre_tile(const Workspace<Acc>& w, std::int64_t d, std::int64_t keys, std
             store(t_s + at, h);
             sum += h;
         }
+        if (!first) sum += load(w.alpha + query) * load(w.r + lane) - load(w.kept + query) * moved;
         store(w.c + lane, c);
-        store(w.r + lane, first ? sum : alpha * load(w.r + lane) + sum);
+        store(w.r + lane, sum);
+        for (std::int64_t i = 0; !first && i < dv; ++i) {
+            const std::int64_t at = i * kQueries + query;
+            store(t_o + at, load(t_o + at) - moved * load(w.o + at));
+        }
+    }
+}
+
+// z of every direction, and scale q z: about the mean of t_k over the keys that some query meets.
+template <typename T, typename Acc>
+void common_mode(const AttentionTile<T>& x, const Workspace<Acc>& w) {
+    const std::int64_t step = (x.sequence_keys + kSamples - 1) / kSamples;
+    for (std::int64_t r = 0; r < x.directions; ++r) {
+        Acc* const z = w.z + r * x.d;
+        Acc* const shift = w.shift + r * kQueries;
+        std::fill_n(z, x.d, Acc{0});
+        std::fill_n(shift, kQueries, Acc{0});
+        Acc count = 0;
+        for (std::int64_t j = 0; j < x.keys; j += step) {
+            if (!meets(x.mask.at(0, 0, j), x.queries, 1)) continue;
+            const T* row = x.t_k.at(r).data + j * x.t_k.stride;
+            for (std::int64_t i = 0; i < x.d; ++i) z[i] += to_acc(row[i]);
+            count += 1;
+        }
+        for (std::int64_t i = 0; count > 0 && i < x.d; ++i) {
+            z[i] /= count;
+            for (std::int64_t m = 0; m < kQueries; ++m) shift[m] += z[i] * w.q[i * kQueries + m];
+        }
     }
 }
 
@@ -86,7 +115,8 @@ void tangent_scores(const AttentionTile<T>& x, const Workspace<Acc>& w, const Ac
     if (!has_tq && !has_tk) {
         std::fill_n(t_s, keys * kQueries, Acc{0});
     } else if (d > 0) {
-        const Acc* t_k = tile_rows(x.t_k.at(d), j, keys, x.d, x.d, Acc{1}, w.t_k);
+        const Acc* t_k = has_tk ? w.t_k : nullptr;
+        if (has_tk) subtract_rows(x.t_k.at(d), j, keys, x.d, w.z + d * x.d, w.t_k);
         const Acc* t_q = has_tq ? w.t_q + d * x.d * kQueries : nullptr;
         dual_matmul<Acc>({k, t_k, x.d, 1, w.q, t_q, x.d, nullptr, t_s, kQueries}, keys, lanes);
     }
@@ -108,15 +138,18 @@ template <typename T, typename Acc>
 void finish_tile(const AttentionTile<T>& x, const Workspace<Acc>& w, bool has_ts, bool has_t) {
     for (std::int64_t m = 0; m < x.queries; ++m) {
         const bool empty = w.l[m] == 0;
-        const Acc inverse = 1 / w.l[m];
+        const Acc inverse = 1 / w.l[m], log_l = std::log(w.l[m]);
         T* const o = x.o.data + m * x.o.stride;
-        x.lse[m] = w.m[m] + std::log(w.l[m]);
+        x.lse[m] = w.m[m] + log_l;
+        if (x.lse_rest != nullptr) x.lse_rest[m] = empty ? 0 : log_l - (x.lse[m] - w.m[m]);
         for (std::int64_t i = 0; i < x.dv; ++i) {
             o[i] = Convert<T>::from(empty ? 0 : w.o[i * kQueries + m] * inverse);
         }
         for (std::int64_t d = 0; d < x.directions; ++d) {
             const Acc ratio = has_ts && !empty ? w.r[d * kQueries + m] * inverse : 0;
-            x.mu[d * x.mu_direction + m] = has_ts ? w.c[d * kQueries + m] + ratio : 0;
+            const Acc shift = x.t_k.data != nullptr ? w.shift[d * kQueries + m] : 0;
+            x.mu[d * x.mu_direction + m] =
+                has_ts && !empty ? w.c[d * kQueries + m] + ratio + shift : 0;
             T* const t_o = x.t_o.at(d).data + m * x.t_o.stride;
             const Acc* const sums = w.t_o + d * x.dv * kQueries + m;
             for (std::int64_t i = 0; i < x.dv; ++i) {
@@ -141,24 +174,28 @@ void attend_tile(const AttentionTile<T>& x, const Workspace<acc_t<T>>& w) {
     for (std::int64_t d = 0; has_tq && d < x.directions; ++d) {
         pack_columns(x.t_q.at(d), 0, x.queries, x.d, kQueries, scale, w.t_q + d * x.d * kQueries);
     }
+    if (has_ts && has_tk) common_mode(x, w);
     std::fill_n(w.m, kQueries, -std::numeric_limits<Acc>::infinity());
+    std::fill_n(w.l, kQueries, Acc{0});
 
+    bool first = true;
     for (std::int64_t j = 0; j < x.keys; j += kKeys) {
-        const bool first = j == 0;
         const std::int64_t keys = std::min<std::int64_t>(kKeys, x.keys - j);
+        const Mask<T> mask = x.mask.at(0, 0, j);
+        if (!meets(mask, x.queries, keys)) continue;
         // Direction 0 rides along with the primal: one product of dual matrices.
         const Acc* k = tile_rows(x.k, j, keys, x.d, x.d, Acc{1}, w.k);
-        const Acc* t_k = has_ts ? tile_rows(x.t_k, j, keys, x.d, x.d, Acc{1}, w.t_k) : nullptr;
+        const Acc* t_k = has_ts && has_tk ? w.t_k : nullptr;
+        if (t_k != nullptr) subtract_rows(x.t_k, j, keys, x.d, w.z, w.t_k);
         dual_matmul<Acc>(
             {k, t_k, x.d, 1, w.q, has_ts && has_tq ? w.t_q : nullptr, x.d, w.s, w.t_s, kQueries},
             keys, lanes);
-        const Mask<T> mask = x.mask.at(0, 0, j);
         mask_block(w.s, kQueries, keys, x.queries, mask, mask.key, mask.query);
         if (x.causal) mask_causal(w.s, j - x.first_query, keys, x.queries);
         softmax_tile(w, keys, lanes, first);
         for (std::int64_t d = 0; has_ts && d < x.directions; ++d) {
             tangent_scores(x, w, k, d, j, keys, lanes);
-            centre_tile(w, d, keys, lanes, first);
+            centre_tile(w, d, keys, lanes, x.dv, first);
         }
 
         const Acc* v = tile_rows(x.v, j, keys, x.dv, x.dv, Acc{1}, w.k);
@@ -171,6 +208,7 @@ void attend_tile(const AttentionTile<T>& x, const Workspace<acc_t<T>>& w) {
                               !first, w.alpha},
                              x.dv, lanes);
         }
+        first = false;
     }
     finish_tile(x, w, has_ts, has_t);
 }

@@ -22,6 +22,16 @@ const Acc* tile_rows(const HeadRows<const T>& from, std::int64_t first, std::int
     return scratch;
 }
 
+// Rows [count, d] less the vector `minus`, into `to`.
+template <typename T, typename Acc>
+void subtract_rows(const HeadRows<const T>& from, std::int64_t first, std::int64_t count,
+                   std::int64_t d, const Acc* minus, Acc* to) {
+    for (std::int64_t j = 0; j < count; ++j) {
+        const T* row = from.data + (first + j) * from.stride;
+        for (std::int64_t i = 0; i < d; ++i) to[j * d + i] = to_acc(row[i]) - minus[i];
+    }
+}
+
 // Rows [count, d] to columns: [d, ld], times `scale`; columns past `count` are zero.
 template <typename T, typename Acc>
 void pack_columns(const HeadRows<const T>& from, std::int64_t first, std::int64_t count,
@@ -67,6 +77,25 @@ void update_block(Acc* x, std::int64_t ld, std::int64_t rows, std::int64_t lanes
             }
         }
     }
+}
+
+// Whether any of these queries meets any of these keys. The first pair decides for most tiles, and
+// a mask that all queries share has one row.
+template <typename T>
+bool meets(const Mask<T>& mask, std::int64_t queries, std::int64_t keys) {
+    if (!mask) return true;
+    if (mask.query == 0) queries = std::min<std::int64_t>(queries, 1);
+    if (mask.key == 0) keys = std::min<std::int64_t>(keys, 1);
+    constexpr acc_t<T> kNever = -std::numeric_limits<acc_t<T>>::infinity();
+    for (std::int64_t i = 0; i < queries; ++i) {
+        for (std::int64_t j = 0; j < keys; ++j) {
+            const std::int64_t at = i * mask.query + j * mask.key;
+            if (mask.add != nullptr ? to_acc(mask.add[at]) != kNever : mask.allow[at] != 0) {
+                return true;
+            }
+        }
+    }
+    return false;
 }
 
 // Adds a mask to a block of scores, or puts -inf where it doesn't allow them.

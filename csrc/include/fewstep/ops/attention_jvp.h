@@ -16,7 +16,9 @@
 // is_causal: key j is seen by query i if j <= i, counted from the start of their sequence.
 // lse: [B, H, Nq] and mu: [R, B, H, Nq], contiguous, float32 (float64 for float64): what merging
 // two key ranges and the backward need. A query without keys gets o = t_o = mu = 0, lse = -inf.
-// Accumulation is in float32 (float64 for float64).
+// lse_rest: what rounding took from lse, log l - (lse - m), like lse; null where not wanted. Only
+// an additive mask makes lse so large that exp(S - lse) misses it. Accumulation is in float32
+// (float64 for float64).
 #pragma once
 
 #include "fewstep/tensor.h"
@@ -29,7 +31,7 @@ void attention_jvp(const TensorView& q, const TensorView& k, const TensorView& v
                    const TensorView* attn_mask, const TensorView* t_attn_mask,
                    const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k, bool is_causal,
                    const TensorView& o, const TensorView& t_o, const TensorView& lse,
-                   const TensorView& mu, double scale);
+                   const TensorView& mu, const TensorView* lse_rest, double scale);
 }
 
 }  // namespace fewstep
