@@ -58,7 +58,7 @@ MAX_BLOCK_DV = 128
 
 
 # By the larger padded head dim. Compiled with Triton 3.9 for sm_90 they fit the registers without
-# spilling (but for 256 columns with a mask or causal: some tens of bytes) and 229,376 bytes of
+# spilling (but for 256 columns with an additive mask: some tens of bytes) and 229,376 bytes of
 # shared memory; the times are not measured on a GPU yet.
 CONFIGS_SM90 = (
     TileConfig(64, 128, 64, 8, 3),
