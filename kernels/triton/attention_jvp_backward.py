@@ -132,7 +132,7 @@ def _weights(
     s = dot(x, tl.trans(y), s) * (scale * UNIT_OF_SCORES)
     s = hide(s, queries, keys, nk, CAUSAL, EVEN_N) - tl.expand_dims(lse, AXIS)
     if rest is not None:
-        s -= tl.expand_dims(rest, AXIS)
+        s -= tl.expand_dims(rest if ADDITIVE else rest * LOG2E, AXIS)
     p = power(s, ADDITIVE)
     t_p = p
     if NEED_TP:
