@@ -51,6 +51,7 @@ from ._attention import (
     seed,
     strides_in_units,
     tile_count,
+    visible_keys,
 )
 from ._common import dot, narrow, pad_head_dim
 
@@ -245,8 +246,9 @@ def _attention_jvp_fwd_kernel(
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
-    end = tl.where(row < nq, nk, 0)
-    first_masked = 0
+    first, end = visible_keys(mask_base, masks_strides[0], nk)
+    end = tl.where(row < nq, end, 0)
+    first_masked = first // BLOCK_N * BLOCK_N
     if CAUSAL:
         end = tl.minimum(end, row + BLOCK_M)
     # Two loops need more registers than wide heads leave.

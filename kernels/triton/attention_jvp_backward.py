@@ -41,6 +41,7 @@ from ._attention import (
     LOG2E,
     Masks,
     TileConfig,
+    any_visible,
     base_of,
     base_of_mask,
     find_tile,
@@ -53,6 +54,7 @@ from ._attention import (
     seed,
     strides_in_units,
     tile_count,
+    visible_keys,
 )
 from ._common import dot, narrow, pad_head_dim
 
@@ -276,7 +278,8 @@ def _attention_jvp_bwd_keys_kernel(
         mask_base = base_of_mask(masks[0], masks_strides[0], 0, b, h)
         t_mask_base = base_of_mask(masks[1], masks_strides[1], 0, b, h)
         first_stat = (b * heads + h) * total_q + begin_q
-        for start in range(first, end, BLOCK_M):
+        visible = any_visible(mask_base, masks_strides[0], offs_n, nk)
+        for start in range(first, tl.where(visible, end, 0), BLOCK_M):
             dt_k, d_k, dt_v, d_v = state
             offs_m = start + tl.arange(0, BLOCK_M)
             q = load_rows(q_base, strides[0][3], offs_m, nq, cols, D, True, PAD, UNIT)
@@ -390,10 +393,11 @@ def _attention_jvp_bwd_queries_kernel(
         tl.zeros([BLOCK_M, D_PAD], tl.float32),
         tl.zeros([BLOCK_M, D_PAD], tl.float32),
     )
-    end = tl.where(row < nq, nk, 0)
+    first, end = visible_keys(mask_base, masks_strides[0], nk)
+    end = tl.where(row < nq, end, 0)
     if CAUSAL:
         end = tl.minimum(end, row + BLOCK_M)
-    for start in range(0, end, BLOCK_N):
+    for start in range(first // BLOCK_N * BLOCK_N, end, BLOCK_N):
         dt_q, d_q = state
         offs_n = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_base, strides[1][3], offs_n, nk, cols, D, True, PAD, UNIT)

@@ -205,6 +205,7 @@ VARIANTS = {
     "backward 128": lambda: backward(128),
     "backward 128 plain": lambda: backward(128, plain=True),
     "backward 128 causal": lambda: backward(128, is_causal=True),
+    "backward 128 keys": lambda: backward(128, mask="keys"),
     "backward 128 additive": lambda: backward(128, mask="additive"),
     "backward 256": lambda: backward(256),
 }

@@ -172,6 +172,24 @@ def test_forward(name, device):
         check_forward(inputs(nq, nk, dtype=dtype, device=device), **move(kwargs, device))
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_padding_at_both_ends_is_not_read(additive):
+    """Of a mask with one row for all queries; one of the heads sees no key at all."""
+    args = inputs(20, 200, heads=(3, 1))
+    allowed = torch.zeros(1, 3, 1, 200, dtype=torch.bool)
+    allowed[:, 0, :, 37:70] = allowed[:, 1, :, 40:135] = True
+    allowed[:, :, :, 50:60] = False
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, NEVER) if additive else allowed
+    check_forward(args, attn_mask=mask)
+    check_backward(args, attn_mask=mask)
+    for i in (1, 2, 4, 5):
+        args[i][..., :32, :] = args[i][..., 160:, :] = float("nan")
+    leaves = [x.clone().requires_grad_() for x in args]
+    outputs = ops.attention_jvp(*leaves, attn_mask=mask, impl="triton")
+    gradients = torch.autograd.grad(sum(x.sum() for x in outputs), leaves)
+    assert all(x.isfinite().all() for x in (*outputs, *gradients))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
 def test_backward(name, device):
