@@ -166,17 +166,6 @@ def seed(
 
 
 @triton.jit
-def _seen(base, strides, keys, nk):
-    """Return which of these keys a mask with one row for all queries leaves."""
-    pointers = base + keys.to(tl.int64) * strides[4]
-    if base.dtype.element_ty == tl.int8:
-        seen = tl.load(pointers, mask=keys < nk, other=0) != 0
-    else:
-        seen = tl.load(pointers, mask=keys < nk, other=-float("inf")) != -float("inf")
-    return seen
-
-
-@triton.jit
 def visible_keys(base, strides, nk):
     """Return (first, end) of the keys that a query can meet: without the padding at both ends.
 
@@ -187,20 +176,15 @@ def visible_keys(base, strides, nk):
         last, tail = 0, 0
         for start in range(0, nk, BLOCK_S):
             keys = start + tl.arange(0, BLOCK_S)
-            seen = _seen(base, strides, keys, nk)
+            pointers = base + keys.to(tl.int64) * strides[4]
+            if base.dtype.element_ty == tl.int8:
+                seen = tl.load(pointers, mask=keys < nk, other=0) != 0
+            else:
+                seen = tl.load(pointers, mask=keys < nk, other=-float("inf")) != -float("inf")
             last = tl.maximum(last, tl.max(tl.where(seen, keys + 1, 0), 0))
             tail = tl.maximum(tail, tl.max(tl.where(seen, nk - keys, 0), 0))
         first, end = nk - tail, last
     return first, end
-
-
-@triton.jit
-def any_visible(base, strides, keys, nk):
-    """Return whether a query can meet one of these keys, as far as `visible_keys` would tell."""
-    visible = True
-    if base is not None and strides[3] is None:
-        visible = tl.max(_seen(base, strides, keys, nk).to(tl.int32), 0) > 0
-    return visible
 
 
 @triton.jit

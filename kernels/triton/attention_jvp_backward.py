@@ -41,7 +41,6 @@ from ._attention import (
     LOG2E,
     Masks,
     TileConfig,
-    any_visible,
     base_of,
     base_of_mask,
     find_tile,
@@ -278,8 +277,9 @@ def _attention_jvp_bwd_keys_kernel(
         mask_base = base_of_mask(masks[0], masks_strides[0], 0, b, h)
         t_mask_base = base_of_mask(masks[1], masks_strides[1], 0, b, h)
         first_stat = (b * heads + h) * total_q + begin_q
-        visible = any_visible(mask_base, masks_strides[0], offs_n, nk)
-        for start in range(first, tl.where(visible, end, 0), BLOCK_M):
+        first_key, end_key = visible_keys(mask_base, masks_strides[0], nk)
+        hidden = (row >= end_key) | (row + BLOCK_N <= first_key)
+        for start in range(first, tl.where(hidden, 0, end), BLOCK_M):
             dt_k, d_k, dt_v, d_v = state
             offs_m = start + tl.arange(0, BLOCK_M)
             q = load_rows(q_base, strides[0][3], offs_m, nq, cols, D, True, PAD, UNIT)
