@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..ops._autograd import DerivativeError, transform
+from . import deferred
 from .levels import is_forward, unpack
 
 
@@ -144,6 +145,7 @@ def generator(
 
     The caller runs the block for the first time where the generator yields.
     """
+    deferred.settle_in((args, kwargs))
     signature = inspect.signature(original)
     block = next(iter(signature.parameters))
     bound = signature.bind(*args, **kwargs)
@@ -156,6 +158,7 @@ def generator(
     for step in original(*bound.args, **bound.kwargs):
         with _watched(first) if is_forward() else contextlib.nullcontext():
             yield step
+        deferred.settle(spent=True)  # before torch stops to look at what is saved
 
 
 def _second_run(
@@ -193,7 +196,7 @@ def _second_run(
 
         primals = tuple(read.primal for read in first.reads)
         tangents = tuple(read.tangent for read in first.reads)
-        with context():
+        with deferred.in_forward(), context():
             if not primals:
                 return block()
             if level is not None:
