@@ -51,6 +51,15 @@ def _place(request):
         yield
 
 
+@pytest.fixture
+def one_thread():
+    """Waking threads for problems as small as most tests' takes longer than solving them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """Skip the float32 cases of kernels that take float32 in the interpreter only."""

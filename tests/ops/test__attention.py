@@ -16,7 +16,7 @@ from helpers import DEVICES, padded, padding_intact, relative_error, row_sliced
 pytest.importorskip("triton")
 from fewstep.kernels import _attention, attention_jvp, attention_jvp_backward
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NEVER = -float("inf")
 SCALE = 0.3
@@ -28,14 +28,6 @@ def _small_tiles(monkeypatch):
     monkeypatch.setattr(attention_jvp, "choose_config", lambda *args: tiles)
     tiles = _attention.TileConfig(256, 16, 32, 4, 1)
     monkeypatch.setattr(attention_jvp_backward, "choose_config", lambda *args: tiles)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inputs(

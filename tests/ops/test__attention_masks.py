@@ -3,22 +3,14 @@
 import pytest
 import torch
 
+from attention_masks import MASKS, NEVER, masked, meets
 from fewstep import _native, ops, reference
 from helpers import padded, padding_intact, relative_error, row_sliced, strided
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LENGTHS = [1, 15, 31, 33, 515, 999]
-NEVER = -float("inf")
 MODULE = ops.module("attention_jvp")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Waking threads for problems this small takes longer than solving them.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inputs(nq, nk, d=24, dv=40, heads=(4, 2), batch=2, directions=None, dtype=torch.float32):
@@ -27,42 +19,6 @@ def inputs(nq, nk, d=24, dv=40, heads=(4, 2), batch=2, directions=None, dtype=to
     lead = () if directions is None else (directions,)
     tangents = [(*lead, *shape) for shape in shapes]
     return [torch.randn(shape).to(dtype) for shape in (*shapes, *tangents)]
-
-
-def meets(*shape):
-    """Most of the pairs."""
-    return torch.rand(shape) < 0.7
-
-
-def masked(name, nq, nk, dtype=torch.float32):
-    """The keyword arguments called `name`, for batch 2 and 4 heads."""
-    if name == "causal":
-        return {"is_causal": True}
-    if name == "bool":
-        return {"attn_mask": meets(nq, nk)}
-    if name == "bool, keys":
-        return {"attn_mask": meets(2, 1, 1, nk)}
-    if name == "bool, heads":
-        return {"attn_mask": meets(2, 4, nq, nk)}
-    if name == "additive, rows":
-        return {"attn_mask": torch.randn(4, nq, 1).to(dtype)}
-    if name == "additive":
-        mask, t_mask = torch.randn(4, nq, nk), torch.randn(2, 1, nq, nk)
-        return {"attn_mask": mask.to(dtype), "t_attn_mask": t_mask.to(dtype)}
-    assert name == "minus infinity"
-    mask = torch.randn(nq, nk).masked_fill(~meets(nq, nk), NEVER)
-    return {"attn_mask": mask.to(dtype), "t_attn_mask": torch.randn(1, nk).to(dtype)}
-
-
-MASKS = [
-    "causal",
-    "bool",
-    "bool, keys",
-    "bool, heads",
-    "additive, rows",
-    "additive",
-    "minus infinity",
-]
 
 
 def double(x):
@@ -375,28 +331,6 @@ def test_threads_do_not_change_a_bit():
         torch.set_num_threads(4)
         many = ops.attention_jvp(*args, return_stats=True, impl="native", **kwargs)
         assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
-
-
-def test_parts_of_masked_keys_merge_into_the_whole():
-    mask = torch.randn(4, 37, 131).masked_fill(~meets(4, 37, 131), NEVER)
-    mask[:, 5:9, :60] = NEVER  # rows that meet nothing in the first part
-    mask[:, 11] = NEVER
-    args, t_mask = inputs(37, 131, directions=2), torch.randn(2, 4, 37, 131)
-    parts = [
-        ops.attention_jvp(
-            *(x if i in (0, 3) else x[..., keys, :] for i, x in enumerate(args)),
-            attn_mask=mask[..., keys],
-            t_attn_mask=t_mask[..., keys],
-            return_stats=True,
-        )
-        for keys in (slice(0, 60), slice(60, None))
-    ]
-    whole = ops.attention_jvp(*args, attn_mask=mask, t_attn_mask=t_mask, return_stats=True)
-    for i, (merged, want) in enumerate(zip(MODULE.merge_partials(parts), whole, strict=True)):
-        if i == 2:
-            assert torch.equal(merged == NEVER, want == NEVER)
-            merged, want = (x.masked_fill(x == NEVER, 0) for x in (merged, want))
-        assert relative_error(merged, want) < 2e-6
 
 
 def test_no_axis_for_heads():

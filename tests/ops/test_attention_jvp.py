@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fewstep import _native, ops, reference
 from helpers import DEVICES, padded, padding_intact, relative_error, row_sliced, strided
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KERNELS = ["native", "triton"]
 IMPLS = ["reference", *KERNELS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,15 +27,6 @@ def impl(request):
 @pytest.fixture(params=KERNELS)
 def kernel(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Waking threads for problems this small takes longer than solving them.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inputs(nq, nk, d, dv=None, dtype=torch.float32, device=None, lead=(2, 3)):
@@ -287,92 +279,6 @@ def test_no_matrix_of_scores_is_stored(way):
     # Beside them the scratch of one thread and the allocator's pages; the scores alone are 64 MB.
     assert grown < outputs + 6 * 2**20
     assert outputs + 6 * 2**20 < rows * rows * 4 / 6
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
-def test_parts_merge_into_the_whole(dtype, bound):
-    """o, t_o, lse and mu of two ranges of keys are enough to give those of their union."""
-    args = inputs(20, 131, 24, dtype=dtype)
-    parts = (
-        ops.attention_jvp(*of_keys(args, keys), return_stats=True, impl="native")
-        for keys in (slice(0, 37), slice(37, None))
-    )
-    whole = ops.attention_jvp(*args, return_stats=True, impl="native")
-    for merged, want in zip(ops.merge_partials(parts), whole, strict=True):
-        assert relative_error(merged, want) < bound
-
-
-def of_keys(args, keys):
-    return [x if i in (0, 3) else x[..., keys, :] for i, x in enumerate(args)]
-
-
-@pytest.mark.parametrize("directions", [None, 2])
-def test_gradients_of_a_merge(directions):
-    """Also where a query meets no key: in one of the parts, or in none."""
-    args = inputs(6, 9, 8, dtype=torch.float64, lead=(1, 2))
-    if directions:
-        args[3:] = [torch.stack([t, t.flip(-1)]) for t in args[3:]]
-    leaves = [x.requires_grad_() for x in args]
-    mask = torch.ones(6, 9, dtype=torch.bool)
-    mask[1], mask[2, :4], mask[3, 4:] = False, False, False
-
-    def outputs(*slices):
-        for keys in slices:
-            yield ops.attention_jvp(
-                *of_keys(leaves, keys), attn_mask=mask[:, keys], return_stats=True
-            )
-
-    def gradients(o, t_o, lse, mu):
-        lse = lse.masked_fill(lse == -torch.inf, 0)
-        return torch.autograd.grad(sum(x.sin().sum() for x in (o, t_o, lse, mu)), leaves)
-
-    whole = next(outputs(slice(None)))
-    merged = ops.merge_partials(outputs(slice(0, 4), slice(4, 9)))
-    torch.testing.assert_close(merged, whole)
-    torch.testing.assert_close(gradients(*merged), gradients(*whole))
-    assert not merged[0][:, :, 1].any()
-    assert (merged[2][:, :, 1] == -torch.inf).all()
-
-
-def test_a_common_mode_of_the_keys_is_not_lost_in_a_merge():
-    """o of the parts is rounded to 16 bits: what multiplies it has to be small."""
-    args = inputs(64, 600, 64, lead=(1, 1))
-    shift = torch.randn(64)
-    errors = []
-    for sigmas in (0, 30):
-        low = [x.bfloat16() for x in args]
-        low[4] = (args[4] + sigmas * shift).bfloat16()
-        parts = [
-            ops.attention_jvp(*of_keys(low, keys), return_stats=True)
-            for keys in (slice(0, 200), slice(200, 600))
-        ]
-        want = reference.attention_jvp(*double(low))[1]
-        errors.append(relative_error(ops.merge_partials(parts)[1], want))
-    # The means of the parts still differ by more: not flat, but not the 30 that one would get.
-    assert errors[1] < 8 * errors[0]
-
-
-def test_parts_that_do_not_fit_are_named():
-    args = inputs(5, 6, 16)
-    whole = ops.attention_jvp(*args, return_stats=True)
-    many = ops.attention_jvp(*args[:3], *(t[None] for t in args[3:]), return_stats=True)
-    half = ops.attention_jvp(*(x.half() for x in args), return_stats=True)
-    for parts, error, message in (
-        ([], ValueError, "parts: expected at least one"),
-        (
-            [whole, whole[:2]],
-            TypeError,
-            r"parts\[1\]: expected \(o, t_o, lse, mu\).* got tuple of 2",
-        ),
-        ([whole[0]], TypeError, r"parts\[0\]: expected .* got Tensor"),
-        ([(*whole[:3], 1.0)], TypeError, r"parts\[0\]\.mu: expected a tensor, got float"),
-        ([whole, many], ValueError, r"parts\[1\]\.t_o: expected torch\.float32 \[2, 3, 5, 16\]"),
-        ([whole, half], ValueError, r"parts\[1\]\.o: expected torch\.float32 .* as parts\[0\]"),
-        ([[x[:1] for x in whole], whole], ValueError, r"parts\[1\]\.o: .* got torch\.float32 \[2"),
-        ([(*whole[:2], whole[2][..., :4], whole[3])], ValueError, r"parts\[0\]\.lse: expected"),
-    ):
-        with pytest.raises(error, match=message):
-            ops.merge_partials(parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -7,21 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from attention_masks import NEVER, masked, meets
 from fewstep import _native, ops, reference
 from helpers import padded, padding_intact, relative_error, row_sliced, strided
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAMES = ops.module("attention_jvp_backward").NAMES
-NEVER = -float("inf")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Waking threads for problems this small takes longer than solving them.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def wide(x):
@@ -113,26 +105,6 @@ def check(x: Problem, impl="native", needs=NAMES):
         theirs = theirs.to(dtype)
         assert relative_error(ours, want) < 2 * relative_error(theirs, want) + slack, name
     return got
-
-
-def meets(*shape):
-    return torch.rand(shape) < 0.7
-
-
-def masked(name, nq, nk, dtype=torch.float32):
-    """The keyword arguments called `name`."""
-    if name == "causal":
-        return {"is_causal": True}
-    if name == "bool":
-        return {"attn_mask": meets(nq, nk)}
-    if name == "bool, keys":
-        return {"attn_mask": meets(2, 1, 1, nk)}
-    if name == "additive":
-        mask, t_mask = torch.randn(4, nq, nk), torch.randn(2, 1, nq, nk)
-        return {"attn_mask": mask.to(dtype), "t_attn_mask": t_mask.to(dtype)}
-    assert name == "minus infinity"
-    mask = torch.randn(nq, nk).masked_fill(~meets(nq, nk), NEVER)
-    return {"attn_mask": mask.to(dtype), "t_attn_mask": torch.randn(1, nk).to(dtype)}
 
 
 MASKS = ["causal", "bool", "bool, keys", "additive", "minus infinity"]

@@ -8,6 +8,7 @@ from fewstep import _native, ops, reference
 from fewstep.ops._register import DerivativeError
 from helpers import DEVICES, padded, padding_intact, relative_error, row_sliced, strided
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KERNELS = ["native", "triton"]
 IMPLS = ["reference", *KERNELS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,15 +29,6 @@ def kernel(request):
 @pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Waking threads for problems this small takes longer than solving them.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inputs(b, n, c, dtype=torch.float32, device=None, **shapes):
