@@ -20,6 +20,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
+from ._common import narrow
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK_S = tl.constexpr(128)
@@ -133,6 +135,27 @@ def load_rows(base, stride, offs, n, cols, D: tl.constexpr, MASK_N: tl.constexpr
         else:
             rows = tl.load(pointers)
     return rows
+
+
+@triton.jit
+def store_rows(
+    ptr, strides, b, h, begin, offs, n, cols, D: tl.constexpr, UNIT: tl.constexpr, x
+):  # fmt: skip
+    """Store x as rows `offs` of head h of sample b, unless there is nowhere to."""
+    if ptr is not None:
+        base = base_of(ptr, strides, 0, b, h, begin, UNIT)
+        pointers = base + offs[:, None].to(tl.int64) * strides[3] * UNIT + cols[None, :]
+        mask = (offs[:, None] < n) & (cols[None, :] < D)
+        tl.store(pointers, narrow(x, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_stat(ptr, first, offs, n):
+    """Return a statistic of some queries, 0 past the last; None for none."""
+    stat = ptr
+    if ptr is not None:
+        stat = tl.load(ptr + first + offs, mask=offs < n, other=0.0)
+    return stat
 
 
 @triton.jit

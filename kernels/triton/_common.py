@@ -23,7 +23,7 @@ def narrow(x, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        kept = tl.where(x != x, bits, rounded) & -65536
+        kept = tl.where(x != x, bits | 0x400000, rounded) & -65536  # NaN stays NaN
         x = kept.to(tl.float32, bitcast=True)
     return x.to(dtype)
 

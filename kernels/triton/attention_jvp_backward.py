@@ -47,10 +47,12 @@ from ._attention import (
     hide,
     is_hopper,
     load_rows,
+    load_stat,
     mask_strides,
     power,
     safe_scale,
     seed,
+    store_rows,
     strides_in_units,
     tile_count,
     visible_keys,
@@ -79,15 +81,6 @@ CONFIGS = (
 KEYS_TOGETHER = {64: ((0, 1, 2, 3),), 128: ((0,), (1,), (2, 3)), 256: ((0,), (1,), (2,), (3,))}
 QUERIES_TOGETHER = {64: ((0, 1),), 128: ((0, 1),), 256: ((0,), (1,))}
 QUERIES_TOGETHER_MASKED = QUERIES_TOGETHER | {128: ((0,), (1,))}
-
-
-@triton.jit
-def _load_stat(ptr, first, offs, n):
-    """Return a statistic of some queries, 0 past the last; None for none."""
-    stat = ptr
-    if ptr is not None:
-        stat = tl.load(ptr + first + offs, mask=offs < n, other=0.0)
-    return stat
 
 
 @triton.jit
@@ -190,18 +183,6 @@ def _score_gradients(
 
 
 @triton.jit
-def _store_rows(
-    ptr, strides, b, h, begin, offs, n, cols, D: tl.constexpr, UNIT: tl.constexpr, x
-):  # fmt: skip
-    """Store x as rows `offs` of head h of sample b, unless there is nowhere to."""
-    if ptr is not None:
-        base = base_of(ptr, strides, 0, b, h, begin, UNIT)
-        pointers = base + offs[:, None].to(tl.int64) * strides[3] * UNIT + cols[None, :]
-        mask = (offs[:, None] < n) & (cols[None, :] < D)
-        tl.store(pointers, narrow(x, ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _attention_jvp_bwd_keys_kernel(
     inputs,
     stats,
@@ -287,10 +268,10 @@ def _attention_jvp_bwd_keys_kernel(
             d_o = load_rows(d_o_base, strides[6][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
             dt_o = load_rows(dt_o_base, strides[7][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
             lse = _load_lse(stats[0], first_stat, offs_m, nq, ADDITIVE)
-            mu = _load_stat(stats[1], first_stat, offs_m, nq)
-            rest = _load_stat(stats[2], first_stat, offs_m, nq)
-            delta0 = _load_stat(stats[3], first_stat, offs_m, nq)
-            delta1 = _load_stat(stats[4], first_stat, offs_m, nq)
+            mu = load_stat(stats[1], first_stat, offs_m, nq)
+            rest = load_stat(stats[2], first_stat, offs_m, nq)
+            delta0 = load_stat(stats[3], first_stat, offs_m, nq)
+            delta1 = load_stat(stats[4], first_stat, offs_m, nq)
             p, t_p = _weights(
                 k, t_k, q, t_q, lse, rest, mu, mask_base, t_mask_base, masks_strides, offs_m,
                 offs_n, nq, nk, scale,
@@ -315,10 +296,10 @@ def _attention_jvp_bwd_keys_kernel(
                     d_k = dot(narrow(ds1, k.dtype), q, d_k)
             state = (dt_k, d_k, dt_v, d_v)
     dt_k, d_k, dt_v, d_v = state
-    _store_rows(d_k_ptr, strides[8], b, g, begin_k, offs_n, nk, cols, D, UNIT, d_k * scale)
-    _store_rows(dt_k_ptr, strides[9], b, g, begin_k, offs_n, nk, cols, D, UNIT, dt_k * scale)
-    _store_rows(d_v_ptr, strides[10], b, g, begin_k, offs_n, nk, cols_v, DV, UNIT, d_v)
-    _store_rows(dt_v_ptr, strides[11], b, g, begin_k, offs_n, nk, cols_v, DV, UNIT, dt_v)
+    store_rows(d_k_ptr, strides[8], b, g, begin_k, offs_n, nk, cols, D, UNIT, d_k * scale)
+    store_rows(dt_k_ptr, strides[9], b, g, begin_k, offs_n, nk, cols, D, UNIT, dt_k * scale)
+    store_rows(d_v_ptr, strides[10], b, g, begin_k, offs_n, nk, cols_v, DV, UNIT, d_v)
+    store_rows(dt_v_ptr, strides[11], b, g, begin_k, offs_n, nk, cols_v, DV, UNIT, dt_v)
 
 
 @triton.jit
@@ -378,10 +359,10 @@ def _attention_jvp_bwd_queries_kernel(
     dt_o = load_rows(dt_o_base, strides[7][3], offs_m, nq, cols_v, DV, True, PAD_V, UNIT)
     first_stat += begin_q
     lse = _load_lse(stats[0], first_stat, offs_m, nq, ADDITIVE)
-    mu = _load_stat(stats[1], first_stat, offs_m, nq)
-    rest = _load_stat(stats[2], first_stat, offs_m, nq)
-    delta0 = _load_stat(stats[3], first_stat, offs_m, nq)
-    delta1 = _load_stat(stats[4], first_stat, offs_m, nq)
+    mu = load_stat(stats[1], first_stat, offs_m, nq)
+    rest = load_stat(stats[2], first_stat, offs_m, nq)
+    delta0 = load_stat(stats[3], first_stat, offs_m, nq)
+    delta1 = load_stat(stats[4], first_stat, offs_m, nq)
     k_base = base_of(k_ptr, strides[1], 0, b, g, begin_k, UNIT)
     t_k_base = base_of(t_k_ptr, strides[4], 0, b, g, begin_k, UNIT)
     v_base = base_of(v_ptr, strides[2], 0, b, g, begin_k, UNIT)
@@ -421,8 +402,8 @@ def _attention_jvp_bwd_queries_kernel(
             d_q = dot(narrow(ds1, q.dtype), k, d_q)
         state = (dt_q, d_q)
     dt_q, d_q = state
-    _store_rows(d_q_ptr, strides[8], b, h, begin_q, offs_m, nq, cols, D, UNIT, d_q * scale)
-    _store_rows(dt_q_ptr, strides[9], b, h, begin_q, offs_m, nq, cols, D, UNIT, dt_q * scale)
+    store_rows(d_q_ptr, strides[8], b, h, begin_q, offs_m, nq, cols, D, UNIT, d_q * scale)
+    store_rows(dt_q_ptr, strides[9], b, h, begin_q, offs_m, nq, cols, D, UNIT, dt_q * scale)
 
 
 def launch_attention_jvp_backward(

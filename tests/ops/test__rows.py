@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fewstep.kernels._common import present, strides_of
+from fewstep.kernels._common import strides_of
 from fewstep.kernels._rows import load_tile, store_tile
 
 from fewstep import ops
@@ -35,12 +35,6 @@ def test_a_tile_is_copied_and_nothing_beside_it(device):
             _copy[(1,)](source, out, *strides_of(2, source, out), 3, 5, ROWS=8, COLUMNS=8)
             assert torch.equal(out, source.to(dtype))  # rounded to nearest, ties to even
             assert padding_intact(out)
-
-
-def test_what_is_absent_has_a_stand_in_and_no_strides():
-    x = torch.zeros(2, 3, 5)
-    assert present(x, None, x)[0] is x
-    assert strides_of(2, x, None) == [15, 5, 0, 0]
 
 
 X = (2, 3, 5, 8)

@@ -18,10 +18,8 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
-import fewstep
-from fewstep.tangent import blocks, deferred
 from tangent.zoo.oracle import Wide
-from tangent_nets import unfused_jvp
+from tangent_nets import by_duals, by_transform, unfused_jvp
 
 WIDTH, HEADS = 16, 2
 HEAD = WIDTH // HEADS
@@ -128,35 +126,6 @@ BLOCKS = {
         [FULL] + ["norm"] * 2 + ["gate"] + ["norm"] * 3 + [FULL, "gate"],
     ),
 }
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    found = []
-
-    def spy_on(module, op, name):
-        fused = getattr(module, op)
-
-        def spy(*args, **kwargs):
-            given = [key for key in ("scale", "shift") if kwargs.get(key) is not None]
-            found.append(" ".join([name, *given]))
-            return fused(*args, **kwargs)
-
-        monkeypatch.setattr(module, op, spy)
-
-    spy_on(deferred, "norm_jvp", "norm")
-    spy_on(deferred, "modulate_jvp", "gate")
-    spy_on(blocks, "linear_attention_jvp", "linear attention")
-    return found
-
-
-def by_duals(f, x, t):
-    return fewstep.jvp(f, x, t)
-
-
-def by_transform(f, x, t):
-    with fewstep.forward_mode():
-        return torch.func.jvp(f, (x,), (t,))
 
 
 @pytest.mark.parametrize("way", [by_duals, by_transform])
