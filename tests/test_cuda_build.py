@@ -44,3 +44,25 @@ def test_no_kernel_spills():
     usage = re.findall(r"Function (\S+):\n.*?STACK:(\d+).*?LOCAL:(\d+)", cuobjdump("-res-usage"))
     assert usage
     assert not [(name, stack, local) for name, stack, local in usage if int(stack) or int(local)]
+
+
+def hopper_kernels():
+    """Return the instructions of every kernel that is for sm_90a alone, by its name."""
+    listing = cuobjdump("--dump-sass", "--gpu-architecture", "sm_90a")
+    functions = re.split(r"\n\s*Function : ", listing)[1:]
+    named = {text.split("\n", 1)[0]: text for text in functions}
+    return {name: text for name, text in named.items() if "_sm90_kernel" in name}
+
+
+def test_hopper_kernels_use_the_chip():
+    """Matrix instructions in batches, bulk loads, and nothing that goes through local memory."""
+    kernels = hopper_kernels()
+    assert kernels or not list(SOURCES[0].parent.glob("*_sm90.cu"))
+    for name, text in kernels.items():
+        products = re.findall(r"HGMMA\.\S+ [^\n;]*", text)
+        assert len(products) >= 12, name
+        assert "UTMALDG" in text, name
+        assert not re.search(r"\b(LDL|STL)\b", text), name
+        # Serialised by the compiler, every product would wait for the one before.
+        waited = [product for product in products if "gsb0" in product]
+        assert len(waited) <= 3, (name, len(waited), len(products))

@@ -37,6 +37,14 @@ def cpu_isa() -> str | None:
     return _C.cpu_isa() if _C is not None else None
 
 
+def _kernel(op: str, device: torch.device) -> str:
+    """Return what the native `op` is called for a device: on Hopper `<op>_sm90`, if it exists."""
+    special = f"{op}_sm90"
+    if device.type == "cuda" and hasattr(_C.cuda, special):
+        return special if torch.cuda.get_device_capability(device) == (9, 0) else op
+    return op
+
+
 def unavailable(op: str, device: torch.device) -> str | None:
     """Return why the native `op` cannot run on `device`, or None if it can."""
     if _C is None:
@@ -44,10 +52,12 @@ def unavailable(op: str, device: torch.device) -> str | None:
     kernels = getattr(_C, device.type, None)
     if kernels is None:
         return f"there are no native kernels for device type '{device.type}'"
-    if hasattr(kernels, op):
+    if hasattr(kernels, _kernel(op, device)):
         return None
     if device.type == "cuda" and not _C.build_info()["cuda"]:
         return f"built without CUDA kernels ({_C.build_info()['cuda_reason']})"
+    if hasattr(kernels, f"{op}_sm90"):
+        return "the native kernel is for GPUs of capability 9.0 (H100, H200)"
     return f"there is no native {device.type} kernel for this op"
 
 
@@ -58,9 +68,9 @@ def call(op: str, *args: Any) -> None:
     made current and the current stream is appended as the last argument.
     """
     device = next(value.device for value in args if isinstance(value, Tensor))
-    function = getattr(getattr(_C, device.type), op)
     if device.type == "cuda":
+        function = getattr(_C.cuda, _kernel(op, device))
         with torch.cuda.device(device):
             function(*args, torch.cuda.current_stream().cuda_stream)
     else:
-        function(*args)
+        getattr(getattr(_C, device.type), op)(*args)

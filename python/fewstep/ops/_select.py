@@ -29,11 +29,15 @@ class UnsupportedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op: `run(*args, **kwargs)`, and `refuse` saying why it can't."""
+    """One way to compute an op: `run(*args, **kwargs)`, and `refuse` saying why it can't.
+
+    `held_back` says why `auto` leaves it alone on CUDA devices although it could run.
+    """
 
     name: str
     run: Callable[..., Any]
     refuse: Callable[..., str | None]
+    held_back: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def _refuse_auto(op: str, candidate: Implementation, x: Tensor) -> str | None:
     if candidate.name == "triton" and x.device.type != "cuda":
         return "the Triton interpreter is for tests; ask for impl='triton' to use it"
     if candidate.name != "reference" and x.device.type == "cuda":
+        if candidate.held_back is not None:
+            return candidate.held_back
         return _gate.refusal(op, candidate.name, x.device)
     return None
 

@@ -58,6 +58,8 @@ from ._expect import expect_tensor
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
+MAX_HOPPER_DIM = 128
+
 __all__ = ["HEAD_DIMS", "attention_jvp", "merge_partials"]
 
 
@@ -123,11 +125,47 @@ def _run_triton(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ..
     return outputs
 
 
+def _refuse_native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t_q: Tensor | None = None,
+    t_k: Tensor | None = None,
+    t_v: Tensor | None = None,
+    *masking: Any,
+    **options: Any,
+) -> str | None:
+    """Return why the native kernel can't run; the one for Hopper does not take everything."""
+    if q.device.type != "cuda":
+        return refuse_native("attention_jvp", [q], DTYPES)
+    reason = refuse_native("attention_jvp", [q], triton_dtypes(q))
+    if reason is not None:
+        return reason
+    if max(q.shape[-1], v.shape[-1]) > MAX_HOPPER_DIM:
+        return f"expected head dims up to {MAX_HOPPER_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
+    if t_q is None or (t_k is None) != (t_v is None):
+        return "expected t_q, and both or none of t_k and t_v"
+    if t_q.dim() > q.dim() and t_q.shape[0] != 1:
+        return f"expected one direction, got {t_q.shape[0]}"
+    inputs = {"q": q, "k": k, "v": v, "t_q": t_q, "t_k": t_k, "t_v": t_v}
+    for name, x in inputs.items():
+        if x is not None and not _in_sixteen_bytes(x):
+            return f"{name}: expected rows that start at multiples of 16 bytes"
+    return None
+
+
+def _in_sixteen_bytes(x: Tensor) -> bool:
+    """Whether the copy engine can read the rows where they lie."""
+    strides = [n for n, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    return x.storage_offset() % 8 == 0 and all(n % 8 == 0 and n >= 0 for n in strides)
+
+
 IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda q, *args, **kwargs: refuse_native("attention_jvp", [q], DTYPES),
+        _refuse_native,
+        held_back="the Hopper kernel was not run on a GPU yet; ask for impl='native' to use it",
     ),
     Implementation(
         "triton",

@@ -1,0 +1,129 @@
+// attention_jvp on Hopper, the host's side: which kernel, and what it is told.
+// The kernels: csrc/include/fewstep/cuda/attention_jvp_sm90.cuh.
+#include <algorithm>
+
+#include "fewstep/check.h"
+#include "fewstep/cuda/attention_jvp_sm90_params.cuh"
+#include "fewstep/ops/attention_jvp.h"
+
+namespace fewstep::cuda {
+namespace {
+
+using namespace attention_jvp_kernel;
+
+// One direction of a tangent [1, B, H, N, D], as its primal is.
+TensorView direction(const TensorView& x) {
+    FEWSTEP_CHECK(x.ndim == 5 && x.size(0) == 1, "tangents: expected one direction, got ",
+                  x.ndim == 5 ? x.size(0) : 0);
+    TensorView view = x;
+    view.ndim = 4;
+    for (int axis = 0; axis < 4; ++axis) {
+        view.sizes[axis] = x.size(axis + 1);
+        view.strides[axis] = x.stride(axis + 1);
+    }
+    return view;
+}
+
+void expect_loadable(const TensorView& x, const char* argument, DType dtype,
+                     std::initializer_list<std::int64_t> sizes) {
+    expect_rows(x, argument, dtype, sizes);
+    FEWSTEP_CHECK(is_loadable(x), argument, ": expected rows in steps of 16 bytes");
+}
+
+}  // namespace
+
+void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorView& v,
+                        const TensorView* t_q, const TensorView* t_k, const TensorView* t_v,
+                        const TensorView* attn_mask, const TensorView* t_attn_mask,
+                        const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k,
+                        bool is_causal, const TensorView& o, const TensorView& t_o,
+                        const TensorView& lse, const TensorView& mu, const TensorView* lse_rest,
+                        double scale, std::uintptr_t stream) {
+    const std::int64_t B = q.size(0), H = q.size(1), Nq = q.size(2), D = q.size(3);
+    const std::int64_t G = k.size(1), Nk = k.size(2), Dv = v.size(3);
+    FEWSTEP_CHECK(q.dtype == DType::kBFloat16 || q.dtype == DType::kFloat16,
+                  "q: expected bfloat16 or float16, got ", name(q.dtype));
+    FEWSTEP_CHECK(t_q != nullptr, "t_q: expected a tangent, got none");
+    FEWSTEP_CHECK((t_k == nullptr) == (t_v == nullptr), "t_k, t_v: expected both or none");
+    FEWSTEP_CHECK(G > 0 && H % G == 0, "k: expected heads that divide ", H, ", got ", G);
+    const TensorView tangent_q = direction(*t_q), tangent_o = direction(t_o);
+    expect_loadable(q, "q", q.dtype, {B, H, Nq, D});
+    expect_loadable(k, "k", q.dtype, {B, G, Nk, D});
+    expect_loadable(v, "v", q.dtype, {B, G, Nk, Dv});
+    expect_loadable(tangent_q, "t_q", q.dtype, {B, H, Nq, D});
+    expect_loadable(o, "o", q.dtype, {B, H, Nq, Dv});
+    expect_loadable(tangent_o, "t_o", q.dtype, {B, H, Nq, Dv});
+    expect_contiguous(lse, "lse", DType::kFloat32, {B, H, Nq});
+    expect_contiguous(mu, "mu", DType::kFloat32, {1, B, H, Nq});
+    if (lse_rest != nullptr) expect_contiguous(*lse_rest, "lse_rest", DType::kFloat32, {B, H, Nq});
+    const bool mask_is_bool = attn_mask != nullptr && attn_mask->dtype == DType::kBool;
+    if (attn_mask != nullptr) {
+        expect_shape(*attn_mask, "attn_mask", mask_is_bool ? DType::kBool : q.dtype,
+                     {B, H, Nq, Nk});
+    }
+    if (t_attn_mask != nullptr) {
+        expect_shape(*t_attn_mask, "t_attn_mask", q.dtype, {1, B, H, Nq, Nk});
+    }
+    FEWSTEP_CHECK((cu_seqlens_q == nullptr) == (cu_seqlens_k == nullptr),
+                  "cu_seqlens_q, cu_seqlens_k: expected both or none");
+    const std::int64_t sequences = cu_seqlens_q == nullptr ? B : cu_seqlens_q->size(0) - 1;
+    if (cu_seqlens_q != nullptr) {
+        expect_contiguous(*cu_seqlens_q, "cu_seqlens_q", DType::kInt32, {sequences + 1});
+        expect_contiguous(*cu_seqlens_k, "cu_seqlens_k", DType::kInt32, {sequences + 1});
+        FEWSTEP_CHECK(B == 1, "q: expected one packed batch item, got ", B);
+    }
+    if (B * H * Nq == 0) return;
+
+    Params p{};
+    Launch how{};
+    how.is_static = t_k == nullptr;
+    how.sequences = static_cast<int>(sequences);
+    const bool additive = (attn_mask != nullptr && !mask_is_bool) || t_attn_mask != nullptr;
+    const bool pairs = is_causal || cu_seqlens_q != nullptr || mask_is_bool;
+    how.masking = additive || scale < 0 ? Masking::kAdditive
+                  : pairs               ? Masking::kPairs
+                                        : Masking::kNone;
+    how.width = padded_width(how.masking, static_cast<int>(std::max(D, Dv)));
+    TensorView tangent_k = k, tangent_v = v;
+    if (t_k != nullptr) {
+        tangent_k = direction(*t_k);
+        tangent_v = direction(*t_v);
+        expect_loadable(tangent_k, "t_k", q.dtype, {B, G, Nk, D});
+        expect_loadable(tangent_v, "t_v", q.dtype, {B, G, Nk, Dv});
+    }
+    if (Nk > 0) {  // else nothing is loaded
+        const int keys = keys_of_tile(how.masking, how.width, how.is_static);
+        p.q = make_tensor_map(q, kRows);
+        p.t_q = make_tensor_map(tangent_q, kRows);
+        p.k = make_tensor_map(k, keys);
+        p.v = make_tensor_map(v, keys);
+        p.t_k = make_tensor_map(tangent_k, keys);
+        p.t_v = make_tensor_map(tangent_v, keys);
+    }
+    p.o = o.ptr<void>();
+    p.t_o = tangent_o.ptr<void>();
+    p.o_strides = Strides::of(o, 0);
+    p.t_o_strides = Strides::of(tangent_o, 0);
+    p.lse = lse.ptr<float>();
+    p.mu = mu.ptr<float>();
+    p.lse_rest = lse_rest == nullptr ? nullptr : lse_rest->ptr<float>();
+    if (attn_mask != nullptr) p.mask = {attn_mask->ptr<void>(), Strides::of(*attn_mask, 0)};
+    if (t_attn_mask != nullptr) p.t_mask = {t_attn_mask->ptr<void>(), Strides::of(*t_attn_mask, 1)};
+    p.cu_q = cu_seqlens_q == nullptr ? nullptr : cu_seqlens_q->ptr<std::int32_t>();
+    p.cu_k = cu_seqlens_k == nullptr ? nullptr : cu_seqlens_k->ptr<std::int32_t>();
+    p.mask_is_bool = mask_is_bool;
+    p.is_causal = is_causal;
+    p.heads = static_cast<int>(H);
+    p.group = static_cast<int>(H / G);
+    p.nq = static_cast<int>(Nq);
+    p.nk = static_cast<int>(Nk);
+    p.dv = static_cast<int>(Dv);
+    p.scale = static_cast<float>(scale);
+    if (q.dtype == DType::kBFloat16) {
+        launch<__nv_bfloat16>(how, p, as_stream(stream));
+    } else {
+        launch<__half>(how, p, as_stream(stream));
+    }
+}
+
+}  // namespace fewstep::cuda

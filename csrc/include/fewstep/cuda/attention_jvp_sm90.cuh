@@ -1,0 +1,507 @@
+// attention_jvp on Hopper: the recurrence of docs/ops/attention_jvp.md on wgmma.
+//
+// A block of threads owns 128 queries of one head: one warpgroup loads (bulk tensor copies into a
+// ring of slots), two multiply, 64 queries each. Per tile of keys a multiplying warpgroup does
+//
+//     S  = q k^T            P = exp(S - m) rounded and packed     (S finished before tS is begun:
+//     tS = t_q k^T + q t_k^T                                       one tile of scores is live)
+//     c' = c + sum P (tS - c) / l'     T -= (c' - c) O     H = P (tS - c')
+//     T += P t_v            O += P v            T += H v
+//
+// and the next S is issued behind. While one warpgroup takes exponentials the other multiplies:
+// they pass the right to issue to each other. Slots: k, t_k, t_v, v of a tile in the order in which
+// they are given back. l, c and H are taken from the rounded P: then what all tS of a row share
+// cancels to the last bit, as docs/ops/attention_jvp.md (Centring) wants.
+//
+// With static keys and values t_k and t_v are absent: 4 products instead of 6.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "fewstep/cuda/attention_jvp_sm90_params.cuh"
+
+namespace fewstep::cuda::attention_jvp_kernel {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+
+// Registers of a thread by role; together 168 for each of 384 threads, all that there are.
+constexpr int kLoaderRegisters = 24, kMultiplierRegisters = 240;
+
+// Whether the multiplying warpgroups take turns, a tile's products after S at a time. By count they
+// need not: exponentials and centring are 1300 cycles of a tile against 3072 of products (D 128),
+// so both warpgroups seldom leave the tensor cores alone at once, and whoever holds the turn leaves
+// them alone while it centres. To be measured.
+#ifdef FEWSTEP_ATTENTION_JVP_TURNS
+constexpr bool kTurns = true;
+#else
+constexpr bool kTurns = false;
+#endif
+
+// Named barriers, by warpgroup.
+constexpr int kTurn = 0, kStaged = kGroups;
+
+// kD: head dims, rounded up to 16. kStatic: without t_k and t_v.
+template <typename T_, int kD_, bool kStatic_, Masking kMasking_>
+struct Config {
+    using T = T_;
+    static constexpr int kD = kD_;
+    static constexpr bool kStatic = kStatic_;
+    static constexpr bool kMasked = kMasking_ != Masking::kNone;
+    static constexpr bool kAdditive = kMasking_ == Masking::kAdditive;
+    static constexpr int kKeys = keys_of_tile(kMasking_, kD, kStatic);
+    static constexpr int kBlocks = (kD + kBlockColumns - 1) / kBlockColumns;
+    static constexpr int kQueryBytes = kRows * kBlocks * kRowBytes;
+    static constexpr int kSlotBytes = kKeys * kBlocks * kRowBytes;
+    static constexpr int kPerTile = kStatic ? 2 : 4;
+    static constexpr int kAlignment = kSwizzleRows * kRowBytes;
+    static constexpr int kBarrierBytes = 256;
+    static constexpr int kFit =
+        (kMaxSharedBytes - kAlignment - kBarrierBytes - 2 * kQueryBytes) / kSlotBytes;
+    static constexpr int kSlots = kFit < 2 * kPerTile ? kFit : 2 * kPerTile;
+    static constexpr int kSharedBytes =
+        kAlignment + 2 * kQueryBytes + kSlots * kSlotBytes + kBarrierBytes;
+    static_assert(kSlots > kPerTile && (2 * kSlots + 2) * sizeof(std::uint64_t) <= kBarrierBytes);
+};
+
+// The queries and keys that a block of threads works on.
+struct Work {
+    int head, batch;
+    int first_query, queries;  // of the sequence, in the tensor
+    int first_key, keys;
+    int row;    // first query of the block, in its sequence
+    int tiles;  // of keys
+};
+
+template <class C>
+struct Shared {
+    std::uint8_t* base;  // aligned
+
+    __device__ std::uint8_t* q() const { return base; }
+    __device__ std::uint8_t* t_q() const { return base + C::kQueryBytes; }
+    __device__ std::uint8_t* slot(int i) const {
+        return base + 2 * C::kQueryBytes + i * C::kSlotBytes;
+    }
+    __device__ Barrier& barrier(int i) const {
+        return reinterpret_cast<Barrier*>(slot(C::kSlots))[i];
+    }
+    __device__ Barrier& full(int i) const { return barrier(i); }
+    __device__ Barrier& empty(int i) const { return barrier(C::kSlots + i); }
+    __device__ Barrier& queries() const { return barrier(2 * C::kSlots); }
+    __device__ Barrier& landed() const { return barrier(2 * C::kSlots + 1); }
+    __device__ std::uint64_t descriptor(const std::uint8_t* tile, int leading = 0) const {
+        return matrix_descriptor(shared_address(tile), leading);
+    }
+};
+
+template <class C>
+__device__ Work find_work(const Params& p) {
+    Work w;
+    const int sequence = blockIdx.z;
+    w.head = blockIdx.y;
+    w.batch = sequence;
+    w.first_query = w.first_key = 0;
+    w.queries = p.nq;
+    w.keys = p.nk;
+    if (C::kMasked && p.cu_q != nullptr) {
+        w.batch = 0;
+        w.first_query = p.cu_q[sequence];
+        w.queries = p.cu_q[sequence + 1] - w.first_query;
+        w.first_key = p.cu_k[sequence];
+        w.keys = p.cu_k[sequence + 1] - w.first_key;
+    }
+    // The longest rows first, where they differ in length.
+    const int tile = C::kMasked && p.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    w.row = tile * kRows;
+    const int seen = C::kMasked && p.is_causal ? min(w.keys, w.row + kRows) : w.keys;
+    w.tiles = (seen + C::kKeys - 1) / C::kKeys;
+    return w;
+}
+
+// Zeroes the rows of a tile of values behind the last key of a packed sequence: they belong to the
+// next one, and 0 x NaN is NaN. By one warp; the values have landed.
+template <class C>
+__device__ void clear_rows(std::uint8_t* tile, int first) {
+    for (int i = threadIdx.x % 32; i < (C::kKeys - first) * (kRowBytes / 16); i += 32) {
+        const int offset = first * kRowBytes + i * 16;
+#pragma unroll
+        for (int block = 0; block < C::kBlocks; ++block) {
+            *reinterpret_cast<uint4*>(tile + block * C::kKeys * kRowBytes + offset) = {};
+        }
+    }
+    fence_shared_stores();
+    __syncwarp();
+}
+
+// The loading warp.
+template <class C>
+__device__ void load_tiles(const Params& p, const Work& w, const Shared<C>& shared) {
+    const bool elected = threadIdx.x == 0;
+    const TileIndex queries{w.first_query + w.row, w.head, w.batch};
+    if (elected) {
+        Barrier& barrier = shared.queries();
+        load_tile<C::kBlocks>(p.q, queries, kRows, shared.q(), barrier);
+        load_tile<C::kBlocks>(p.t_q, queries, kRows, shared.t_q(), barrier);
+    }
+    RingPosition<C::kSlots> at;
+    std::uint32_t landed = 0;
+    for (int tile = 0; tile < w.tiles; ++tile) {
+        const int left = w.keys - tile * C::kKeys;
+        const TileIndex keys{w.first_key + tile * C::kKeys, w.head / p.group, w.batch};
+        const bool cut = C::kMasked && p.cu_k != nullptr && left < C::kKeys;
+#pragma unroll
+        for (int i = 0; i < C::kPerTile; ++i) {
+            constexpr int kFirstValue = C::kPerTile / 2;
+            const TensorMap& source = i == 0                 ? p.k
+                                      : i == C::kPerTile - 1 ? p.v
+                                      : i == 1               ? p.t_k
+                                                             : p.t_v;
+            shared.empty(at.slot).wait(at.parity ^ 1);
+            if (cut && i >= kFirstValue) {
+                if (elected) {
+                    load_tile<C::kBlocks>(source, keys, C::kKeys, shared.slot(at.slot),
+                                          shared.landed());
+                }
+                shared.landed().wait(landed);
+                landed ^= 1;
+                clear_rows<C>(shared.slot(at.slot), left);
+                if (elected) shared.full(at.slot).arrive();
+            } else if (elected) {
+                load_tile<C::kBlocks>(source, keys, C::kKeys, shared.slot(at.slot),
+                                      shared.full(at.slot));
+            }
+            at.advance();
+        }
+    }
+}
+
+// Bit i: whether the pair of value i of this thread's scores meets. Not unrolled: the answers take
+// a register, their addresses would take many.
+template <class C>
+__device__ __forceinline__ std::uint64_t meeting_pairs(const Params& p, const Work& w,
+                                                       int first_row, int first_key) {
+    const int thread = threadIdx.x % kGroupThreads;
+    const bool reads = p.mask.data != nullptr && p.mask_is_bool;
+    const bool* mask = static_cast<const bool*>(p.mask.data) + w.batch * p.mask.strides.b +
+                       w.head * p.mask.strides.h;
+    std::uint64_t bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < C::kKeys / 2; ++i) {
+        const int row = first_row + accumulator_row(thread, i);
+        const int key = first_key + accumulator_column(thread, i);
+        bool meets = key < w.keys && row < w.queries && (!p.is_causal || key <= row);
+        if (reads && meets) meets = mask[row * p.mask.strides.row + key * p.mask.strides.column];
+        bits |= static_cast<std::uint64_t>(meets) << i;
+    }
+    return bits;
+}
+
+// Puts -inf where pairs don't meet.
+template <class C>
+__device__ __forceinline__ void hide(const Params& p, const Work& w, int first_row, int first_key,
+                                     float (&s)[C::kKeys / 2]) {
+    const int end = first_key + C::kKeys;
+    if constexpr (C::kMasked) {
+        const bool reads = p.mask.data != nullptr && p.mask_is_bool;
+        if (!reads && end <= w.keys && (!p.is_causal || end <= first_row + 1)) return;
+        const std::uint64_t bits = meeting_pairs<C>(p, w, first_row, first_key);
+#pragma unroll
+        for (int i = 0; i < C::kKeys / 2; ++i) s[i] = bits >> i & 1 ? s[i] : -kInfinity;
+    } else {
+        if (end <= w.keys) return;
+#pragma unroll
+        for (int i = 0; i < C::kKeys / 2; ++i) {
+            if (first_key + accumulator_column(threadIdx.x, i) >= w.keys) s[i] = -kInfinity;
+        }
+    }
+}
+
+// s = scale s + mask: scores or their tangents in natural units.
+template <class C>
+__device__ __forceinline__ void add_mask(const Params& p, const Mask& mask, const Work& w,
+                                         int first_row, int first_key, float (&s)[C::kKeys / 2]) {
+    using T = typename C::T;
+    const int thread = threadIdx.x % kGroupThreads;
+    const T* data = mask.data == nullptr ? nullptr
+                                         : static_cast<const T*>(mask.data) +
+                                               w.batch * mask.strides.b + w.head * mask.strides.h;
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 2; ++i) {
+        const int row = first_row + accumulator_row(thread, i);
+        const int key = first_key + accumulator_column(thread, i);
+        s[i] *= p.scale;
+        if (data == nullptr || key >= w.keys || row >= w.queries) continue;
+        s[i] += load(data[row * mask.strides.row + key * mask.strides.column]);
+    }
+}
+
+// What a warpgroup keeps of its 64 queries; index 0 and 1 of the statistics: a thread's two rows.
+template <class C>
+struct State {
+    float o[C::kD / 2], t_o[C::kD / 2];
+    float m[2], l[2], c[2];
+};
+
+// Takes scores into m and l and returns exp(S - m), rounded and packed; o and t_o are rescaled.
+template <class C>
+__device__ __forceinline__ void exponentiate(State<C>& state, const float (&s)[C::kKeys / 2],
+                                             float unit, std::uint32_t (&p)[C::kKeys / 4]) {
+    float top[2] = {state.m[0], state.m[1]}, origin[2], alpha[2];
+    // Of the two, the first is one instruction. Large values of a mask need the second: the product
+    // of a fused multiply-add is not rounded, but origin is.
+    const auto power = [&](float x, int r) {
+        return fast_exp2(C::kAdditive ? (x - origin[r]) * unit : fmaf(x, unit, -origin[r]));
+    };
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 2; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        top[r] = quad_max(top[r]);
+        // A row that met no key so far: P must come out 0, not NaN.
+        origin[r] = C::kMasked && top[r] == -kInfinity ? 0.0f : top[r] * (C::kAdditive ? 1 : unit);
+        alpha[r] = power(state.m[r], r);
+        state.m[r] = top[r];
+    }
+    float sum[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 4; ++i) {
+        p[i] = pack<typename C::T>(power(s[2 * i], i % 2), power(s[2 * i + 1], i % 2));
+        const float2 weights = unpack<typename C::T>(p[i]);
+        sum[i % 2] += weights.x + weights.y;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) state.l[r] = fmaf(state.l[r], alpha[r], quad_sum(sum[r]));
+#pragma unroll
+    for (int i = 0; i < C::kD / 2; ++i) {
+        state.o[i] *= alpha[i / 2 % 2];
+        state.t_o[i] *= alpha[i / 2 % 2];
+    }
+}
+
+// Takes tS into c and returns H = P (tS - c), rounded and packed in place; s is destroyed.
+template <class C>
+__device__ __forceinline__ void center(const Params& params, State<C>& state,
+                                       const std::uint32_t (&p)[C::kKeys / 4],
+                                       float (&s)[C::kKeys / 2], std::uint32_t (&h)[C::kKeys / 4]) {
+    float off[2] = {0, 0}, shift[2];
+    // tS is scaled already where it met a mask.
+    const auto weigh = [&](float weight, float t_s, int r) {
+        const float x = C::kAdditive ? t_s - state.c[r] : fmaf(t_s, params.scale, -state.c[r]);
+        // Behind a mask tS may be anything.
+        const float product = C::kMasked && weight == 0.0f ? 0.0f : weight * x;
+        off[r] += product;
+        return product;
+    };
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 4; ++i) {
+        const float2 weights = unpack<typename C::T>(p[i] ^ params.zero[0]);
+        s[2 * i] = weigh(weights.x, s[2 * i], i % 2);
+        s[2 * i + 1] = weigh(weights.y, s[2 * i + 1], i % 2);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        off[r] = quad_sum(off[r]);
+        shift[r] = C::kMasked && state.l[r] == 0.0f ? 0.0f : fast_divide(off[r], state.l[r]);
+        state.c[r] += shift[r];
+    }
+    // What O is here comes from the tiles before.
+#pragma unroll
+    for (int i = 0; i < C::kD / 2; ++i) {
+        state.t_o[i] = fmaf(-shift[i / 2 % 2], state.o[i], state.t_o[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < C::kKeys / 4; ++i) {
+        const float2 weights = unpack<typename C::T>(p[i] ^ params.zero[1]);
+        h[i] = pack<typename C::T>(fmaf(-shift[i % 2], weights.x, s[2 * i]),
+                                   fmaf(-shift[i % 2], weights.y, s[2 * i + 1]));
+    }
+}
+
+// Writes o and t_o through shared memory, where this warp's queries were, 16 bytes a thread.
+template <class C>
+__device__ void store_rows(const Work& w, int group, const float (&values)[C::kD / 2],
+                           const float (&factor)[2], std::uint8_t* staging, void* target,
+                           const Strides& strides, int dv) {
+    const int thread = threadIdx.x % kGroupThreads, lane = thread % 32;
+    const int group_row = group * kGroupRows;
+#pragma unroll
+    for (int i = 0; i < C::kD / 4; ++i) {
+        const int row = group_row + accumulator_row(thread, 2 * i);
+        const int offset = tile_offset(row, accumulator_column(thread, 2 * i), kRows);
+        *reinterpret_cast<std::uint32_t*>(staging + offset) =
+            pack<typename C::T>(values[2 * i] * factor[i % 2], values[2 * i + 1] * factor[i % 2]);
+    }
+    __syncwarp();
+    constexpr int kChunks = C::kD / 8;
+    const int first_row = group_row + thread / 32 * 16;
+    auto* base = static_cast<typename C::T*>(target) + w.batch * strides.b + w.head * strides.h;
+    for (int i = lane; i < 16 * kChunks; i += 32) {
+        const int row = first_row + i / kChunks, column = i % kChunks * 8;
+        if (w.row + row >= w.queries || column >= dv) continue;
+        const auto values16 =
+            *reinterpret_cast<const uint4*>(staging + tile_offset(row, column, kRows));
+        const std::int64_t line = w.first_query + w.row + row;
+        *reinterpret_cast<uint4*>(base + line * strides.row + column) = values16;
+    }
+}
+
+template <class C>
+__device__ void finish(const Params& p, const Work& w, int group, const Shared<C>& shared,
+                       const State<C>& state) {
+    const int thread = threadIdx.x % kGroupThreads;
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float l = state.l[r];
+        inverse[r] = l == 0.0f ? 0.0f : 1.0f / l;
+        const int row = w.row + group * kGroupRows + accumulator_row(thread, 2 * r);
+        if (thread % 4 != 0 || row >= w.queries) continue;
+        const std::int64_t at =
+            (static_cast<std::int64_t>(w.batch) * p.heads + w.head) * p.nq + w.first_query + row;
+        const float log_l = fast_log(l);
+        const float m = C::kAdditive ? state.m[r] : state.m[r] * p.scale;
+        p.lse[at] = l == 0.0f ? -kInfinity : m + log_l;
+        p.mu[at] = state.c[r];
+        if (C::kAdditive && p.lse_rest != nullptr) {
+            p.lse_rest[at] = l == 0.0f ? 0.0f : log_l - (m + log_l - m);
+        }
+    }
+    // Every warp of the group has read the queries for the last time.
+    sync_named(kStaged + group, kGroupThreads);
+    store_rows<C>(w, group, state.o, inverse, shared.q(), p.o, p.o_strides, p.dv);
+    store_rows<C>(w, group, state.t_o, inverse, shared.t_q(), p.t_o, p.t_o_strides, p.dv);
+}
+
+template <class C>
+__device__ void multiply_tiles(const Params& p, const Work& w, int group, const Shared<C>& shared) {
+    using T = typename C::T;
+    constexpr int kSteps = C::kD / kStepK;
+    constexpr int kLeading = C::kKeys * kRowBytes;
+    const int first_row = w.row + group * kGroupRows;
+    const int query_offset = group * kGroupRows * kRowBytes;
+    const std::uint64_t q = shared.descriptor(shared.q() + query_offset);
+    const std::uint64_t t_q = shared.descriptor(shared.t_q() + query_offset);
+    // Masked scores are in natural units already.
+    const float unit = (C::kAdditive ? 1.0f : p.scale) * kLog2e;
+
+    State<C> state;
+#pragma unroll
+    for (int i = 0; i < C::kD / 2; ++i) state.o[i] = state.t_o[i] = 0.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        state.m[r] = -kInfinity;
+        state.l[r] = state.c[r] = 0.0f;
+    }
+    float s[C::kKeys / 2];
+    RingPosition<C::kSlots> at;
+    const auto wait = [&](const RingPosition<C::kSlots>& from) {
+        shared.full(from.slot).wait(from.parity);
+    };
+    const auto release = [&](int slot) {
+        if (threadIdx.x % 32 == 0) shared.empty(slot).arrive();
+    };
+    const auto tile_at = [&](int slot, int leading = 0) {
+        return shared.descriptor(shared.slot(slot), leading);
+    };
+
+    if (w.tiles > 0) shared.queries().wait(0);
+    if (kTurns && group == 1) arrive_named(kTurn, kGroups * kGroupThreads);
+#pragma unroll 1
+    for (int tile = 0; tile < w.tiles; ++tile) {
+        const int first_key = tile * C::kKeys;
+        std::uint32_t weights[C::kKeys / 4], h[C::kKeys / 4];
+        const int k_slot = at.slot;
+        wait(at);
+        at.advance();
+        fence_registers(s);
+        begin_products();
+        multiply_scores<T, C::kKeys, kSteps, false>(q, kRows, tile_at(k_slot), s);
+        commit_products();
+        wait_products<0>();
+        fence_registers(s);
+        if constexpr (C::kAdditive) {
+            add_mask<C>(p, p.mask_is_bool ? Mask{} : p.mask, w, first_row, first_key, s);
+        }
+        hide<C>(p, w, first_row, first_key, s);
+        exponentiate<C>(state, s, unit, weights);
+
+        if constexpr (kTurns) sync_named(kTurn + group, kGroups * kGroupThreads);
+        const int t_k_slot = at.slot;
+        if constexpr (!C::kStatic) {
+            wait(at);
+            at.advance();
+        }
+        fence_registers(s);
+        begin_products();
+        multiply_scores<T, C::kKeys, kSteps, false>(t_q, kRows, tile_at(k_slot), s);
+        if constexpr (!C::kStatic) {
+            multiply_scores<T, C::kKeys, kSteps, true>(q, kRows, tile_at(t_k_slot), s);
+        }
+        commit_products();
+        wait_products<0>();
+        fence_registers(s);
+        release(k_slot);
+        if constexpr (!C::kStatic) release(t_k_slot);
+        if constexpr (C::kAdditive) add_mask<C>(p, p.t_mask, w, first_row, first_key, s);
+        center<C>(p, state, weights, s, h);
+
+        const int t_v_slot = at.slot;
+        if constexpr (!C::kStatic) {
+            wait(at);
+            at.advance();
+        }
+        const int v_slot = at.slot;
+        wait(at);
+        at.advance();
+        fence_registers(state.o);
+        fence_registers(state.t_o);
+        begin_products();
+        if constexpr (!C::kStatic) {
+            multiply_values<T, C::kD, C::kKeys>(weights, tile_at(t_v_slot, kLeading), state.t_o);
+        }
+        multiply_values<T, C::kD, C::kKeys>(weights, tile_at(v_slot, kLeading), state.o);
+        multiply_values<T, C::kD, C::kKeys>(h, tile_at(v_slot, kLeading), state.t_o);
+        commit_products();
+        wait_products<0>();
+        fence_registers(state.o);
+        fence_registers(state.t_o);
+        if constexpr (!C::kStatic) release(t_v_slot);
+        release(v_slot);
+        // The second group's last turn is nobody's to take.
+        if (kTurns && (tile + 1 < w.tiles || group == 0)) {
+            arrive_named(kTurn + 1 - group, kGroups * kGroupThreads);
+        }
+    }
+    finish<C>(p, w, group, shared, state);
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_jvp_sm90_kernel(const __grid_constant__ Params p) {
+    std::uint8_t* const raw = dynamic_shared();
+    const Work w = find_work<C>(p);
+    if (w.row >= w.queries) return;
+    const std::uint32_t past = shared_address(raw) % C::kAlignment;
+    const Shared<C> shared{raw + (past == 0 ? 0 : C::kAlignment - past)};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < C::kSlots; ++i) {
+            shared.full(i).init(1);
+            shared.empty(i).init(kGroups * kGroupThreads / 32);
+        }
+        shared.queries().init(2);
+        shared.landed().init(1);
+        fence_barriers();
+    }
+    __syncthreads();
+    if (threadIdx.x < kGroupThreads) {
+        give_registers<kLoaderRegisters>();
+        if (threadIdx.x < 32 && w.tiles > 0) load_tiles<C>(p, w, shared);
+    } else {
+        take_registers<kMultiplierRegisters>();
+        multiply_tiles<C>(p, w, threadIdx.x / kGroupThreads - 1, shared);
+    }
+}
+
+}  // namespace fewstep::cuda::attention_jvp_kernel

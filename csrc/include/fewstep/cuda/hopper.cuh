@@ -1,0 +1,311 @@
+// Hopper's instructions as the kernels use them, over CUTLASS's wrappers of single instructions:
+// bulk tensor loads that signal barriers, and matrix products on arrays of registers. Needs sm_90a.
+//
+// Kernels touch the chip through this header alone. tests/cuda/emulation has another one with the
+// same names, for a compiler without CUDA: there the kernels run on the host, thread by thread.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <utility>
+
+#include "cute/arch/copy_sm90_desc.hpp"
+#include "cute/arch/copy_sm90_tma.hpp"
+#include "cute/arch/mma_sm90_gmma.hpp"
+#include "cute/arch/mma_sm90_gmma_ext.hpp"
+#include "cutlass/arch/barrier.h"
+#include "cutlass/arch/reg_reconfig.h"
+#include "cutlass/bfloat16.h"
+#include "cutlass/half.h"
+#include "fewstep/cuda/hopper_layout.h"
+#include "fewstep/cuda/launch.cuh"
+
+namespace fewstep::cuda {
+
+constexpr int kGroupThreads = 128;          // a warpgroup
+constexpr int kMaxSharedBytes = 227 << 10;  // that a block can ask for on sm_90
+
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+// Named barriers: of `threads` threads that sync or arrive, the former go on once all are there.
+__device__ __forceinline__ void sync_named(int id, int threads) {
+    cutlass::arch::NamedBarrier::sync(threads, id);
+}
+__device__ __forceinline__ void arrive_named(int id, int threads) {
+    cutlass::arch::NamedBarrier::arrive(threads, id);
+}
+
+// After barriers were initialised, before anyone uses them.
+__device__ __forceinline__ void fence_barriers() {
+    cutlass::arch::fence_barrier_init();
+}
+// After ordinary stores to shared memory that the tensor cores or the copy engine read next.
+__device__ __forceinline__ void fence_shared_stores() {
+    cutlass::arch::fence_view_async_shared();
+}
+
+// Registers per thread of the calling warpgroup, from here on.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+    cutlass::arch::warpgroup_reg_dealloc<kRegisters>();
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+    cutlass::arch::warpgroup_reg_alloc<kRegisters>();
+}
+
+__device__ __forceinline__ std::uint8_t* dynamic_shared() {
+    extern __shared__ std::uint8_t bytes[];
+    return bytes;
+}
+__device__ __forceinline__ std::uint32_t shared_address(const void* p) {
+    return cute::cast_smem_ptr_to_uint(p);
+}
+
+// A position in a ring of slots, and the parity of the round it is in.
+template <int kSlots>
+struct RingPosition {
+    int slot = 0;
+    std::uint32_t parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++slot == kSlots) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// ---- bulk tensor loads -------------------------------------------------------------------------
+
+// A [B, H, N, D] tensor of 16-bit values as the copy engine reads it: boxes of `box_rows` rows x 64
+// columns, swizzled; zeros outside. An axis with stride 0 is described with size 1, and its index
+// is multiplied by 0.
+struct TensorMap {
+    CUtensorMap map;
+    int head_step, batch_step;
+};
+
+// Whether the copy engine can read the tensor: everything in units of 16 bytes.
+inline bool is_loadable(const TensorView& x) {
+    if (x.data % 16 != 0 || (x.size(3) > 1 && x.stride(3) != 1)) return false;
+    for (int axis = 0; axis < 3; ++axis) {
+        if (x.size(axis) > 1 && (x.stride(axis) % 8 != 0 || x.stride(axis) < 0)) return false;
+    }
+    return true;
+}
+
+inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
+    using Encode = decltype(&cuTensorMapEncodeTiled);
+    static const Encode encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        const cudaError_t status = cudaGetDriverEntryPointByVersion(
+            "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+        if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) {
+            throw std::runtime_error("fewstep: the driver has no cuTensorMapEncodeTiled");
+        }
+        return reinterpret_cast<Encode>(function);
+    }();
+    TensorMap result{};
+    result.head_step = x.size(1) > 1 && x.stride(1) == 0 ? 0 : 1;
+    result.batch_step = x.size(0) > 1 && x.stride(0) == 0 ? 0 : 1;
+    cuuint64_t sizes[4], strides[3];
+    for (int i = 0; i < 4; ++i) {
+        const int axis = 3 - i;
+        const bool repeated = x.size(axis) > 1 && x.stride(axis) == 0;
+        sizes[i] = repeated ? 1 : static_cast<cuuint64_t>(x.size(axis));
+        // What the stride of an axis of one is nobody reads, but it must look like one.
+        if (i > 0)
+            strides[i - 1] = sizes[i] == 1 ? 16 : 2 * static_cast<cuuint64_t>(x.stride(axis));
+    }
+    const cuuint32_t box[4] = {kBlockColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
+    const cuuint32_t steps[4] = {1, 1, 1, 1};
+    // The engine moves bits: bfloat16 stands for any 16-bit value.
+    const CUresult status =
+        encode(&result.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.ptr<void>(), sizes, strides, box,
+               steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS) {
+        throw std::runtime_error(::fewstep::detail::concat(
+            "fewstep: cuTensorMapEncodeTiled failed with ", static_cast<int>(status)));
+    }
+    return result;
+}
+
+// Where a block of threads finds its rows in a tensor.
+struct TileIndex {
+    int row, head, batch;
+};
+
+// Loads kBlocks blocks of 64 columns x box_rows rows to `target`; they signal `barrier`, which is
+// told the bytes to wait for.
+template <int kBlocks>
+__device__ __forceinline__ void load_tile(const TensorMap& source, TileIndex at, int box_rows,
+                                          std::uint8_t* target, Barrier& barrier) {
+    barrier.arrive_and_expect_tx(kBlocks * box_rows * kRowBytes);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+        cute::SM90_TMA_LOAD_4D::copy(
+            &source.map, reinterpret_cast<std::uint64_t*>(&barrier),
+            static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+            target + block * box_rows * kRowBytes, block * kBlockColumns, at.row,
+            at.head * source.head_step, at.batch * source.batch_step);
+    }
+}
+
+// ---- matrix products on arrays of registers ----------------------------------------------------
+
+// The instructions for 64 x kN products with float32 sums. "Scores": both operands K-major in
+// shared memory. "Values": the left one in registers, the right one MN-major in shared memory.
+template <typename T, int kN>
+struct MatrixInstruction;
+
+#define FEWSTEP_MATRIX_INSTRUCTION(T, TYPES, N)                                             \
+    template <>                                                                             \
+    struct MatrixInstruction<T, N> {                                                        \
+        using Scores =                                                                      \
+            cute::SM90::GMMA::MMA_64x##N##x16_F32##TYPES##_SS<cute::SM90::GMMA::Major::K,   \
+                                                              cute::SM90::GMMA::Major::K>;  \
+        using Values =                                                                      \
+            cute::SM90::GMMA::MMA_64x##N##x16_F32##TYPES##_RS<cute::SM90::GMMA::Major::K,   \
+                                                              cute::SM90::GMMA::Major::MN>; \
+    };
+#define FEWSTEP_MATRIX_INSTRUCTIONS(N)                     \
+    FEWSTEP_MATRIX_INSTRUCTION(__nv_bfloat16, BF16BF16, N) \
+    FEWSTEP_MATRIX_INSTRUCTION(__half, F16F16, N)
+FEWSTEP_MATRIX_INSTRUCTIONS(48)
+FEWSTEP_MATRIX_INSTRUCTIONS(64)
+FEWSTEP_MATRIX_INSTRUCTIONS(80)
+FEWSTEP_MATRIX_INSTRUCTIONS(96)
+FEWSTEP_MATRIX_INSTRUCTIONS(112)
+FEWSTEP_MATRIX_INSTRUCTIONS(128)
+#undef FEWSTEP_MATRIX_INSTRUCTIONS
+#undef FEWSTEP_MATRIX_INSTRUCTION
+
+// Products are asynchronous: `begin` once registers that they read or add to are written, `commit`
+// to close a batch, `wait<n>` until all but the last n batches are done.
+__device__ __forceinline__ void begin_products() {
+    cute::warpgroup_arrive();
+}
+__device__ __forceinline__ void commit_products() {
+    cute::warpgroup_commit_batch();
+}
+template <int kLeft>
+__device__ __forceinline__ void wait_products() {
+    cute::warpgroup_wait<kLeft>();
+}
+
+// Keeps the compiler from moving uses of the registers across; no instruction.
+template <typename T, int kCount>
+__device__ __forceinline__ void fence_registers(T (&values)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) cute::warpgroup_fence_operand(values[i]);
+}
+
+namespace registers {
+template <typename Instruction, int kCount, std::size_t... kI>
+__device__ __forceinline__ void issue_scores(std::uint64_t a, std::uint64_t b, float (&acc)[kCount],
+                                             cute::SM90::GMMA::ScaleOut keep,
+                                             std::index_sequence<kI...>) {
+    Instruction::fma(a, b, acc[kI]..., keep);
+}
+template <typename Instruction, int kCount, std::size_t... kI>
+__device__ __forceinline__ void issue_values(const std::uint32_t* a, std::uint64_t b,
+                                             float (&acc)[kCount], std::index_sequence<kI...>) {
+    Instruction::fma(a[0], a[1], a[2], a[3], b, acc[kI]..., cute::SM90::GMMA::ScaleOut::One);
+}
+}  // namespace registers
+
+// acc (+)= A B^T over 16 kSteps columns: A is 64 rows of a tile of a_rows rows, B a tile of kN
+// rows, both by the descriptor of their first row. Asynchronous; kAdd: onto what acc holds.
+template <typename T, int kN, int kSteps, bool kAdd>
+__device__ __forceinline__ void multiply_scores(std::uint64_t a, int a_rows, std::uint64_t b,
+                                                float (&acc)[kN / 2]) {
+    using Instruction = typename MatrixInstruction<T, kN>::Scores;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+        const auto keep =
+            kAdd || k > 0 ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+        registers::issue_scores<Instruction>(a + (columns_step(k, a_rows) >> 4),
+                                             b + (columns_step(k, kN) >> 4), acc, keep,
+                                             std::make_index_sequence<kN / 2>{});
+    }
+}
+
+// acc += A B: A is 64 x kRows in registers, packed from an accumulator, B a tile of kRows rows and
+// (at least) kN columns by its descriptor. Asynchronous.
+template <typename T, int kN, int kRows>
+__device__ __forceinline__ void multiply_values(const std::uint32_t (&a)[kRows / 4],
+                                                std::uint64_t b, float (&acc)[kN / 2]) {
+    using Instruction = typename MatrixInstruction<T, kN>::Values;
+#pragma unroll
+    for (int k = 0; k < kRows / kStepK; ++k) {
+        registers::issue_values<Instruction>(a + 4 * k, b + (rows_step(k) >> 4), acc,
+                                             std::make_index_sequence<kN / 2>{});
+    }
+}
+
+// ---- two 16-bit values in a register -----------------------------------------------------------
+
+template <typename T>
+__device__ __forceinline__ std::uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ std::uint32_t pack<__nv_bfloat16>(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const std::uint32_t&>(pair);
+}
+template <>
+__device__ __forceinline__ std::uint32_t pack<__half>(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const std::uint32_t&>(pair);
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(std::uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(std::uint32_t pair) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+template <>
+__device__ __forceinline__ float2 unpack<__half>(std::uint32_t pair) {
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+// ---- reductions over the four threads that share a row of an accumulator ------------------------
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float fast_log(float x) {
+    return __logf(x);
+}
+__device__ __forceinline__ float fast_divide(float x, float y) {
+    return __fdividef(x, y);
+}
+
+// ---- launch ------------------------------------------------------------------------------------
+
+template <typename Params>
+void launch_kernel(void (*kernel)(Params), const char* name, dim3 grid, int threads,
+                   int shared_bytes, cudaStream_t stream, const Params& params) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    kernel<<<grid, threads, shared_bytes, stream>>>(params);
+    FEWSTEP_LAUNCH_CHECK(name);
+}
+
+}  // namespace fewstep::cuda

@@ -1,0 +1,476 @@
+// The names of csrc/include/fewstep/cuda/hopper.cuh for a C++ compiler without CUDA: kernels for
+// Hopper run on the host, block after block, each thread a coroutine (ucontext).
+//
+// What it holds kernels to: matrix operands are read through the bits of their descriptors and the
+// hardware's swizzle; products and bulk loads happen late (at the wait, or a round of all threads
+// after the issue), so code that does not wait reads old values; shared memory starts as NaN; a
+// round in which nobody gets on is a deadlock. What it can't see: races between warps that the
+// order of the coroutines hides, and what the compiler makes of the registers.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fewstep/check.h"
+#include "fewstep/cuda/hopper_layout.h"
+#include "fewstep/numeric.h"
+#include "fewstep/tensor.h"
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define threadIdx (::fewstep::emulation::thread_index())
+#define blockIdx (::fewstep::emulation::machine().block)
+#define gridDim (::fewstep::emulation::machine().grid)
+
+using __nv_bfloat16 = fewstep::bfloat16;
+using __half = fewstep::float16;
+using cudaStream_t = std::uintptr_t;
+using std::max;
+using std::min;
+
+struct float2 {
+    float x, y;
+};
+struct uint4 {
+    std::uint32_t x = 0, y = 0, z = 0, w = 0;
+};
+struct dim3 {
+    unsigned x, y, z;
+    dim3(std::int64_t a = 1, std::int64_t b = 1, std::int64_t c = 1)
+        : x(static_cast<unsigned>(a)), y(static_cast<unsigned>(b)), z(static_cast<unsigned>(c)) {}
+};
+
+namespace fewstep::emulation {
+
+constexpr std::size_t kStackBytes = 512 << 10;
+constexpr std::size_t kSharedBytes = 256 << 10;  // addresses fit the 18 bits of a descriptor
+constexpr int kWholeBlock = 1000, kWarp = 2000;  // ids of barriers that have no number
+
+using Task = std::function<void()>;
+
+struct Thread {
+    ucontext_t context{};
+    std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    bool done = false;
+    std::vector<Task> issued;                          // products not committed yet
+    std::deque<std::vector<Task>> batches;             // committed, not waited for
+    std::vector<std::vector<std::uint32_t>> operands;  // left operands in registers, by issue
+    std::uint32_t exchanged = 0;                       // what a shuffle offers
+};
+
+struct TransactionBarrier {
+    int count, pending;
+    long bytes;
+    std::uint32_t phase;
+
+    void check() {
+        if (pending != 0 || bytes != 0) return;
+        phase ^= 1;
+        pending = count;
+    }
+};
+
+struct NamedBarrier {
+    int arrived = 0;
+    long generation = 0;
+};
+
+struct Machine {
+    dim3 grid, block;
+    std::vector<Thread> threads;
+    int running = 0;
+    ucontext_t scheduler{};
+    std::vector<std::uint8_t> memory = std::vector<std::uint8_t>(2 * kSharedBytes);
+    std::vector<TransactionBarrier> barriers;
+    std::vector<std::pair<int, NamedBarrier>> named;
+    std::vector<Task> loads;  // under way
+    long progress = 0;
+    std::exception_ptr error;
+    Task body;
+
+    // At an odd multiple of 16: kernels align what they need.
+    std::uint8_t* shared() {
+        const auto start = reinterpret_cast<std::uintptr_t>(memory.data());
+        return memory.data() + (kSharedBytes - start % kSharedBytes) % kSharedBytes;
+    }
+    Thread& thread() { return threads[running]; }
+    NamedBarrier& named_barrier(int id) {
+        for (auto& [key, barrier] : named) {
+            if (key == id) return barrier;
+        }
+        return named.emplace_back(id, NamedBarrier{}).second;
+    }
+};
+
+inline Machine& machine() {
+    static Machine instance;
+    return instance;
+}
+inline dim3 thread_index() {
+    return dim3(machine().running);
+}
+
+template <typename Condition>
+void block_until(const Condition& condition) {
+    Machine& m = machine();
+    while (!condition()) swapcontext(&m.thread().context, &m.scheduler);
+    ++m.progress;
+}
+
+inline void sync(int id, int threads, bool waits) {
+    const long generation = machine().named_barrier(id).generation;
+    NamedBarrier& barrier = machine().named_barrier(id);
+    ++machine().progress;
+    if (++barrier.arrived == threads) {
+        barrier.arrived = 0;
+        ++barrier.generation;
+    } else if (waits) {
+        block_until([&] { return machine().named_barrier(id).generation != generation; });
+    }
+}
+
+inline void run_thread() {
+    Machine& m = machine();
+    try {
+        m.body();
+    } catch (...) {
+        m.error = std::current_exception();
+    }
+    m.thread().done = true;
+    ++m.progress;
+    swapcontext(&m.thread().context, &m.scheduler);
+}
+
+inline void run_block(int threads) {
+    Machine& m = machine();
+    m.named.clear();
+    m.barriers.clear();
+    m.loads.clear();
+    m.threads.clear();
+    m.threads.resize(threads);
+    std::fill(m.memory.begin(), m.memory.end(), std::uint8_t{0xff});
+    for (Thread& thread : m.threads) {
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_size = kStackBytes;
+        thread.context.uc_link = nullptr;
+        makecontext(&thread.context, run_thread, 0);
+    }
+    for (;;) {
+        const long before = m.progress;
+        bool alive = false;
+        for (m.running = 0; m.running < threads; ++m.running) {
+            if (m.thread().done) continue;
+            alive = true;
+            swapcontext(&m.scheduler, &m.thread().context);
+            if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));
+        }
+        if (!alive) break;
+        std::vector<Task> landing;
+        landing.swap(m.loads);
+        for (const Task& load : landing) load();
+        if (landing.empty() && m.progress == before) {
+            throw std::runtime_error("emulation: deadlock, no thread of the block can go on");
+        }
+    }
+    if (!m.loads.empty()) throw std::runtime_error("emulation: a load outlived its block");
+}
+
+// The byte that the hardware reads for address `at` of a 128-byte swizzled operand.
+inline std::uint32_t swizzled(std::uint32_t at) {
+    return at ^ (at >> 7 & 7) << 4;
+}
+
+struct Descriptor {
+    std::uint32_t start, leading, stride;
+
+    explicit Descriptor(std::uint64_t bits)
+        : start((bits & 0x3fff) << 4),
+          leading((bits >> 16 & 0x3fff) << 4),
+          stride((bits >> 32 & 0x3fff) << 4) {
+        FEWSTEP_CHECK(bits >> 62 == 1, "emulation: expected the 128-byte swizzle");
+        FEWSTEP_CHECK((bits >> 49 & 7) == 0, "emulation: expected base offset 0");
+    }
+    template <typename T>
+    float read(std::uint32_t at) const {
+        T value;
+        std::memcpy(&value, machine().shared() + swizzled(at), sizeof value);
+        return static_cast<float>(to_acc(value));
+    }
+    // Element (row, column) of 16 columns; sums run over columns.
+    template <typename T>
+    float k_major(int row, int column) const {
+        return read<T>(start + row / 8 * stride + row % 8 * 128 + column * 2);
+    }
+    // Element (row, column) of 16 rows; sums run over rows.
+    template <typename T>
+    float mn_major(int row, int column) const {
+        return read<T>(start + column / 64 * leading + row / 8 * stride + row % 8 * 128 +
+                       column % 64 * 2);
+    }
+};
+
+}  // namespace fewstep::emulation
+
+inline void __syncthreads() {
+    namespace e = fewstep::emulation;
+    e::sync(e::kWholeBlock, static_cast<int>(e::machine().threads.size()), true);
+}
+inline void __syncwarp() {
+    namespace e = fewstep::emulation;
+    e::sync(e::kWarp + e::machine().running / 32, 32, true);
+}
+
+namespace fewstep::cuda {
+
+constexpr int kGroupThreads = 128;
+constexpr int kMaxSharedBytes = 227 << 10;
+
+inline cudaStream_t as_stream(std::uintptr_t stream) {
+    return stream;
+}
+template <typename T>
+float load(T value) {
+    return static_cast<float>(to_acc(value));
+}
+
+struct Barrier {
+    std::uint64_t index;
+
+    emulation::TransactionBarrier& state() const { return emulation::machine().barriers.at(index); }
+    void init(int count) {
+        index = emulation::machine().barriers.size();
+        emulation::machine().barriers.push_back({count, count, 0, 0});
+    }
+    void arrive() const {
+        FEWSTEP_CHECK(state().pending > 0, "emulation: one arrival too many");
+        --state().pending;
+        state().check();
+        ++emulation::machine().progress;
+    }
+    void arrive_and_expect_tx(int bytes) const {
+        state().bytes += bytes;
+        arrive();
+    }
+    void complete(int bytes) const {
+        state().bytes -= bytes;
+        state().check();
+    }
+    void wait(std::uint32_t parity) const {
+        emulation::block_until([&] { return (state().phase & 1) != parity; });
+    }
+};
+static_assert(sizeof(Barrier) == sizeof(std::uint64_t));
+
+inline void sync_named(int id, int threads) {
+    emulation::sync(id, threads, true);
+}
+inline void arrive_named(int id, int threads) {
+    emulation::sync(id, threads, false);
+}
+inline void fence_barriers() {}
+inline void fence_shared_stores() {}
+template <int kRegisters>
+void give_registers() {}
+template <int kRegisters>
+void take_registers() {}
+
+inline std::uint8_t* dynamic_shared() {
+    return emulation::machine().shared() + 16;
+}
+inline std::uint32_t shared_address(const void* p) {
+    return static_cast<std::uint32_t>(static_cast<const std::uint8_t*>(p) -
+                                      emulation::machine().shared());
+}
+
+template <int kSlots>
+struct RingPosition {
+    int slot = 0;
+    std::uint32_t parity = 0;
+
+    void advance() {
+        if (++slot == kSlots) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+struct TensorMap {
+    TensorView view;
+    int box_rows = 0, head_step = 1, batch_step = 1;
+};
+struct TileIndex {
+    int row, head, batch;
+};
+
+inline bool is_loadable(const TensorView& x) {
+    return x.data % 16 == 0 && (x.size(3) <= 1 || x.stride(3) == 1);
+}
+inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
+    return {x, box_rows};
+}
+
+template <int kBlocks>
+void load_tile(const TensorMap& source, TileIndex at, int box_rows, std::uint8_t* target,
+               Barrier& barrier) {
+    FEWSTEP_CHECK(box_rows == source.box_rows, "emulation: expected the box of the tensor map");
+    barrier.arrive_and_expect_tx(kBlocks * box_rows * kRowBytes);
+    emulation::machine().loads.push_back([=, &barrier] {
+        const TensorView& x = source.view;
+        for (int row = 0; row < box_rows; ++row) {
+            for (int column = 0; column < kBlocks * kBlockColumns; ++column) {
+                std::uint16_t value = 0;
+                if (at.row + row < x.size(2) && column < x.size(3)) {
+                    value = x.ptr<std::uint16_t>()[at.batch * x.stride(0) + at.head * x.stride(1) +
+                                                   (at.row + row) * x.stride(2) + column];
+                }
+                const int offset =
+                    (column / kBlockColumns * box_rows + row) * kRowBytes + column % 64 * 2;
+                const std::uint32_t base = shared_address(target);
+                std::memcpy(emulation::machine().shared() + emulation::swizzled(base + offset),
+                            &value, sizeof value);
+            }
+        }
+        barrier.complete(kBlocks * box_rows * kRowBytes);
+    });
+}
+
+inline void begin_products() {}
+inline void commit_products() {
+    emulation::Thread& thread = emulation::machine().thread();
+    thread.batches.push_back(std::move(thread.issued));
+    thread.issued.clear();
+}
+template <int kLeft>
+void wait_products() {
+    __syncwarp();  // the others of the quad have issued what this thread reads
+    emulation::Thread& thread = emulation::machine().thread();
+    while (thread.batches.size() > kLeft) {
+        for (const emulation::Task& product : thread.batches.front()) product();
+        thread.batches.pop_front();
+    }
+}
+template <typename T, int kCount>
+void fence_registers(T (&)[kCount]) {}
+
+template <typename T, int kN, int kSteps, bool kAdd>
+void multiply_scores(std::uint64_t a, int a_rows, std::uint64_t b, float (&acc)[kN / 2]) {
+    const int thread = emulation::machine().running % kGroupThreads;
+    emulation::machine().thread().issued.push_back([=, &acc] {
+        for (int k = 0; k < kSteps; ++k) {
+            const emulation::Descriptor left(a + (columns_step(k, a_rows) >> 4));
+            const emulation::Descriptor right(b + (columns_step(k, kN) >> 4));
+            for (int i = 0; i < kN / 2; ++i) {
+                float sum = kAdd || k > 0 ? acc[i] : 0.0f;
+                const int row = accumulator_row(thread, i), column = accumulator_column(thread, i);
+                for (int j = 0; j < kStepK; ++j) {
+                    sum += left.k_major<T>(row, j) * right.k_major<T>(column, j);
+                }
+                acc[i] = sum;
+            }
+        }
+    });
+}
+
+template <typename T>
+float2 unpack(std::uint32_t pair) {
+    T halves[2];
+    std::memcpy(halves, &pair, sizeof pair);
+    return {static_cast<float>(to_acc(halves[0])), static_cast<float>(to_acc(halves[1]))};
+}
+template <typename T>
+std::uint32_t pack(float low, float high) {
+    const T halves[2] = {Convert<T>::from(low), Convert<T>::from(high)};
+    std::uint32_t pair;
+    std::memcpy(&pair, halves, sizeof pair);
+    return pair;
+}
+
+template <typename T, int kN, int kRows>
+void multiply_values(const std::uint32_t (&a)[kRows / 4], std::uint64_t b, float (&acc)[kN / 2]) {
+    emulation::Machine& m = emulation::machine();
+    const int self = m.running;
+    const std::size_t issue = m.thread().operands.size();
+    m.thread().operands.emplace_back(a, a + kRows / 4);
+    m.thread().issued.push_back([=, &acc, &m] {
+        // Registers of the quad, as the instruction's table of the left operand has them.
+        const auto left = [&](bool second_row, int k, int column) {
+            const int mate = self / 4 * 4 + column % 8 / 2;
+            const int index = 4 * k + column / 8 * 2 + second_row;
+            const float2 pair = unpack<T>(m.threads[mate].operands.at(issue)[index]);
+            return column % 2 == 0 ? pair.x : pair.y;
+        };
+        for (int k = 0; k < kRows / kStepK; ++k) {
+            const emulation::Descriptor right(b + (rows_step(k) >> 4));
+            for (int i = 0; i < kN / 2; ++i) {
+                const int column = accumulator_column(self % kGroupThreads, i);
+                for (int j = 0; j < kStepK; ++j) {
+                    acc[i] += left(i / 2 % 2 == 1, k, j) * right.mn_major<T>(j, column);
+                }
+            }
+        }
+    });
+}
+
+inline float shuffled(float x, int distance) {
+    emulation::Machine& m = emulation::machine();
+    std::memcpy(&m.thread().exchanged, &x, sizeof x);
+    __syncwarp();
+    float other;
+    std::memcpy(&other, &m.threads[m.running ^ distance].exchanged, sizeof other);
+    __syncwarp();
+    return other;
+}
+inline float quad_max(float x) {
+    x = fmaxf(x, shuffled(x, 1));
+    return fmaxf(x, shuffled(x, 2));
+}
+inline float quad_sum(float x) {
+    x += shuffled(x, 1);
+    return x + shuffled(x, 2);
+}
+inline float fast_exp2(float x) {
+    return std::exp2(x);
+}
+inline float fast_log(float x) {
+    return std::log(x);
+}
+inline float fast_divide(float x, float y) {
+    return x / y;
+}
+
+template <typename Params>
+void launch_kernel(void (*kernel)(Params), const char*, dim3 grid, int threads, int shared_bytes,
+                   cudaStream_t, const Params& params) {
+    FEWSTEP_CHECK(shared_bytes <= kMaxSharedBytes, "emulation: too much shared memory");
+    emulation::Machine& m = emulation::machine();
+    m.grid = grid;
+    m.body = [&] { kernel(params); };
+    for (unsigned z = 0; z < grid.z; ++z) {
+        for (unsigned y = 0; y < grid.y; ++y) {
+            for (unsigned x = 0; x < grid.x; ++x) {
+                m.block = dim3(x, y, z);
+                emulation::run_block(threads);
+            }
+        }
+    }
+}
+
+}  // namespace fewstep::cuda

@@ -1,0 +1,234 @@
+"""attention_jvp's Hopper kernels, run on the host: tests/cuda/emulation stands in for the chip.
+
+The kernels' own sources are compiled by the C++ compiler against emulated instructions, so control
+flow, barriers, descriptors, fragments and masks are those that a GPU will run.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import ops
+from helpers import padded, relative_error
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# fewstep::DType, in order.
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+]
+INF = float("inf")
+
+
+class View(ctypes.Structure):
+    """fewstep::TensorView."""
+
+    _fields_ = (
+        ("data", ctypes.c_size_t),
+        ("dtype", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("sizes", ctypes.c_int64 * 5),
+        ("strides", ctypes.c_int64 * 5),
+    )
+
+    @classmethod
+    def of(cls, x):
+        view = cls()
+        if x is not None:
+            view.data, view.dtype, view.ndim = x.data_ptr(), DTYPES.index(x.dtype), x.dim()
+            view.sizes[: x.dim()] = x.shape
+            view.strides[: x.dim()] = x.stride()
+        return view
+
+
+@pytest.fixture(scope="module", params=["", "FEWSTEP_ATTENTION_JVP_TURNS"], ids=["free", "turns"])
+def library(request, tmp_path_factory):
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    target = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-x", "c++"]
+    command += [f"-D{request.param}"] if request.param else []
+    command += [f"-I{HERE / 'emulation'}", f"-I{ROOT / 'csrc' / 'include'}"]
+    source = HERE / "attention_jvp_sm90_emulated.cpp"
+    subprocess.run([*command, str(source), "-o", str(target)], check=True)
+    library = ctypes.CDLL(str(target))
+    library.run.restype = ctypes.c_char_p
+    return library
+
+
+def run(library, inputs, *, attn_mask=None, t_attn_mask=None, is_causal=False, scale=None, **cu):
+    """Return (o, t_o, lse, mu, lse_rest) as the kernels compute them."""
+    q, k, v, *tangents = inputs
+    pairs = (*q.shape[:3], k.shape[2])
+    o = padded(torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype), 64)
+    t_o = padded(torch.empty_like(o)[None], 64)
+    lse, mu = torch.full(q.shape[:3], torch.nan), torch.full((1, *q.shape[:3]), torch.nan)
+    additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    rest = torch.full_like(lse, torch.nan) if additive else None
+    tensors = [q, k, v, *(None if x is None else x[None] for x in tangents)]
+    tensors += [None] * (6 - len(tensors))
+    tensors += [None if attn_mask is None else attn_mask.expand(pairs)]
+    tensors += [None if t_attn_mask is None else t_attn_mask.expand(1, *pairs)]
+    tensors += [cu.get("cu_seqlens_q"), cu.get("cu_seqlens_k"), o, t_o, lse, mu, rest]
+    views = (View * len(tensors))(*map(View.of, tensors))
+    present = (ctypes.c_bool * len(tensors))(*(x is not None for x in tensors))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    error = library.run(views, present, is_causal, ctypes.c_double(scale))
+    if error:
+        raise ValueError(error.decode())
+    return o, t_o[0], lse, mu[0], rest
+
+
+def check(library, inputs, **options):
+    """Compare with the float64 reference."""
+    *got, rest = run(library, inputs, **options)
+    wide = [None if x is None else x.double() for x in inputs]
+    wide_options = {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in options.items()
+    }
+    want = ops.attention_jvp(*wide, **wide_options, return_stats=True, impl="reference")
+    # P, H and the result are rounded once each, as in the gate; statistics are float32 sums.
+    bound = 0.75 * torch.finfo(inputs[0].dtype).eps
+    for name, a, b in zip(("o", "t_o", "lse", "mu"), got, want, strict=True):
+        finite = b.isfinite()
+        assert torch.equal(a.isfinite(), finite), name
+        assert relative_error(a[finite], b[finite]) < bound, name
+    assert rest is None or rest.abs().max() < torch.finfo(torch.float32).max
+    return got
+
+
+def draw(nq, nk, d, dv=None, *, b=1, h=1, g=None, dtype=torch.bfloat16):
+    """Return (q, k, v, t_q, t_k, t_v), each in the middle of NaN."""
+    torch.manual_seed(0)
+    dv, g = dv or d, g or h
+    shapes = [(b, h, nq, d), (b, g, nk, d), (b, g, nk, dv)] * 2
+    return [padded(torch.randn(shape).to(dtype), 64) for shape in shapes]
+
+
+@pytest.mark.parametrize("d", [8, 40, 48, 64, 72, 80, 96, 104, 112, 128])
+def test_head_dims(library, d):
+    check(library, draw(33, 131, d))
+
+
+@pytest.mark.parametrize("d", [64, 72, 112, 128])
+def test_static_keys_and_values(library, d):
+    check(library, [*draw(33, 260, d)[:4], None, None])
+
+
+@pytest.mark.parametrize(("d", "dv"), [(72, 40), (40, 104), (128, 8)])
+def test_head_dims_that_differ(library, d, dv):
+    check(library, draw(40, 150, d, dv))
+
+
+@pytest.mark.parametrize(("nq", "nk"), [(1, 1), (128, 256), (129, 128), (300, 97), (5, 0)])
+@pytest.mark.parametrize("d", [64, 128])
+def test_lengths(library, nq, nk, d):
+    check(library, draw(nq, nk, d))
+
+
+def test_many_tiles_reuse_the_slots(library):
+    check(library, draw(20, 1500, 64))
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_float16(library, d):
+    check(library, draw(40, 150, d, dtype=torch.float16))
+
+
+def test_shared_heads(library):
+    check(library, draw(20, 150, 64, b=2, h=4, g=2))
+
+
+def test_strides(library):
+    inputs = draw(37, 200, 64, b=2, h=3)
+    check(library, [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs])
+    check(library, [x[:, :1].expand(x.shape) for x in inputs])
+
+
+@pytest.mark.parametrize(("nq", "nk"), [(200, 200), (150, 300), (300, 150)])
+@pytest.mark.parametrize("d", [64, 128])
+def test_causal(library, nq, nk, d):
+    check(library, draw(nq, nk, d), is_causal=True)
+
+
+@pytest.fixture
+def visible():
+    """A boolean mask; row 3 meets no key, row 4 none for a while."""
+    torch.manual_seed(1)
+    mask = torch.rand(2, 1, 70, 260) > 0.5
+    mask[0, :, 3], mask[:, :, 4, :250] = False, False
+    return mask
+
+
+@pytest.mark.parametrize("d", [40, 128])
+def test_boolean_masks(library, visible, d):
+    inputs = draw(70, 260, d, b=2, h=2)
+    check(library, inputs, attn_mask=visible)
+    check(library, inputs, attn_mask=visible[:, :, 4:5])
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_additive_masks(library, visible, d):
+    inputs = draw(70, 260, d, h=2)
+    bias = torch.randn(70, 260).to(torch.bfloat16).masked_fill(~visible[0, 0], -INF)
+    tangent = torch.randn(2, 70, 260).to(torch.bfloat16)
+    check(library, inputs, attn_mask=bias, t_attn_mask=tangent)
+    # Finite, and a row of nothing else.
+    least = torch.finfo(torch.bfloat16).min
+    check(library, inputs, attn_mask=bias.masked_fill(~visible[0, 0], least))
+
+
+def test_a_negative_scale(library):
+    check(library, draw(70, 260, 64), scale=-0.2)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_sequences(library, is_causal):
+    cu = {"cu_seqlens_q": [0, 5, 5, 140, 150], "cu_seqlens_k": [0, 70, 80, 80, 300]}
+    cu = {name: torch.tensor(offsets, dtype=torch.int32) for name, offsets in cu.items()}
+    inputs = draw(150, 300, 64, h=2)
+    got = check(library, inputs, **cu, is_causal=is_causal)
+    # What belongs to others is not multiplied, not even by 0: sequence 1 has keys and no queries.
+    for i in (1, 2, 4, 5):
+        inputs[i][:, :, 70:80] = torch.nan
+    again = run(library, inputs, **cu, is_causal=is_causal)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=False))
+
+
+def test_what_all_keys_share_cancels(library):
+    """One vector added to all tangents of keys moves mu and, to rounding, nothing else."""
+    q, k, v, t_q, t_k, t_v = draw(70, 300, 128, h=2)
+    shift = torch.randn(1, 2, 1, 128)
+    for size in (3, 10, 30):
+        check(library, [q, k, v, t_q, (t_k + size * shift).to(t_k.dtype), t_v])
+
+
+def test_bits_do_not_depend_on_the_run(library):
+    inputs = draw(70, 300, 64)
+    first, second = run(library, inputs), run(library, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
+
+
+def test_what_does_not_fit_is_refused(library):
+    q, k, v, t_q, t_k, t_v = draw(20, 30, 64)
+    with pytest.raises(ValueError, match="t_k, t_v: expected both or none"):
+        run(library, [q, k, v, t_q, t_k, None])
+    with pytest.raises(ValueError, match="head dims up to 128, got 136"):
+        run(library, draw(20, 30, 136))
+    with pytest.raises(ValueError, match="q: expected bfloat16 or float16"):
+        run(library, [x.float() for x in (q, k, v, t_q, t_k, t_v)])
