@@ -7,7 +7,10 @@
 #   OUT             results folder (default: benchmarks/out/<date>-<device>)
 #   PYTHON          use this interpreter and its packages, and install none but this one; by default
 #                   `make` sets up .venv with everything (as `make test` does; TORCH chooses torch)
-#   WHEELS          with PYTHON: folder of wheels to install first; nothing is downloaded
+#   WHEELS          with PYTHON: folder of wheels to install first, and of nvidia-cutlass, whose
+#                   headers the build takes; nothing is downloaded
+#   VARIANTS        macros to build kernels with once more and bench again, quickly, such as
+#                   FEWSTEP_ATTENTION_JVP_TURNS; what is left built is the last one
 #   FEWSTEP_COMMIT  commit for the records, where the files came without .git
 #
 # Setting up .venv may download torch; what follows takes under ten minutes. --dry-run goes as far as
@@ -85,7 +88,13 @@ step() {
 
 if [[ -n $given ]]; then
     if [[ -n ${WHEELS:-} ]]; then
-        step "wheels" 90 "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl
+        # The build fetches CUTLASS's headers by pip, which then finds its wheel here.
+        export PIP_NO_INDEX=1 PIP_FIND_LINKS=$WHEELS
+        wheels=()
+        for wheel in "$WHEELS"/*.whl; do
+            [[ $wheel == */nvidia_cutlass-* ]] || wheels+=("$wheel")
+        done
+        step "wheels" 90 "$PYTHON" -m pip install --no-deps "${wheels[@]}"
     fi
     missing=()
     for module in pytest rich typer numpy pybind11 triton; do
@@ -139,6 +148,9 @@ else
         # Without torch's pool every tensor is its own allocation, and a read past its end is seen.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memcheck $op $impl" 60 "$sanitizer" \
             --tool memcheck --error-exitcode 3 "$PYTHON" -m fewstep.ops._gate "$op" "$impl" cuda
+        # Triton orders its own shared memory; ours is ours to order.
+        [[ $impl == native ]] && step "racecheck $op $impl" 90 "$sanitizer" \
+            --tool racecheck --error-exitcode 3 "$PYTHON" -m fewstep.ops._gate "$op" "$impl" cuda
     done
 fi
 
@@ -149,6 +161,21 @@ for op in "${ops[@]}"; do
     fi
     COLUMNS=160 step "bench $op" 150 "$PYTHON" -m fewstep bench ops --op "$op" --device "$device" \
         --output "$OUT/records" ${quick[@]+"${quick[@]}"}
+done
+if [[ " ${ops[*]} " == *" attention_jvp "* ]] && has diffusers; then
+    models=("$PYTHON" benchmarks/pipelines/forward_mode_models.py --device "$device")
+    ((dry_run)) && models+=(--tiny --repeats 2)
+    step "models in forward mode" 150 "${models[@]}" --output "$OUT/models"
+fi
+# A kernel's variants, last: each is built in the place of the one above.
+for variant in ${VARIANTS:-}; do
+    FEWSTEP_CMAKE_ARGS="-DCMAKE_CUDA_FLAGS=-D$variant" step "build $variant" 120 "$PYTHON" -m pip \
+        install --no-build-isolation --no-deps --no-index -e . || continue
+    for op in "${ops[@]}"; do
+        step "bench $op $variant" 90 "$PYTHON" -m fewstep bench ops --op "$op" --device "$device" \
+            --quick --output "$OUT/$variant"
+    done
+    COLUMNS=140 "$PYTHON" -m fewstep bench show "$OUT/$variant" 2>&1 | tee -a "$summary"
 done
 COLUMNS=140 "$PYTHON" -m fewstep bench show "$OUT/records" 2>&1 | tee -a "$summary"
 echo "$((SECONDS - started)) s; results: $OUT" | tee -a "$summary"

@@ -5,9 +5,11 @@ of these with a static k and v; under a causal mask, of the pairs that meet. A r
 primal only` does the primal's. Baselines are what trainers use: forward mode
 through unfused SDPA, and a central finite difference with the fused one (primal and two more
 evaluations; its truncation and rounding errors are another matter, see docs/ops/attention_jvp.md).
-Options of a case: `static` (k and v have no tangent), `directions`, and the keywords of SDPA.
+Options of a case: `static` (k and v have no tangent), `directions`, `keys` (N unless given), and
+the keywords of SDPA.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,22 +45,41 @@ CASES = [
         "  static k, v", {"B": 1, "H": 24, "N": 8192, "D": 128}, LOW, GPU, options={"static": True}
     ),
     Case("Wan 2.1 1.3B 480p", {"B": 1, "H": 12, "N": 32760, "D": 128}, LOW, GPU),
+    Case(
+        "SANA 1.6B cross 1024px",
+        {"B": 8, "H": 20, "N": 1024, "D": 112},
+        LOW,
+        GPU,
+        options={"static": True, "keys": 300},
+    ),
+    *(
+        Case(f"16 x 8192 x {d}", {"B": 1, "H": 16, "N": 8192, "D": d}, LOW, GPU)
+        for d in (40, 72, 80, 96, 112, 160, 256)
+    ),
+    *(
+        Case(f"24 x {n} x 128", {"B": 1, "H": 24, "N": n, "D": 128}, LOW, GPU)
+        for n in (1024, 2048, 4096, 16384)
+    ),
 ]
 STEP = 5e-3
 
 
 def inputs(case: Case, device: torch.device) -> tuple[Tensor | None, ...]:
     # Heads inside tokens, as a projection leaves them.
-    shape = (case["B"], case["N"], case["H"], case["D"])
     directions = case.options.get("directions")
     lead = () if directions is None else (directions,)
 
-    def new(*lead: int) -> Tensor:
-        return torch.randn((*lead, *shape), device=device).to(case.dtype).transpose(-3, -2)
+    def new(i: int, *lead: int) -> Tensor:
+        shape = (*lead, case["B"], keys(case) if i else case["N"], case["H"], case["D"])
+        return torch.randn(shape, device=device).to(case.dtype).transpose(-3, -2)
 
-    primals = [new() for _ in range(3)]
+    primals = [new(i) for i in range(3)]
     static = case.options.get("static", False)
-    return (*primals, *(None if static and i else new(*lead) for i in range(3)))
+    return (*primals, *(None if static and i else new(i, *lead) for i in range(3)))
+
+
+def keys(case: Case) -> int:
+    return case.options.get("keys", case["N"])
 
 
 def with_keywords(case: Case, *tensors: Any) -> tuple[Any, ...]:
@@ -113,6 +134,20 @@ def primal(keywords: dict[str, Any], *tensors: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*tensors[:3], **keywords)
 
 
+def primal_by(backend: SDPBackend) -> Callable[..., Tensor]:
+    def run(keywords: dict[str, Any], *tensors: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*tensors[:3], **keywords)
+
+    return run
+
+
+def backend_refuses(case: Case, *tensors: Tensor) -> str | None:
+    if tensors[0].device.type != "cuda":
+        return "its kernel runs on cuda only"
+    return "it takes head dims up to 256" if case["D"] > 256 else None
+
+
 def jvp_flash_attention(*tensors: Tensor) -> tuple[Tensor, Tensor]:
     from jvp_flash_attention.jvp_attention import JVPAttn
 
@@ -129,21 +164,26 @@ def peer_refuses(case: Case, *tensors: Tensor) -> str | None:
 
 def memory_refuses(case: Case, *tensors: Tensor) -> str | None:
     # Scores, their tangents and temporaries, in float32.
-    needed = 6 * 4 * case.options.get("directions", 1) * case["B"] * case["H"] * case["N"] ** 2
+    needed = (
+        6 * 4 * case.options.get("directions", 1) * case["B"] * case["H"] * case["N"] * keys(case)
+    )
     return f"it would take {needed / 2**30:.0f} GiB for scores" if needed > 100 * 2**30 else None
 
 
 def flops(case: Case) -> float:
     products = 2 + case.options.get("directions", 1) * (2 if case.options.get("static") else 4)
-    pairs = case["N"] * (case["N"] + 1) / 2 if case.options.get("is_causal") else case["N"] ** 2
+    pairs = case["N"] * keys(case)
+    if case.options.get("is_causal"):
+        pairs = case["N"] * (case["N"] + 1) / 2
     return products * 2.0 * case["B"] * case["H"] * pairs * case["D"]
 
 
 def bytes_moved(case: Case) -> float:
-    rows = case["B"] * case["H"] * case["N"]
-    # q, k, v and o; for each direction t_o and the tangents that move.
-    tensors = 4 + case.options.get("directions", 1) * (2 if case.options.get("static") else 4)
-    return rows * (float(tensors) * case["D"] * case.dtype.itemsize + 8)
+    heads, directions = case["B"] * case["H"], case.options.get("directions", 1)
+    # q and o, k and v; for each direction t_q and t_o, and t_k and t_v if they move.
+    rows = case["N"] * 2 * (1 + directions)
+    rows += keys(case) * 2 * (1 if case.options.get("static") else 1 + directions)
+    return heads * (float(rows) * case["D"] * case.dtype.itemsize + 8 * case["N"])
 
 
 BENCHMARK = Benchmark(
@@ -155,6 +195,15 @@ BENCHMARK = Benchmark(
         baseline("torch.func.jvp, math SDPA", unfused_jvp, with_keywords, memory_refuses),
         baseline("finite difference, fused SDPA", finite_difference, with_keywords),
         baseline("torch SDPA, primal only", primal, with_keywords),
+        *(
+            baseline(
+                f"torch SDPA {name}, primal only", primal_by(b), with_keywords, backend_refuses
+            )
+            for name, b in (
+                ("flash", SDPBackend.FLASH_ATTENTION),
+                ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+            )
+        ),
         baseline("jvp_flash_attention", jvp_flash_attention, unless=peer_refuses),
         matmul_limit(),
     ],
