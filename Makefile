@@ -10,7 +10,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # Stamps carry what was asked for, so that another TORCH, PYTHON or FEWSTEP_CUDA installs again.
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 CUDA_STAMP := $(VENV)/.cuda-$(or $(FEWSTEP_CUDA),auto)
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 
 .PHONY: demo test lint format docs bench figures doctor clean
 

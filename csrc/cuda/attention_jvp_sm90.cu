@@ -80,9 +80,9 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
     how.sequences = static_cast<int>(sequences);
     const bool additive = (attn_mask != nullptr && !mask_is_bool) || t_attn_mask != nullptr;
     const bool pairs = is_causal || cu_seqlens_q != nullptr || mask_is_bool;
-    how.masking = additive || scale < 0 ? Masking::kAdditive
-                  : pairs               ? Masking::kPairs
-                                        : Masking::kNone;
+    how.masking = additive || scale <= 0 ? Masking::kAdditive
+                  : pairs                ? Masking::kPairs
+                                         : Masking::kNone;
     how.width = padded_width(how.masking, static_cast<int>(std::max(D, Dv)));
     TensorView tangent_k = k, tangent_v = v;
     if (t_k != nullptr) {

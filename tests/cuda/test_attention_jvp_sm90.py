@@ -4,80 +4,19 @@ The kernels' own sources are compiled by the C++ compiler against emulated instr
 flow, barriers, descriptors, fragments and masks are those that a GPU will run.
 """
 
-import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
+from cuda_emulation import build, call
 from fewstep import ops
 from helpers import padded, relative_error
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-# fewstep::DType, in order.
-DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.int8,
-    torch.uint8,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-]
 INF = float("inf")
 
 
-class View(ctypes.Structure):
-    """fewstep::TensorView."""
-
-    _fields_ = (
-        ("data", ctypes.c_size_t),
-        ("dtype", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("sizes", ctypes.c_int64 * 5),
-        ("strides", ctypes.c_int64 * 5),
-    )
-
-    @classmethod
-    def of(cls, x):
-        view = cls()
-        if x is not None:
-            view.data, view.dtype, view.ndim = x.data_ptr(), DTYPES.index(x.dtype), x.dim()
-            view.sizes[: x.dim()] = x.shape
-            view.strides[: x.dim()] = x.stride()
-        return view
-
-
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Compile the kernels for the host, with some macros."""
-
-    def compiled(*macros):
-        compiler = shutil.which(os.environ.get("CXX", "c++"))
-        if compiler is None:
-            pytest.skip("no C++ compiler")
-        target = tmp_path_factory.mktemp("emulated") / "kernels.so"
-        command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-x", "c++"]
-        command += [f"-D{macro}" for macro in macros]
-        command += [f"-I{HERE / 'emulation'}", f"-I{ROOT / 'csrc' / 'include'}"]
-        source = HERE / "attention_jvp_sm90_emulated.cpp"
-        subprocess.run([*command, str(source), "-o", str(target)], check=True)
-        library = ctypes.CDLL(str(target))
-        library.run.restype = ctypes.c_char_p
-        return library
-
-    return compiled
-
-
-@pytest.fixture(scope="module")
-def library(build):
-    return build()
+def library(tmp_path_factory):
+    return build("attention_jvp", tmp_path_factory.mktemp("emulated"))
 
 
 def run(library, inputs, *, attn_mask=None, t_attn_mask=None, is_causal=False, scale=None, **cu):
@@ -94,12 +33,7 @@ def run(library, inputs, *, attn_mask=None, t_attn_mask=None, is_causal=False, s
     tensors += [None if attn_mask is None else attn_mask.expand(pairs)]
     tensors += [None if t_attn_mask is None else t_attn_mask.expand(1, *pairs)]
     tensors += [cu.get("cu_seqlens_q"), cu.get("cu_seqlens_k"), o, t_o, lse, mu, rest]
-    views = (View * len(tensors))(*map(View.of, tensors))
-    present = (ctypes.c_bool * len(tensors))(*(x is not None for x in tensors))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    error = library.run(views, present, is_causal, ctypes.c_double(scale))
-    if error:
-        raise ValueError(error.decode())
+    call(library, tensors, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
     return o, t_o[0], lse, mu[0], rest
 
 
@@ -244,9 +178,9 @@ def test_what_does_not_fit_is_refused(library):
         run(library, [x.float() for x in (q, k, v, t_q, t_k, t_v)])
 
 
-def test_warpgroups_that_take_turns(library, build):
+def test_warpgroups_that_take_turns(library, tmp_path):
     """The variant that benchmarks/gpu.sh compares: the same bits, and no deadlock at either end."""
-    turns = build("FEWSTEP_ATTENTION_JVP_TURNS")
+    turns = build("attention_jvp", tmp_path, "FEWSTEP_ATTENTION_JVP_TURNS")
     for nq, nk in ((1, 1), (5, 0), (129, 128), (200, 300), (20, 1500)):
         inputs = draw(nq, nk, 64)
         results = [run(kernels, inputs) for kernels in (library, turns)]

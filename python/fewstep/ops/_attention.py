@@ -13,6 +13,7 @@ from torch import Tensor
 from ._expect import expect_bool, expect_number, expect_tensor, expect_tensors
 
 HEAD_DIMS = range(8, 257, 8)
+MAX_HOPPER_DIM = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
 # Triton 3.9's compiler aborts the process on exact float32 products of some of these head dims.
@@ -51,6 +52,18 @@ def stat_dtype(q: Tensor) -> torch.dtype:
 def triton_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
     """Return what the Triton kernels take: float32 in the interpreter only."""
     return _TRITON_DTYPES if q.device.type == "cuda" else (torch.float32, *_TRITON_DTYPES)
+
+
+def refuse_hopper(inputs: dict[str, Tensor]) -> str | None:
+    """Return why the Hopper kernels can't read these matrices where they lie, or None."""
+    for name, x in inputs.items():
+        if x.shape[-1] > MAX_HOPPER_DIM:
+            return f"{name}: expected head dims up to {MAX_HOPPER_DIM}, got {x.shape[-1]}"
+        # The copy engine counts in units of 16 bytes.
+        strides = [n for n, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+        if x.storage_offset() % 8 or any(n % 8 or n < 0 for n in strides):
+            return f"{name}: expected rows that start at multiples of 16 bytes"
+    return None
 
 
 def unit_stride(x: Tensor | None) -> Tensor | None:

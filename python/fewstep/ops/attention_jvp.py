@@ -45,6 +45,7 @@ from ._attention import (
     Masking,
     count_directions,
     new_rows,
+    refuse_hopper,
     resolve_scale,
     stat_dtype,
     triton_dtypes,
@@ -57,8 +58,6 @@ from ._attention_autograd import RULES, refuse_mask_gradient
 from ._expect import expect_tensor
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
-
-MAX_HOPPER_DIM = 128
 
 __all__ = ["HEAD_DIMS", "attention_jvp", "merge_partials"]
 
@@ -141,23 +140,12 @@ def _refuse_native(
     reason = refuse_native("attention_jvp", [q], triton_dtypes(q))
     if reason is not None:
         return reason
-    if max(q.shape[-1], v.shape[-1]) > MAX_HOPPER_DIM:
-        return f"expected head dims up to {MAX_HOPPER_DIM}, got {q.shape[-1]} and {v.shape[-1]}"
     if t_q is None or (t_k is None) != (t_v is None):
         return "expected t_q, and both or none of t_k and t_v"
     if t_q.dim() > q.dim() and t_q.shape[0] != 1:
         return f"expected one direction, got {t_q.shape[0]}"
     inputs = {"q": q, "k": k, "v": v, "t_q": t_q, "t_k": t_k, "t_v": t_v}
-    for name, x in inputs.items():
-        if x is not None and not _in_sixteen_bytes(x):
-            return f"{name}: expected rows that start at multiples of 16 bytes"
-    return None
-
-
-def _in_sixteen_bytes(x: Tensor) -> bool:
-    """Whether the copy engine can read the rows where they lie."""
-    strides = [n for n, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    return x.storage_offset() % 8 == 0 and all(n % 8 == 0 and n >= 0 for n in strides)
+    return refuse_hopper({name: x for name, x in inputs.items() if x is not None})
 
 
 IMPLEMENTATIONS = (

@@ -43,6 +43,7 @@ from ._attention import (
     Masking,
     count_directions,
     new_rows,
+    refuse_hopper,
     resolve_scale,
     stat_dtype,
     triton_dtypes,
@@ -53,7 +54,7 @@ from ._attention import (
 )
 from ._expect import expect_tensor, expect_tensors
 from ._register import register
-from ._select import Implementation, first_tensor, refuse_native, refuse_triton, select
+from ._select import Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["NAMES", "attention_jvp_backward"]
 
@@ -122,16 +123,41 @@ def _run_triton(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Te
     return outputs
 
 
+def _refuse_native(*args: Any, **options: Any) -> str | None:
+    """Return why the native kernel can't run; the one for Hopper does not take everything.
+
+    Arguments are those of the op up to lse_rest, then a Masking; or the public function's.
+    """
+    q = args[_Q]
+    if q.device.type != "cuda":
+        return refuse_native("attention_jvp_backward", [q], DTYPES)
+    reason = refuse_native("attention_jvp_backward", [q], triton_dtypes(q))
+    if reason is not None:
+        return reason
+    names = ("d_o", "dt_o", "delta0", "delta1", "q", "k", "v", "t_q", "t_k", "t_v", "lse", "mu")
+    inputs = dict(zip(names, args[: len(names)], strict=True))
+    absent = [name for name, x in inputs.items() if x is None]
+    if absent:
+        return f"{absent[0]}: expected a tensor, got None"
+    mask = next((x.attn_mask for x in args if isinstance(x, Masking)), options.get("attn_mask"))
+    if mask is not None and mask.dtype != torch.bool:
+        return f"attn_mask: expected a boolean one, got {mask.dtype}"
+    return refuse_hopper({name: x for name, x in inputs.items() if x.dim() == 4})
+
+
+_Q = 4  # the position of q among the arguments
+
 IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda *args, **kwargs: refuse_native("attention_jvp_backward", args, DTYPES),
+        _refuse_native,
+        held_back="the Hopper kernel was not run on a GPU yet; ask for impl='native' to use it",
     ),
     Implementation(
         "triton",
         _run_triton,
-        lambda *args, **kwargs: refuse_triton(args, triton_dtypes(first_tensor(args))),
+        lambda *args, **kwargs: refuse_triton([args[_Q]], triton_dtypes(args[_Q])),
     ),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
@@ -256,7 +282,7 @@ def attention_jvp_backward(
     scale = resolve_scale(scale, q)
     masking = masking.expanded(q, k, None).one_direction(0)
     tensors = (d_o, dt_o, delta0, delta1, q, k, v, t_q, t_k, t_v, lse, mu, lse_rest)
-    chosen = select("attention_jvp_backward", impl, IMPLEMENTATIONS, q, masking)
+    chosen = select("attention_jvp_backward", impl, IMPLEMENTATIONS, *tensors, masking)
     return tuple(_op(*tensors, *masking.kernel_arguments(), scale, bits, chosen))
 
 

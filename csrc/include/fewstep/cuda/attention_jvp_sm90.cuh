@@ -16,19 +16,9 @@
 // With static keys and values t_k and t_v are absent: 4 products instead of 6.
 #pragma once
 
-#include <cmath>
-#include <limits>
-
 #include "fewstep/cuda/attention_jvp_sm90_params.cuh"
 
 namespace fewstep::cuda::attention_jvp_kernel {
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kThreads = (kGroups + 1) * kGroupThreads;
-
-// Registers of a thread by role; together 168 for each of 384 threads, all that there are.
-constexpr int kLoaderRegisters = 24, kMultiplierRegisters = 240;
 
 // Whether the multiplying warpgroups take turns, a tile's products after S at a time. By count they
 // need not: exponentials and centring are 1300 cycles of a tile against 3072 of products (D 128),
@@ -40,30 +30,15 @@ constexpr bool kTurns = true;
 constexpr bool kTurns = false;
 #endif
 
-// Named barriers, by warpgroup.
-constexpr int kTurn = 0, kStaged = kGroups;
-
 // kD: head dims, rounded up to 16. kStatic: without t_k and t_v.
-template <typename T_, int kD_, bool kStatic_, Masking kMasking_>
-struct Config {
-    using T = T_;
-    static constexpr int kD = kD_;
+template <typename T, int kD, bool kStatic_, Masking kMasking>
+struct Config : Layout<T, kD, 2, keys_of_tile(kMasking, kD, kStatic_), kStatic_ ? 4 : 8> {
     static constexpr bool kStatic = kStatic_;
-    static constexpr bool kMasked = kMasking_ != Masking::kNone;
-    static constexpr bool kAdditive = kMasking_ == Masking::kAdditive;
-    static constexpr int kKeys = keys_of_tile(kMasking_, kD, kStatic);
-    static constexpr int kBlocks = (kD + kBlockColumns - 1) / kBlockColumns;
-    static constexpr int kQueryBytes = kRows * kBlocks * kRowBytes;
-    static constexpr int kSlotBytes = kKeys * kBlocks * kRowBytes;
+    static constexpr bool kMasked = kMasking != Masking::kNone;
+    static constexpr bool kAdditive = kMasking == Masking::kAdditive;
+    static constexpr int kKeys = Config::kTileRows;
     static constexpr int kPerTile = kStatic ? 2 : 4;
-    static constexpr int kAlignment = kSwizzleRows * kRowBytes;
-    static constexpr int kBarrierBytes = 256;
-    static constexpr int kFit =
-        (kMaxSharedBytes - kAlignment - kBarrierBytes - 2 * kQueryBytes) / kSlotBytes;
-    static constexpr int kSlots = kFit < 2 * kPerTile ? kFit : 2 * kPerTile;
-    static constexpr int kSharedBytes =
-        kAlignment + 2 * kQueryBytes + kSlots * kSlotBytes + kBarrierBytes;
-    static_assert(kSlots > kPerTile && (2 * kSlots + 2) * sizeof(std::uint64_t) <= kBarrierBytes);
+    static_assert(Config::kSlots > kPerTile);
 };
 
 // The queries and keys that a block of threads works on.
@@ -73,27 +48,6 @@ struct Work {
     int first_key, keys;
     int row;    // first query of the block, in its sequence
     int tiles;  // of keys
-};
-
-template <class C>
-struct Shared {
-    std::uint8_t* base;  // aligned
-
-    __device__ std::uint8_t* q() const { return base; }
-    __device__ std::uint8_t* t_q() const { return base + C::kQueryBytes; }
-    __device__ std::uint8_t* slot(int i) const {
-        return base + 2 * C::kQueryBytes + i * C::kSlotBytes;
-    }
-    __device__ Barrier& barrier(int i) const {
-        return reinterpret_cast<Barrier*>(slot(C::kSlots))[i];
-    }
-    __device__ Barrier& full(int i) const { return barrier(i); }
-    __device__ Barrier& empty(int i) const { return barrier(C::kSlots + i); }
-    __device__ Barrier& queries() const { return barrier(2 * C::kSlots); }
-    __device__ Barrier& landed() const { return barrier(2 * C::kSlots + 1); }
-    __device__ std::uint64_t descriptor(const std::uint8_t* tile, int leading = 0) const {
-        return matrix_descriptor(shared_address(tile), leading);
-    }
 };
 
 template <class C>
@@ -120,60 +74,27 @@ __device__ Work find_work(const Params& p) {
     return w;
 }
 
-// Zeroes the rows of a tile of values behind the last key of a packed sequence: they belong to the
-// next one, and 0 x NaN is NaN. By one warp; the values have landed.
-template <class C>
-__device__ void clear_rows(std::uint8_t* tile, int first) {
-    for (int i = threadIdx.x % 32; i < (C::kKeys - first) * (kRowBytes / 16); i += 32) {
-        const int offset = first * kRowBytes + i * 16;
-#pragma unroll
-        for (int block = 0; block < C::kBlocks; ++block) {
-            *reinterpret_cast<uint4*>(tile + block * C::kKeys * kRowBytes + offset) = {};
-        }
-    }
-    fence_shared_stores();
-    __syncwarp();
-}
-
 // The loading warp.
 template <class C>
-__device__ void load_tiles(const Params& p, const Work& w, const Shared<C>& shared) {
-    const bool elected = threadIdx.x == 0;
-    const TileIndex queries{w.first_query + w.row, w.head, w.batch};
-    if (elected) {
-        Barrier& barrier = shared.queries();
-        load_tile<C::kBlocks>(p.q, queries, kRows, shared.q(), barrier);
-        load_tile<C::kBlocks>(p.t_q, queries, kRows, shared.t_q(), barrier);
+__device__ void load_tiles(const Params& p, const Work& w, const C& shared) {
+    if (threadIdx.x == 0) {
+        const TileIndex rows{w.first_query + w.row, w.head, w.batch};
+        load_tile<C::kBlocks>(p.q, rows, kRows, shared.owned(0), shared.owned_full());
+        load_tile<C::kBlocks>(p.t_q, rows, kRows, shared.owned(1), shared.owned_full());
     }
     RingPosition<C::kSlots> at;
-    std::uint32_t landed = 0;
+    std::uint32_t landings = 0;
     for (int tile = 0; tile < w.tiles; ++tile) {
         const int left = w.keys - tile * C::kKeys;
         const TileIndex keys{w.first_key + tile * C::kKeys, w.head / p.group, w.batch};
+        // Of keys only scores are taken, which a mask hides.
         const bool cut = C::kMasked && p.cu_k != nullptr && left < C::kKeys;
-#pragma unroll
-        for (int i = 0; i < C::kPerTile; ++i) {
-            constexpr int kFirstValue = C::kPerTile / 2;
-            const TensorMap& source = i == 0                 ? p.k
-                                      : i == C::kPerTile - 1 ? p.v
-                                      : i == 1               ? p.t_k
-                                                             : p.t_v;
-            shared.empty(at.slot).wait(at.parity ^ 1);
-            if (cut && i >= kFirstValue) {
-                if (elected) {
-                    load_tile<C::kBlocks>(source, keys, C::kKeys, shared.slot(at.slot),
-                                          shared.landed());
-                }
-                shared.landed().wait(landed);
-                landed ^= 1;
-                clear_rows<C>(shared.slot(at.slot), left);
-                if (elected) shared.full(at.slot).arrive();
-            } else if (elected) {
-                load_tile<C::kBlocks>(source, keys, C::kKeys, shared.slot(at.slot),
-                                      shared.full(at.slot));
-            }
-            at.advance();
+        stream_tile(shared, p.k, keys, at, false, left, landings);
+        if constexpr (!C::kStatic) {
+            stream_tile(shared, p.t_k, keys, at, false, left, landings);
+            stream_tile(shared, p.t_v, keys, at, cut, left, landings);
         }
+        stream_tile(shared, p.v, keys, at, cut, left, landings);
     }
 }
 
@@ -184,8 +105,7 @@ __device__ __forceinline__ std::uint64_t meeting_pairs(const Params& p, const Wo
                                                        int first_row, int first_key) {
     const int thread = threadIdx.x % kGroupThreads;
     const bool reads = p.mask.data != nullptr && p.mask_is_bool;
-    const bool* mask = static_cast<const bool*>(p.mask.data) + w.batch * p.mask.strides.b +
-                       w.head * p.mask.strides.h;
+    const bool* mask = p.mask.at<bool>(w.batch, w.head);
     std::uint64_t bits = 0;
 #pragma unroll 1
     for (int i = 0; i < C::kKeys / 2; ++i) {
@@ -224,9 +144,7 @@ __device__ __forceinline__ void add_mask(const Params& p, const Mask& mask, cons
                                          int first_row, int first_key, float (&s)[C::kKeys / 2]) {
     using T = typename C::T;
     const int thread = threadIdx.x % kGroupThreads;
-    const T* data = mask.data == nullptr ? nullptr
-                                         : static_cast<const T*>(mask.data) +
-                                               w.batch * mask.strides.b + w.head * mask.strides.h;
+    const T* data = mask.at<T>(w.batch, w.head);
 #pragma unroll
     for (int i = 0; i < C::kKeys / 2; ++i) {
         const int row = first_row + accumulator_row(thread, i);
@@ -319,36 +237,8 @@ __device__ __forceinline__ void center(const Params& params, State<C>& state,
     }
 }
 
-// Writes o and t_o through shared memory, where this warp's queries were, 16 bytes a thread.
 template <class C>
-__device__ void store_rows(const Work& w, int group, const float (&values)[C::kD / 2],
-                           const float (&factor)[2], std::uint8_t* staging, void* target,
-                           const Strides& strides, int dv) {
-    const int thread = threadIdx.x % kGroupThreads, lane = thread % 32;
-    const int group_row = group * kGroupRows;
-#pragma unroll
-    for (int i = 0; i < C::kD / 4; ++i) {
-        const int row = group_row + accumulator_row(thread, 2 * i);
-        const int offset = tile_offset(row, accumulator_column(thread, 2 * i), kRows);
-        *reinterpret_cast<std::uint32_t*>(staging + offset) =
-            pack<typename C::T>(values[2 * i] * factor[i % 2], values[2 * i + 1] * factor[i % 2]);
-    }
-    __syncwarp();
-    constexpr int kChunks = C::kD / 8;
-    const int first_row = group_row + thread / 32 * 16;
-    auto* base = static_cast<typename C::T*>(target) + w.batch * strides.b + w.head * strides.h;
-    for (int i = lane; i < 16 * kChunks; i += 32) {
-        const int row = first_row + i / kChunks, column = i % kChunks * 8;
-        if (w.row + row >= w.queries || column >= dv) continue;
-        const auto values16 =
-            *reinterpret_cast<const uint4*>(staging + tile_offset(row, column, kRows));
-        const std::int64_t line = w.first_query + w.row + row;
-        *reinterpret_cast<uint4*>(base + line * strides.row + column) = values16;
-    }
-}
-
-template <class C>
-__device__ void finish(const Params& p, const Work& w, int group, const Shared<C>& shared,
+__device__ void finish(const Params& p, const Work& w, int group, const C& shared,
                        const State<C>& state) {
     const int thread = threadIdx.x % kGroupThreads;
     float inverse[2];
@@ -370,19 +260,22 @@ __device__ void finish(const Params& p, const Work& w, int group, const Shared<C
     }
     // Every warp of the group has read the queries for the last time.
     sync_named(kStaged + group, kGroupThreads);
-    store_rows<C>(w, group, state.o, inverse, shared.q(), p.o, p.o_strides, p.dv);
-    store_rows<C>(w, group, state.t_o, inverse, shared.t_q(), p.t_o, p.t_o_strides, p.dv);
+    const auto rows_of = [&](void* x, const Strides& strides) {
+        return static_cast<typename C::T*>(x) + w.batch * strides.b + w.head * strides.h +
+               (w.first_query + w.row) * strides.row;
+    };
+    const int left = w.queries - w.row;
+    store_rows<C>(shared, 0, group, state.o, inverse, rows_of(p.o, p.o_strides), p.o_strides.row,
+                  left, p.dv);
+    store_rows<C>(shared, 1, group, state.t_o, inverse, rows_of(p.t_o, p.t_o_strides),
+                  p.t_o_strides.row, left, p.dv);
 }
 
 template <class C>
-__device__ void multiply_tiles(const Params& p, const Work& w, int group, const Shared<C>& shared) {
+__device__ void multiply_tiles(const Params& p, const Work& w, int group, const C& shared) {
     using T = typename C::T;
-    constexpr int kSteps = C::kD / kStepK;
-    constexpr int kLeading = C::kKeys * kRowBytes;
     const int first_row = w.row + group * kGroupRows;
-    const int query_offset = group * kGroupRows * kRowBytes;
-    const std::uint64_t q = shared.descriptor(shared.q() + query_offset);
-    const std::uint64_t t_q = shared.descriptor(shared.t_q() + query_offset);
+    const std::uint64_t q = shared.rows(0, group), t_q = shared.rows(1, group);
     // Masked scores are in natural units already.
     const float unit = (C::kAdditive ? 1.0f : p.scale) * kLog2e;
 
@@ -399,14 +292,8 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
     const auto wait = [&](const RingPosition<C::kSlots>& from) {
         shared.full(from.slot).wait(from.parity);
     };
-    const auto release = [&](int slot) {
-        if (threadIdx.x % 32 == 0) shared.empty(slot).arrive();
-    };
-    const auto tile_at = [&](int slot, int leading = 0) {
-        return shared.descriptor(shared.slot(slot), leading);
-    };
 
-    if (w.tiles > 0) shared.queries().wait(0);
+    if (w.tiles > 0) shared.owned_full().wait(0);
     if (kTurns && group == 1) arrive_named(kTurn, kGroups * kGroupThreads);
 #pragma unroll 1
     for (int tile = 0; tile < w.tiles; ++tile) {
@@ -417,7 +304,7 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
         at.advance();
         fence_registers(s);
         begin_products();
-        multiply_scores<T, C::kKeys, kSteps, false>(q, kRows, tile_at(k_slot), s);
+        multiply_scores<T, C::kKeys, C::kSteps, false>(q, kRows, shared.tile(k_slot), s);
         commit_products();
         wait_products<0>();
         fence_registers(s);
@@ -435,15 +322,15 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
         }
         fence_registers(s);
         begin_products();
-        multiply_scores<T, C::kKeys, kSteps, false>(t_q, kRows, tile_at(k_slot), s);
+        multiply_scores<T, C::kKeys, C::kSteps, false>(t_q, kRows, shared.tile(k_slot), s);
         if constexpr (!C::kStatic) {
-            multiply_scores<T, C::kKeys, kSteps, true>(q, kRows, tile_at(t_k_slot), s);
+            multiply_scores<T, C::kKeys, C::kSteps, true>(q, kRows, shared.tile(t_k_slot), s);
         }
         commit_products();
         wait_products<0>();
         fence_registers(s);
-        release(k_slot);
-        if constexpr (!C::kStatic) release(t_k_slot);
+        shared.release(k_slot);
+        if constexpr (!C::kStatic) shared.release(t_k_slot);
         if constexpr (C::kAdditive) add_mask<C>(p, p.t_mask, w, first_row, first_key, s);
         center<C>(p, state, weights, s, h);
 
@@ -459,16 +346,16 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
         fence_registers(state.t_o);
         begin_products();
         if constexpr (!C::kStatic) {
-            multiply_values<T, C::kD, C::kKeys>(weights, tile_at(t_v_slot, kLeading), state.t_o);
+            multiply_values<T, C::kD, C::kKeys>(weights, shared.values(t_v_slot), state.t_o);
         }
-        multiply_values<T, C::kD, C::kKeys>(weights, tile_at(v_slot, kLeading), state.o);
-        multiply_values<T, C::kD, C::kKeys>(h, tile_at(v_slot, kLeading), state.t_o);
+        multiply_values<T, C::kD, C::kKeys>(weights, shared.values(v_slot), state.o);
+        multiply_values<T, C::kD, C::kKeys>(h, shared.values(v_slot), state.t_o);
         commit_products();
         wait_products<0>();
         fence_registers(state.o);
         fence_registers(state.t_o);
-        if constexpr (!C::kStatic) release(t_v_slot);
-        release(v_slot);
+        if constexpr (!C::kStatic) shared.release(t_v_slot);
+        shared.release(v_slot);
         // The second group's last turn is nobody's to take.
         if (kTurns && (tile + 1 < w.tiles || group == 0)) {
             arrive_named(kTurn + 1 - group, kGroups * kGroupThreads);
@@ -480,20 +367,10 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_jvp_sm90_kernel(const __grid_constant__ Params p) {
-    std::uint8_t* const raw = dynamic_shared();
     const Work w = find_work<C>(p);
     if (w.row >= w.queries) return;
-    const std::uint32_t past = shared_address(raw) % C::kAlignment;
-    const Shared<C> shared{raw + (past == 0 ? 0 : C::kAlignment - past)};
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < C::kSlots; ++i) {
-            shared.full(i).init(1);
-            shared.empty(i).init(kGroups * kGroupThreads / 32);
-        }
-        shared.queries().init(2);
-        shared.landed().init(1);
-        fence_barriers();
-    }
+    const C shared;
+    if (threadIdx.x == 0) shared.init_barriers();
     __syncthreads();
     if (threadIdx.x < kGroupThreads) {
         give_registers<kLoaderRegisters>();

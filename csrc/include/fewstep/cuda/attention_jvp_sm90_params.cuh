@@ -2,7 +2,7 @@
 // and launches does not compile them.
 #pragma once
 
-#include "fewstep/cuda/hopper.cuh"
+#include "fewstep/cuda/attention_sm90.cuh"
 
 namespace fewstep::cuda::attention_jvp_kernel {
 
@@ -10,24 +10,7 @@ namespace fewstep::cuda::attention_jvp_kernel {
 enum class Masking {
     kNone,      // all keys
     kPairs,     // causal, packed sequences, a boolean mask
-    kAdditive,  // an additive mask, or a scale below 0; the above too
-};
-
-constexpr int kGroups = 2;  // multiplying warpgroups
-constexpr int kGroupRows = 64;
-constexpr int kRows = kGroups * kGroupRows;  // queries of a block of threads
-
-struct Strides {
-    std::int64_t b, h, row, column;
-
-    static Strides of(const TensorView& x, int first) {
-        return {x.stride(first), x.stride(first + 1), x.stride(first + 2), x.stride(first + 3)};
-    }
-};
-
-struct Mask {
-    const void* data = nullptr;
-    Strides strides{};
+    kAdditive,  // an additive mask, or a scale not above 0; the above too
 };
 
 struct Params {

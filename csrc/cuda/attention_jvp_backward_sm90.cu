@@ -1,0 +1,134 @@
+// attention_jvp_backward on Hopper, the host's side: the three passes and what they are told.
+// The kernels: csrc/include/fewstep/cuda/attention_jvp_backward_sm90.cuh.
+#include <algorithm>
+
+#include "fewstep/check.h"
+#include "fewstep/cuda/attention_jvp_backward_sm90_params.cuh"
+#include "fewstep/ops/attention_jvp_backward.h"
+
+namespace fewstep::cuda {
+namespace {
+
+using namespace attention_jvp_backward_kernel;
+
+void expect_loadable(const TensorView& x, const char* argument, DType dtype,
+                     std::initializer_list<std::int64_t> sizes) {
+    expect_rows(x, argument, dtype, sizes);
+    FEWSTEP_CHECK(is_loadable(x), argument, ": expected rows in steps of 16 bytes");
+}
+
+Gradient gradient(const TensorView* x) {
+    if (x == nullptr) return {};
+    return {x->ptr<void>(), Strides::of(*x, 0)};
+}
+
+}  // namespace
+
+void attention_jvp_backward_sm90(
+    const TensorView* d_o, const TensorView* dt_o, const TensorView* delta0,
+    const TensorView& delta1, const TensorView& q, const TensorView& k, const TensorView& v,
+    const TensorView* t_q, const TensorView* t_k, const TensorView* t_v, const TensorView& lse,
+    const TensorView* mu, const TensorView* lse_rest, const TensorView* attn_mask,
+    const TensorView* t_attn_mask, const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k,
+    bool is_causal, const TensorView* d_q, const TensorView* d_k, const TensorView* d_v,
+    const TensorView* dt_q, const TensorView* dt_k, const TensorView* dt_v, double scale,
+    std::uintptr_t stream) {
+    const std::int64_t B = q.size(0), H = q.size(1), Nq = q.size(2), D = q.size(3);
+    const std::int64_t G = k.size(1), Nk = k.size(2), Dv = v.size(3);
+    FEWSTEP_CHECK(q.dtype == DType::kBFloat16 || q.dtype == DType::kFloat16,
+                  "q: expected bfloat16 or float16, got ", name(q.dtype));
+    FEWSTEP_CHECK(std::max(D, Dv) <= 128, "q, v: expected head dims up to 128, got ",
+                  std::max(D, Dv));
+    FEWSTEP_CHECK(d_o != nullptr && dt_o != nullptr && delta0 != nullptr && mu != nullptr,
+                  "d_o, dt_o, delta0, mu: expected all of them");
+    FEWSTEP_CHECK(t_q != nullptr && t_k != nullptr && t_v != nullptr,
+                  "t_q, t_k, t_v: expected all of them");
+    FEWSTEP_CHECK(lse_rest == nullptr && t_attn_mask == nullptr,
+                  "lse_rest, t_attn_mask: expected none, they go with an additive mask");
+    FEWSTEP_CHECK(G > 0 && H % G == 0, "k: expected heads that divide ", H, ", got ", G);
+    struct Expected {
+        const TensorView* x;
+        const char* name;
+        std::int64_t heads, rows, columns;
+    };
+    for (const Expected& e :
+         {Expected{&q, "q", H, Nq, D}, Expected{&k, "k", G, Nk, D}, Expected{&v, "v", G, Nk, Dv},
+          Expected{t_q, "t_q", H, Nq, D}, Expected{t_k, "t_k", G, Nk, D},
+          Expected{t_v, "t_v", G, Nk, Dv}, Expected{d_o, "d_o", H, Nq, Dv},
+          Expected{dt_o, "dt_o", H, Nq, Dv}, Expected{d_q, "d_q", H, Nq, D},
+          Expected{d_k, "d_k", G, Nk, D}, Expected{d_v, "d_v", G, Nk, Dv},
+          Expected{dt_q, "dt_q", H, Nq, D}, Expected{dt_k, "dt_k", G, Nk, D},
+          Expected{dt_v, "dt_v", G, Nk, Dv}}) {
+        if (e.x != nullptr) {
+            expect_loadable(*e.x, e.name, q.dtype, {B, e.heads, e.rows, e.columns});
+        }
+    }
+    expect_contiguous(lse, "lse", DType::kFloat32, {B, H, Nq});
+    expect_contiguous(*mu, "mu", DType::kFloat32, {B, H, Nq});
+    expect_contiguous(*delta0, "delta0", DType::kFloat32, {B, H, Nq});
+    expect_contiguous(delta1, "delta1", DType::kFloat32, {B, H, Nq});
+    if (attn_mask != nullptr) {
+        expect_shape(*attn_mask, "attn_mask", DType::kBool, {B, H, Nq, Nk});
+    }
+    FEWSTEP_CHECK((cu_seqlens_q == nullptr) == (cu_seqlens_k == nullptr),
+                  "cu_seqlens_q, cu_seqlens_k: expected both or none");
+    const std::int64_t sequences = cu_seqlens_q == nullptr ? B : cu_seqlens_q->size(0) - 1;
+    if (cu_seqlens_q != nullptr) {
+        expect_contiguous(*cu_seqlens_q, "cu_seqlens_q", DType::kInt32, {sequences + 1});
+        expect_contiguous(*cu_seqlens_k, "cu_seqlens_k", DType::kInt32, {sequences + 1});
+        FEWSTEP_CHECK(B == 1, "q: expected one packed batch item, got ", B);
+    }
+
+    Params p{};
+    p.lse = lse.ptr<float>();
+    p.mu = mu->ptr<float>();
+    p.delta0 = delta0->ptr<float>();
+    p.delta1 = delta1.ptr<float>();
+    if (attn_mask != nullptr) p.mask = {attn_mask->ptr<void>(), Strides::of(*attn_mask, 0)};
+    p.cu_q = cu_seqlens_q == nullptr ? nullptr : cu_seqlens_q->ptr<std::int32_t>();
+    p.cu_k = cu_seqlens_k == nullptr ? nullptr : cu_seqlens_k->ptr<std::int32_t>();
+    p.is_causal = is_causal;
+    p.heads = static_cast<int>(H);
+    p.group = static_cast<int>(H / G);
+    p.nq = static_cast<int>(Nq);
+    p.nk = static_cast<int>(Nk);
+    p.scale = static_cast<float>(scale);
+    Launch how{};
+    how.width = std::max(D, Dv) <= 64 ? 64 : 128;
+    how.masked = is_causal || attn_mask != nullptr || cu_seqlens_q != nullptr;
+    how.sequences = static_cast<int>(sequences);
+
+    // The table at the top of the kernels' header.
+    struct Plan {
+        Pass pass;
+        std::initializer_list<const TensorView*> owned, streamed;
+        const TensorView *a, *b;
+    };
+    for (const Plan& plan :
+         {Plan{Pass::kQueries, {&q, t_q, dt_o, d_o}, {&v, t_v, &k, t_k}, dt_q, d_q},
+          Plan{Pass::kKeys, {&k, t_k, &v, t_v}, {dt_o, d_o, &q, t_q}, dt_k, d_k},
+          Plan{Pass::kValues, {&k, t_k}, {&q, t_q, dt_o, d_o}, dt_v, d_v}}) {
+        const TensorView* wanted = plan.a != nullptr ? plan.a : plan.b;
+        if (wanted == nullptr || wanted->numel() == 0) continue;
+        p.a = gradient(plan.a);
+        p.b = gradient(plan.b);
+        p.columns = static_cast<int>(wanted->size(3));
+        how.pass = plan.pass;
+        how.rows = static_cast<int>(wanted->size(2));
+        how.heads = static_cast<int>(wanted->size(1));
+        if (Nq > 0 && Nk > 0) {  // else nothing is loaded
+            const auto describe = [](const auto& views, TensorMap* maps, int rows) {
+                for (const TensorView* view : views) *maps++ = make_tensor_map(*view, rows);
+            };
+            describe(plan.owned, p.owned, kRows);
+            describe(plan.streamed, p.streamed, tile_rows(plan.pass, how.width));
+        }
+        if (q.dtype == DType::kBFloat16) {
+            launch<__nv_bfloat16>(how, p, as_stream(stream));
+        } else {
+            launch<__half>(how, p, as_stream(stream));
+        }
+    }
+}
+
+}  // namespace fewstep::cuda

@@ -1,0 +1,385 @@
+// attention_jvp_backward on Hopper, in three passes that share one shape. Each owns 128 rows,
+// streams tiles of the other side, and sums two gradients a, b of its rows with weights W0, W1 of
+// the pairs:
+//
+//     a += W0 L          b += W1 L + W0 tL
+//
+//               owns (x, t_x, y, t_y)    streams early, late      a, b         W0, W1
+//     queries   q, t_q, dt_o, d_o        v, t_v      k, t_k       dt_q, d_q    dS0, dS1
+//     keys      k, t_k, v, t_v           dt_o, d_o   q, t_q       dt_k, d_k    dS0^T, dS1^T
+//     values    k, t_k                   q, t_q      dt_o, d_o    dt_v, d_v    P^T, tP^T
+//
+//     S = x u^T    tS = t_x u^T + x t_u^T    X0 = y w^T    X1 = t_y w^T + y t_w^T
+//
+// (u: the streamed partner of x, w that of y; L, tL: the late tiles.) 9, 9 and 6 products: 24,
+// where one pass would do 15; each gradient is summed in one order, in registers, without atomics.
+// Two products are in flight at most beside the sums, and each score tile is packed before the
+// next: two sums of 128 columns leave room for three tiles of 64. Derivation and symbols:
+// docs/ops/attention_jvp_backward.md.
+#pragma once
+
+#include "fewstep/cuda/attention_jvp_backward_sm90_params.cuh"
+
+namespace fewstep::cuda::attention_jvp_backward_kernel {
+
+// Numbers of a query: lse in units of exp2 and inf where P is 0 (a query without keys, or none at
+// all), mu, delta0, delta1.
+constexpr int kNumbers = 4;
+// Tiles whose numbers are in shared memory. The ring holds two tiles at most, so when the first
+// slot of the third is free again nobody reads the first any more.
+constexpr int kNumberTiles = 3;
+
+template <typename T, int kD, Pass kPass_, bool kMasked_>
+struct Config
+    : Layout<T, kD, kPass_ == Pass::kValues ? 2 : 4, tile_rows(kPass_, kD), 8,
+             kPass_ == Pass::kQueries ? 0 : kNumberTiles * kNumbers * tile_rows(kPass_, kD) * 4> {
+    static constexpr Pass kPass = kPass_;
+    static constexpr bool kMasked = kMasked_;
+    static constexpr bool kOwnsQueries = kPass == Pass::kQueries;
+    static constexpr bool kIsValues = kPass == Pass::kValues;
+    static constexpr int kTile = Config::kTileRows;
+    static constexpr int kPerTile = 4;
+    // The loading warp also copies numbers: it needs more registers, and the others leave them to
+    // it.
+    static constexpr int kLoaderRegisters = kOwnsQueries ? 24 : 40;
+    static constexpr int kMultiplierRegisters = kOwnsQueries ? 240 : 232;
+    static_assert(Config::kSlots > kPerTile && Config::kSlots <= 2 * kPerTile);
+
+    // Numbers of the queries of a streamed tile, [kNumbers][kTile].
+    __device__ float* numbers(int tile) const {
+        return reinterpret_cast<float*>(this->extra()) + tile % kNumberTiles * kNumbers * kTile;
+    }
+};
+
+// The rows that a block of threads owns and the tiles that it streams.
+struct Work {
+    int batch, owned_head;
+    int stream_head, stream_heads;  // the first, and how many: query heads that share keys
+    int owned_first, owned;         // of the sequence, in the tensor
+    int stream_first, stream;
+    int row;         // first row of the block, in its sequence
+    int begin, end;  // tiles of each streamed head
+
+    __device__ int tiles() const { return (end - begin) * stream_heads; }
+};
+
+template <class C>
+__device__ Work find_work(const Params& p) {
+    Work w;
+    const int sequence = blockIdx.z;
+    int first[2] = {0, 0}, count[2] = {p.nq, p.nk};  // of queries and of keys
+    w.batch = sequence;
+    if (C::kMasked && p.cu_q != nullptr) {
+        w.batch = 0;
+        first[0] = p.cu_q[sequence];
+        count[0] = p.cu_q[sequence + 1] - first[0];
+        first[1] = p.cu_k[sequence];
+        count[1] = p.cu_k[sequence + 1] - first[1];
+    }
+    constexpr int kOwn = C::kOwnsQueries ? 0 : 1;
+    w.owned_first = first[kOwn];
+    w.owned = count[kOwn];
+    w.stream_first = first[1 - kOwn];
+    w.stream = count[1 - kOwn];
+    w.owned_head = blockIdx.y;
+    w.stream_head = C::kOwnsQueries ? w.owned_head / p.group : w.owned_head * p.group;
+    w.stream_heads = C::kOwnsQueries ? 1 : p.group;
+    const bool causal = C::kMasked && p.is_causal;
+    // The longest rows first, where they differ in length.
+    w.row = (causal && C::kOwnsQueries ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * kRows;
+    w.begin = causal && !C::kOwnsQueries ? w.row / C::kTile : 0;
+    const int seen = causal && C::kOwnsQueries ? min(w.stream, w.row + kRows) : w.stream;
+    w.end = max(w.begin, (seen + C::kTile - 1) / C::kTile);
+    return w;
+}
+
+// A query's numbers; `query` counts from the start of its sequence.
+__device__ __forceinline__ void read_numbers(const Params& p, int batch, int head, int first,
+                                             int query, int queries, float (&numbers)[kNumbers]) {
+    const std::int64_t at =
+        (static_cast<std::int64_t>(batch) * p.heads + head) * p.nq + first + query;
+    const bool exists = query < queries;
+    const float lse = exists ? p.lse[at] : -kInfinity;
+    numbers[0] = lse == -kInfinity ? kInfinity : lse * kLog2e;
+    numbers[1] = exists ? p.mu[at] : 0.0f;
+    numbers[2] = exists ? p.delta0[at] : 0.0f;
+    numbers[3] = exists ? p.delta1[at] : 0.0f;
+}
+
+// The loading warp.
+template <class C>
+__device__ void load_tiles(const Params& p, const Work& w, const C& shared) {
+    if (threadIdx.x == 0) {
+        const TileIndex rows{w.owned_first + w.row, w.owned_head, w.batch};
+#pragma unroll
+        for (int i = 0; i < C::kOwned; ++i) {
+            load_tile<C::kBlocks>(p.owned[i], rows, kRows, shared.owned(i), shared.owned_full());
+        }
+    }
+    RingPosition<C::kSlots> at;
+    std::uint32_t landings = 0;
+    int count = 0;
+    for (int head = w.stream_head; head < w.stream_head + w.stream_heads; ++head) {
+        for (int tile = w.begin; tile < w.end; ++tile, ++count) {
+            const int first = tile * C::kTile, left = w.stream - first;
+            const TileIndex from{w.stream_first + first, head, w.batch};
+            const bool cut = C::kMasked && p.cu_q != nullptr && left < C::kTile;
+            if constexpr (!C::kOwnsQueries) {
+                shared.empty(at.slot).wait(at.parity ^ 1);
+                for (int column = threadIdx.x; column < C::kTile; column += 32) {
+                    float numbers[kNumbers];
+                    read_numbers(p, w.batch, head, w.stream_first, first + column, w.stream,
+                                 numbers);
+#pragma unroll
+                    for (int i = 0; i < kNumbers; ++i) {
+                        shared.numbers(count)[i * C::kTile + column] = numbers[i];
+                    }
+                }
+                __syncwarp();  // before the first slot is reported full
+            }
+#pragma unroll
+            for (int i = 0; i < C::kPerTile; ++i) {
+                // Of the early ones only scores are taken, which a mask hides.
+                stream_tile(shared, p.streamed[i], from, at, cut && i >= 2, left, landings);
+            }
+        }
+    }
+}
+
+// The queries' numbers by value of a thread's scores: with queries owned they belong to its two
+// rows and stay in registers, with queries streamed they belong to its columns.
+template <class C>
+struct Numbers {
+    float kept[2][kNumbers];
+    const float* tile;  // of this thread's first column
+
+    template <int kWhich>
+    __device__ float get(int i) const {
+        if constexpr (C::kOwnsQueries) {
+            return kept[i / 2 % 2][kWhich];
+        } else {
+            return tile[kWhich * C::kTile + i / 4 * 8 + i % 2];
+        }
+    }
+};
+
+// Takes scores to units of exp2 and puts -inf where pairs don't meet: rows from first_row on,
+// columns from first_column on. Queries past the last have lse = inf already.
+template <class C>
+__device__ __forceinline__ void scale_and_hide(const Params& p, const Work& w, int query_head,
+                                               int first_row, int first_column,
+                                               float (&s)[C::kTile / 2]) {
+    const float unit = p.scale * kLog2e;
+#pragma unroll
+    for (int i = 0; i < C::kTile / 2; ++i) s[i] *= unit;
+    const int end = first_column + C::kTile;
+    const int thread = threadIdx.x % kGroupThreads;
+    if constexpr (C::kMasked) {
+        const int first_query = C::kOwnsQueries ? first_row : first_column;
+        const int last_key = C::kOwnsQueries ? end - 1 : first_row + kGroupRows - 1;
+        const bool crosses = p.is_causal && last_key > first_query;
+        if (p.mask.data == nullptr && end <= w.stream && !crosses) return;
+        const bool* mask = p.mask.at<bool>(w.batch, query_head);
+        const int queries = C::kOwnsQueries ? w.owned : w.stream;
+        const int keys = C::kOwnsQueries ? w.stream : w.owned;
+        std::uint32_t bits = 0;
+#pragma unroll 1
+        for (int i = 0; i < C::kTile / 2; ++i) {
+            const int row = first_row + accumulator_row(thread, i);
+            const int column = first_column + accumulator_column(thread, i);
+            const int query = C::kOwnsQueries ? row : column, key = C::kOwnsQueries ? column : row;
+            bool meets = key < keys && query < queries && (!p.is_causal || key <= query);
+            if (mask != nullptr && meets) {
+                meets = mask[query * p.mask.strides.row + key * p.mask.strides.column];
+            }
+            bits |= static_cast<std::uint32_t>(meets) << i;
+        }
+#pragma unroll
+        for (int i = 0; i < C::kTile / 2; ++i) s[i] = bits >> i & 1 ? s[i] : -kInfinity;
+    } else {
+        if (!C::kOwnsQueries || end <= w.stream) return;
+#pragma unroll
+        for (int i = 0; i < C::kTile / 2; ++i) {
+            if (first_column + accumulator_column(thread, i) >= w.stream) s[i] = -kInfinity;
+        }
+    }
+}
+
+// acc = rows times a tile, and then: plus others times another; waits for it.
+template <class C>
+__device__ __forceinline__ void score(float (&acc)[C::kTile / 2], std::uint64_t rows, int slot,
+                                      const C& shared) {
+    using T = typename C::T;
+    fence_registers(acc);
+    begin_products();
+    multiply_scores<T, C::kTile, C::kSteps, false>(rows, kRows, shared.tile(slot), acc);
+    commit_products();
+    wait_products<0>();
+    fence_registers(acc);
+}
+template <class C>
+__device__ __forceinline__ void score(float (&acc)[C::kTile / 2], std::uint64_t rows, int slot,
+                                      std::uint64_t others, int other_slot, const C& shared) {
+    using T = typename C::T;
+    fence_registers(acc);
+    begin_products();
+    multiply_scores<T, C::kTile, C::kSteps, false>(rows, kRows, shared.tile(slot), acc);
+    multiply_scores<T, C::kTile, C::kSteps, true>(others, kRows, shared.tile(other_slot), acc);
+    commit_products();
+    wait_products<0>();
+    fence_registers(acc);
+}
+
+// x = weight (factor x - number), with the query's number kWhich. `zero`: see Params.
+template <class C, int kWhich>
+__device__ __forceinline__ void weigh_all(const std::uint32_t (&weights)[C::kTile / 4],
+                                          std::uint32_t zero, float factor,
+                                          const Numbers<C>& numbers, float (&x)[C::kTile / 2]) {
+#pragma unroll
+    for (int i = 0; i < C::kTile / 2; ++i) {
+        const float2 pair = unpack<typename C::T>(weights[i / 2] ^ zero);
+        const float weight = i % 2 == 0 ? pair.x : pair.y;
+        const float product = weight * fmaf(factor, x[i], -numbers.template get<kWhich>(i));
+        // What does not meet has weight 0, and x may then be anything.
+        x[i] = C::kMasked && weight == 0.0f ? 0.0f : product;
+    }
+}
+
+template <class C>
+__device__ void multiply_tiles(const Params& p, const Work& w, int group, const C& shared) {
+    using T = typename C::T;
+    constexpr int kTile = C::kTile, kSteps = C::kSteps;
+    const int first_row = w.row + group * kGroupRows;
+    const std::uint64_t x = shared.rows(0, group), t_x = shared.rows(1, group);
+    const std::uint64_t y = shared.rows(C::kOwned - 2, group);
+    const std::uint64_t t_y = shared.rows(C::kOwned - 1, group);
+    const int thread = threadIdx.x % kGroupThreads;
+    Numbers<C> numbers;
+    if constexpr (C::kOwnsQueries) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            read_numbers(p, w.batch, w.owned_head, w.owned_first,
+                         first_row + accumulator_row(thread, 2 * r), w.owned, numbers.kept[r]);
+        }
+    }
+
+    float a[C::kD / 2], b[C::kD / 2];
+#pragma unroll
+    for (int i = 0; i < C::kD / 2; ++i) a[i] = b[i] = 0.0f;
+    RingPosition<C::kSlots> at;
+    const auto next = [&] {
+        const int slot = at.slot;
+        shared.full(slot).wait(at.parity);
+        at.advance();
+        return slot;
+    };
+
+    if (w.tiles() > 0) shared.owned_full().wait(0);
+    int tile = w.begin, head = 0;
+#pragma unroll 1
+    for (int i = 0; i < w.tiles(); ++i) {
+        const int first = tile * kTile;
+        const int query_head = C::kOwnsQueries ? w.owned_head : w.stream_head + head;
+        const int early = next(), t_early = next();
+        if constexpr (!C::kOwnsQueries) {
+            numbers.tile = shared.numbers(i) + accumulator_column(thread, 0);
+        }
+        int late = 0, t_late = 0;
+        if constexpr (!C::kIsValues) {
+            late = next();
+            t_late = next();
+        }
+        // P, then what is added to a and b with L: W0 and W1; packed in pairs.
+        std::uint32_t weights[kTile / 4], w0[kTile / 4], w1[kTile / 4];
+        float s[kTile / 2];
+        score<C>(s, x, C::kIsValues ? early : late, shared);
+        scale_and_hide<C>(p, w, query_head, first_row, first, s);
+#pragma unroll
+        for (int j = 0; j < kTile / 4; ++j) {
+            weights[j] = pack<T>(fast_exp2(s[2 * j] - numbers.template get<0>(2 * j)),
+                                 fast_exp2(s[2 * j + 1] - numbers.template get<0>(2 * j + 1)));
+        }
+        float r[kTile / 2];
+        if constexpr (C::kIsValues) {
+#pragma unroll
+            for (int j = 0; j < kTile / 4; ++j) w0[j] = weights[j];
+        } else {
+            score<C>(s, y, early, shared);
+            weigh_all<C, 2>(weights, p.zero[0], 1.0f, numbers, s);
+#pragma unroll
+            for (int j = 0; j < kTile / 4; ++j) w0[j] = pack<T>(s[2 * j], s[2 * j + 1]);
+            score<C>(r, t_y, early, y, t_early, shared);
+            weigh_all<C, 3>(weights, p.zero[1], 1.0f, numbers, r);
+            shared.release(early);
+            shared.release(t_early);
+        }
+        score<C>(s, t_x, C::kIsValues ? early : late, x, C::kIsValues ? t_early : t_late, shared);
+        if constexpr (C::kIsValues) {
+            shared.release(early);
+            shared.release(t_early);
+            late = next();
+            t_late = next();
+        }
+        // tP, or tP (X0 - D0) = dS0 (tS - mu).
+        weigh_all<C, 1>(w0, p.zero[2], p.scale, numbers, s);
+#pragma unroll
+        for (int j = 0; j < kTile / 4; ++j) {
+            float low = s[2 * j], high = s[2 * j + 1];
+            if constexpr (!C::kIsValues) {
+                low += r[2 * j];
+                high += r[2 * j + 1];
+            }
+            w1[j] = pack<T>(low, high);
+        }
+        fence_registers(a);
+        fence_registers(b);
+        begin_products();
+        multiply_values<T, C::kD, kTile>(w0, shared.values(late), a);
+        multiply_values<T, C::kD, kTile>(w0, shared.values(t_late), b);
+        multiply_values<T, C::kD, kTile>(w1, shared.values(late), b);
+        commit_products();
+        wait_products<0>();
+        fence_registers(a);
+        fence_registers(b);
+        shared.release(late);
+        shared.release(t_late);
+        if (++tile == w.end) {
+            tile = w.begin;
+            ++head;
+        }
+    }
+
+    // Every warp of the group has read the owned rows for the last time.
+    sync_named(kStaged + group, kGroupThreads);
+    const float scale = C::kIsValues ? 1.0f : p.scale;
+    const float factor[2] = {scale, scale};
+    const auto store = [&](int i, const float (&values)[C::kD / 2], const Gradient& target) {
+        if (target.data == nullptr) return;
+        const Strides& strides = target.strides;
+        T* rows = static_cast<T*>(target.data) + w.batch * strides.b + w.owned_head * strides.h +
+                  (w.owned_first + w.row) * strides.row;
+        store_rows<C>(shared, i, group, values, factor, rows, strides.row, w.owned - w.row,
+                      p.columns);
+    };
+    store(0, a, p.a);
+    store(1, b, p.b);
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_jvp_backward_sm90_kernel(const __grid_constant__ Params p) {
+    const Work w = find_work<C>(p);
+    if (w.row >= w.owned) return;
+    const C shared;
+    if (threadIdx.x == 0) shared.init_barriers();
+    __syncthreads();
+    if (threadIdx.x < kGroupThreads) {
+        give_registers<C::kLoaderRegisters>();
+        if (threadIdx.x < 32 && w.tiles() > 0) load_tiles<C>(p, w, shared);
+    } else {
+        take_registers<C::kMultiplierRegisters>();
+        multiply_tiles<C>(p, w, threadIdx.x / kGroupThreads - 1, shared);
+    }
+}
+
+}  // namespace fewstep::cuda::attention_jvp_backward_kernel

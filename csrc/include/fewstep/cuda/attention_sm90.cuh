@@ -1,0 +1,169 @@
+// What attention's Hopper kernels share. A block of threads owns 128 rows of some matrices (queries
+// in the forward) and streams tiles of others through a ring of slots: one warpgroup loads, two
+// multiply, 64 of the rows each.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "fewstep/cuda/hopper.cuh"
+
+namespace fewstep::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kGroups = 2;  // multiplying warpgroups
+constexpr int kGroupRows = 64;
+constexpr int kRows = kGroups * kGroupRows;  // of a block of threads
+constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+
+// Registers of a thread by role; together 168 for each of 384 threads, all that there are.
+constexpr int kLoaderRegisters = 24, kMultiplierRegisters = 240;
+
+// Named barriers, by warpgroup.
+constexpr int kTurn = 0, kStaged = kGroups;
+
+struct Strides {
+    std::int64_t b, h, row, column;
+
+    static Strides of(const TensorView& x, int first) {
+        return {x.stride(first), x.stride(first + 1), x.stride(first + 2), x.stride(first + 3)};
+    }
+};
+
+struct Mask {
+    const void* data = nullptr;
+    Strides strides{};
+
+    template <typename T>
+    __device__ const T* at(int batch, int head) const {
+        if (data == nullptr) return nullptr;
+        return static_cast<const T*>(data) + batch * strides.b + head * strides.h;
+    }
+};
+
+// Shared memory: kOwned matrices of 128 rows, a ring of tiles of kTileRows rows, barriers,
+// kExtraBytes for what a kernel likes. Matrices have kD_ columns, in blocks of 64.
+template <typename T_, int kD_, int kOwned_, int kTileRows_, int kMostSlots, int kExtraBytes = 0>
+struct Layout {
+    using T = T_;
+    static constexpr int kD = kD_, kOwned = kOwned_, kTileRows = kTileRows_;
+    static constexpr int kSteps = kD / kStepK;
+    static constexpr int kBlocks = (kD + kBlockColumns - 1) / kBlockColumns;
+    static constexpr int kOwnedBytes = kRows * kBlocks * kRowBytes;
+    static constexpr int kSlotBytes = kTileRows * kBlocks * kRowBytes;
+    static constexpr int kAlignment = kSwizzleRows * kRowBytes;
+    static constexpr int kBarrierBytes = 256;
+    static constexpr int kFit =
+        (kMaxSharedBytes - kAlignment - kBarrierBytes - kExtraBytes - kOwned * kOwnedBytes) /
+        kSlotBytes;
+    static constexpr int kSlots = kFit < kMostSlots ? kFit : kMostSlots;
+    static constexpr int kSharedBytes =
+        kAlignment + kOwned * kOwnedBytes + kSlots * kSlotBytes + kBarrierBytes + kExtraBytes;
+    static_assert((2 * kSlots + 2) * sizeof(std::uint64_t) <= kBarrierBytes);
+    // Distance of the blocks of columns of a tile, where it is multiplied from the right.
+    static constexpr int kLeading = kTileRows * kRowBytes;
+
+    std::uint8_t* base;
+
+    __device__ Layout() {
+        std::uint8_t* const raw = dynamic_shared();
+        const std::uint32_t past = shared_address(raw) % kAlignment;
+        base = raw + (past == 0 ? 0 : kAlignment - past);
+    }
+    __device__ std::uint8_t* owned(int i) const { return base + i * kOwnedBytes; }
+    __device__ std::uint8_t* slot(int i) const {
+        return base + kOwned * kOwnedBytes + i * kSlotBytes;
+    }
+    __device__ Barrier& barrier(int i) const { return reinterpret_cast<Barrier*>(slot(kSlots))[i]; }
+    __device__ std::uint8_t* extra() const { return slot(kSlots) + kBarrierBytes; }
+    __device__ Barrier& full(int i) const { return barrier(i); }
+    __device__ Barrier& empty(int i) const { return barrier(kSlots + i); }
+    __device__ Barrier& owned_full() const { return barrier(2 * kSlots); }
+    __device__ Barrier& landed() const { return barrier(2 * kSlots + 1); }
+
+    // By one thread, before all others go on.
+    __device__ void init_barriers() const {
+        for (int i = 0; i < kSlots; ++i) {
+            full(i).init(1);
+            empty(i).init(kGroups * kGroupThreads / 32);
+        }
+        owned_full().init(kOwned);
+        landed().init(1);
+        fence_barriers();
+    }
+
+    // Descriptors: of a warpgroup's rows of an owned matrix; of a tile whose columns or (values)
+    // rows are summed over.
+    __device__ std::uint64_t rows(int i, int group) const {
+        return matrix_descriptor(shared_address(owned(i) + group * kGroupRows * kRowBytes), 0);
+    }
+    __device__ std::uint64_t tile(int i) const {
+        return matrix_descriptor(shared_address(slot(i)), 0);
+    }
+    __device__ std::uint64_t values(int i) const {
+        return matrix_descriptor(shared_address(slot(i)), kLeading);
+    }
+    __device__ void release(int i) const {
+        if (threadIdx.x % 32 == 0) empty(i).arrive();
+    }
+};
+
+// By one warp, a tile into the next slot once it is empty. `left`: rows that belong to the
+// sequence; with `cut`, rows behind it are zeroed (they are the next one's, and 0 x NaN is NaN).
+template <class L>
+__device__ void stream_tile(const L& shared, const TensorMap& source, TileIndex from,
+                            RingPosition<L::kSlots>& at, bool cut, int left,
+                            std::uint32_t& landings) {
+    const bool elected = threadIdx.x == 0;
+    std::uint8_t* const tile = shared.slot(at.slot);
+    shared.empty(at.slot).wait(at.parity ^ 1);
+    if (cut) {
+        if (elected) {
+            load_tile<L::kBlocks>(source, from, L::kTileRows, tile, shared.landed());
+        }
+        shared.landed().wait(landings);
+        landings ^= 1;
+        for (int i = threadIdx.x; i < (L::kTileRows - left) * (kRowBytes / 16); i += 32) {
+#pragma unroll
+            for (int block = 0; block < L::kBlocks; ++block) {
+                const int row_bytes = (block * L::kTileRows + left) * kRowBytes;
+                *reinterpret_cast<uint4*>(tile + row_bytes + i * 16) = {};
+            }
+        }
+        fence_shared_stores();
+        __syncwarp();
+        if (elected) shared.full(at.slot).arrive();
+    } else if (elected) {
+        load_tile<L::kBlocks>(source, from, L::kTileRows, tile, shared.full(at.slot));
+    }
+    at.advance();
+}
+
+// Writes values * factor (by row of the thread) to rows of `target`, 16 bytes a thread, through the
+// owned matrix `i`, whose rows of this warp nobody reads any more. `rows`: that exist, of the
+// block's 128.
+template <class L>
+__device__ void store_rows(const L& shared, int i, int group, const float (&values)[L::kD / 2],
+                           const float (&factor)[2], typename L::T* target, std::int64_t stride,
+                           int rows, int columns) {
+    const int thread = threadIdx.x % kGroupThreads, group_row = group * kGroupRows;
+    std::uint8_t* const staging = shared.owned(i);
+#pragma unroll
+    for (int j = 0; j < L::kD / 4; ++j) {
+        const int row = group_row + accumulator_row(thread, 2 * j);
+        const int offset = tile_offset(row, accumulator_column(thread, 2 * j), kRows);
+        *reinterpret_cast<std::uint32_t*>(staging + offset) =
+            pack<typename L::T>(values[2 * j] * factor[j % 2], values[2 * j + 1] * factor[j % 2]);
+    }
+    __syncwarp();
+    constexpr int kChunks = L::kD / 8;
+    for (int j = thread % 32; j < 16 * kChunks; j += 32) {
+        const int row = group_row + thread / 32 * 16 + j / kChunks, column = j % kChunks * 8;
+        if (row >= rows || column >= columns) continue;
+        *reinterpret_cast<uint4*>(target + row * stride + column) =
+            *reinterpret_cast<const uint4*>(staging + tile_offset(row, column, kRows));
+    }
+}
+
+}  // namespace fewstep::cuda

@@ -1,0 +1,151 @@
+"""attention_jvp_backward's Hopper kernels, run on the host; see test_attention_jvp_sm90.py."""
+
+import pytest
+import torch
+
+from cuda_emulation import build, call
+from fewstep import ops
+from helpers import padded, relative_error
+
+NAMES = ops.module("attention_jvp_backward").NAMES
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build("attention_jvp_backward", tmp_path_factory.mktemp("emulated"))
+
+
+def draw(nq, nk, d, dv=None, *, b=1, h=1, g=None, dtype=torch.bfloat16):
+    """Return [q, k, v, t_q, t_k, t_v] and [d_o, dt_o], each in the middle of NaN."""
+    torch.manual_seed(0)
+    dv, g = dv or d, g or h
+    shapes = [(b, h, nq, d), (b, g, nk, d), (b, g, nk, dv)] * 2 + [(b, h, nq, dv)] * 2
+    tensors = [padded(torch.randn(shape).to(dtype), 64) for shape in shapes]
+    return tensors[:6], tensors[6:]
+
+
+def run(library, inputs, cotangents, stats, needs=NAMES, **kw):
+    """Return the gradients asked for, as the kernels compute them; None for the others."""
+    q, k, v, *_ = inputs
+    out = [
+        padded(torch.empty_like(x), 64) if name in needs else None
+        for name, x in zip(NAMES, (q, k, v) * 2, strict=True)
+    ]
+    delta0, delta1, lse, mu = (x.float().contiguous() for x in stats)
+    mask = kw.get("attn_mask")
+    mask = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
+    masking = [mask, None, kw.get("cu_seqlens_q"), kw.get("cu_seqlens_k")]
+    tensors = [*cotangents, delta0, delta1, *inputs, lse, mu, None, *masking, *out]
+    scale = kw.get("scale", q.shape[-1] ** -0.5)
+    call(library, tensors, kw.get("is_causal", False), scale)
+    return out
+
+
+def check(library, inputs, cotangents, **options):
+    """Compare with the float64 reference; return the gradients and the statistics."""
+    wide, (d_o, dt_o) = [x.double() for x in inputs], [x.double() for x in cotangents]
+    o, t_o, lse, mu = ops.attention_jvp(*wide, **options, return_stats=True, impl="reference")
+    delta0, delta1 = (dt_o * o).sum(-1), (d_o * o + dt_o * t_o).sum(-1)
+    want = ops.attention_jvp_backward(
+        d_o, dt_o, delta0, delta1, *wide, lse, mu, **options, impl="reference"
+    )
+    stats = (delta0, delta1, lse, mu)
+    got = run(library, inputs, cotangents, stats, **options)
+    # The gate's bound: P, tP, dS0, dS1 and the result are rounded once each, and two of them are
+    # differences.
+    bound = 1.3 * torch.finfo(inputs[0].dtype).eps
+    for name, a, b in zip(("d_q", "d_k", "d_v", "dt_q", "dt_k", "dt_v"), got, want, strict=True):
+        assert relative_error(a, b) < bound, name
+    return got, stats
+
+
+@pytest.mark.parametrize("d", [8, 40, 64, 72, 128])
+def test_head_dims(library, d):
+    check(library, *draw(70, 131, d))
+
+
+@pytest.mark.parametrize(("d", "dv"), [(72, 40), (40, 104)])
+def test_head_dims_that_differ(library, d, dv):
+    check(library, *draw(40, 90, d, dv))
+
+
+@pytest.mark.parametrize(("nq", "nk"), [(1, 3), (128, 256), (129, 128), (300, 97), (20, 900)])
+@pytest.mark.parametrize("d", [64, 128])
+def test_lengths(library, nq, nk, d):
+    check(library, *draw(nq, nk, d))
+
+
+@pytest.mark.parametrize(("nq", "nk"), [(5, 0), (0, 5)])
+def test_nothing_to_sum(library, nq, nk):
+    got, _ = check(library, *draw(nq, nk, 64))
+    assert not any(x.any() for x in got)
+
+
+def test_float16(library):
+    check(library, *draw(70, 150, 64, dtype=torch.float16))
+    check(library, *draw(70, 150, 128, dtype=torch.float16))
+
+
+def test_shared_heads(library):
+    check(library, *draw(70, 90, 64, b=2, h=4, g=2))
+
+
+@pytest.mark.parametrize(("nq", "nk"), [(200, 200), (150, 300), (300, 150)])
+@pytest.mark.parametrize("d", [64, 128])
+def test_causal(library, nq, nk, d):
+    check(library, *draw(nq, nk, d), is_causal=True)
+
+
+@pytest.mark.parametrize("d", [40, 128])
+def test_boolean_masks(library, d):
+    torch.manual_seed(1)
+    mask = torch.rand(2, 1, 70, 260) > 0.5
+    mask[0, :, 3], mask[:, :, 4, :250] = False, False
+    check(library, *draw(70, 260, d, b=2, h=2), attn_mask=mask)
+
+
+def test_a_negative_scale(library):
+    check(library, *draw(70, 90, 64), scale=-0.2)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_sequences(library, is_causal):
+    cu = {"cu_seqlens_q": [0, 5, 5, 140, 150], "cu_seqlens_k": [0, 70, 80, 80, 300]}
+    cu = {name: torch.tensor(offsets, dtype=torch.int32) for name, offsets in cu.items()}
+    inputs, cotangents = draw(150, 300, 64, h=2)
+    got, stats = check(library, inputs, cotangents, **cu, is_causal=is_causal)
+    # What belongs to others is not multiplied, not even by 0: sequence 1 has keys and no queries,
+    # sequence 2 queries and no keys.
+    for i in (1, 2, 4, 5):
+        inputs[i][:, :, 70:80] = torch.nan
+    for x in (inputs[0], inputs[3], *cotangents):
+        x[:, :, 5:140] = torch.nan
+    again = run(library, inputs, cotangents, stats, **cu, is_causal=is_causal)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_only_what_is_wanted_is_computed(library):
+    inputs, cotangents = draw(70, 150, 64)
+    got, stats = check(library, inputs, cotangents)
+    for i, name in enumerate(NAMES):
+        some = run(library, inputs, cotangents, stats, needs=(name,))
+        assert torch.equal(some[i], got[i])
+        assert [x is None for x in some].count(False) == 1
+
+
+def test_bits_do_not_depend_on_the_run(library):
+    inputs, cotangents = draw(70, 300, 128, h=2)
+    got, stats = check(library, inputs, cotangents)
+    again = run(library, inputs, cotangents, stats)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_what_does_not_fit_is_refused(library):
+    inputs, cotangents = draw(20, 30, 64)
+    stats = [torch.zeros(1, 1, 20) for _ in range(4)]
+    with pytest.raises(ValueError, match="t_q, t_k, t_v: expected all of them"):
+        run(library, [*inputs[:5], None], cotangents, stats)
+    with pytest.raises(ValueError, match="d_o, dt_o, delta0, mu: expected all of them"):
+        run(library, inputs, [None, cotangents[1]], stats)
+    with pytest.raises(ValueError, match="head dims up to 128, got 136"):
+        run(library, *draw(20, 30, 136), stats)
