@@ -1,6 +1,7 @@
 # CUTLASS's headers, for the Hopper kernels: from FEWSTEP_CUTLASS_DIR (a checkout, or any folder with
 # include/cutlass), else from the nvidia-cutlass wheel. Only the headers are used, so the wheel is
-# downloaded into the build folder without what it requires, and unpacked, not installed.
+# downloaded into the build folder without what it requires (pip is a build requirement for this), and
+# unpacked, not installed.
 set(FEWSTEP_CUTLASS_VERSION "4.2.0.0")
 set(FEWSTEP_CUTLASS_DIR "$ENV{FEWSTEP_CUTLASS_DIR}" CACHE PATH "folder with include/cutlass")
 
