@@ -63,6 +63,7 @@ def test_hopper_kernels_use_the_chip():
         assert len(products) >= 12, name
         assert "UTMALDG" in text, name
         assert not re.search(r"\b(LDL|STL)\b", text), name
-        # Serialised by the compiler, every product would wait for the one before.
+        # One batch for each score tile and one for the sums. Serialised by the compiler, every
+        # product would wait for the one before.
         waited = [product for product in products if "gsb0" in product]
-        assert len(waited) <= 3, (name, len(waited), len(products))
+        assert len(waited) <= 5, (name, len(waited), len(products))

@@ -166,7 +166,7 @@ struct State {
 template <class C>
 __device__ __forceinline__ void exponentiate(State<C>& state, const float (&s)[C::kKeys / 2],
                                              float unit, std::uint32_t (&p)[C::kKeys / 4]) {
-    float top[2] = {state.m[0], state.m[1]}, origin[2], alpha[2];
+    float top[2] = {state.m[0], state.m[1]}, origin[2] = {0, 0}, alpha[2];
     // Of the two, the first is one instruction. Large values of a mask need the second: the product
     // of a fused multiply-add is not rounded, but origin is.
     const auto power = [&](float x, int r) {

@@ -34,4 +34,15 @@ void attention_jvp(const TensorView& q, const TensorView& k, const TensorView& v
                    const TensorView& mu, const TensorView* lse_rest, double scale);
 }
 
+namespace cuda {
+// The same with float16 or bfloat16, R = 1, t_q, D and Dv up to 128, and t_k and t_v both or none.
+void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorView& v,
+                        const TensorView* t_q, const TensorView* t_k, const TensorView* t_v,
+                        const TensorView* attn_mask, const TensorView* t_attn_mask,
+                        const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k,
+                        bool is_causal, const TensorView& o, const TensorView& t_o,
+                        const TensorView& lse, const TensorView& mu, const TensorView* lse_rest,
+                        double scale, std::uintptr_t stream);
+}
+
 }  // namespace fewstep

@@ -32,4 +32,18 @@ void attention_jvp_backward(const TensorView* d_o, const TensorView* dt_o, const
                             const TensorView* dt_k, const TensorView* dt_v, double scale);
 }
 
+namespace cuda {
+// The same with float16 or bfloat16, D and Dv up to 128, all of d_o, dt_o, t_q, t_k and t_v, and
+// without an additive mask.
+void attention_jvp_backward_sm90(
+    const TensorView* d_o, const TensorView* dt_o, const TensorView* delta0,
+    const TensorView& delta1, const TensorView& q, const TensorView& k, const TensorView& v,
+    const TensorView* t_q, const TensorView* t_k, const TensorView* t_v, const TensorView& lse,
+    const TensorView* mu, const TensorView* lse_rest, const TensorView* attn_mask,
+    const TensorView* t_attn_mask, const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k,
+    bool is_causal, const TensorView* d_q, const TensorView* d_k, const TensorView* d_v,
+    const TensorView* dt_q, const TensorView* dt_k, const TensorView* dt_v, double scale,
+    std::uintptr_t stream);
+}
+
 }  // namespace fewstep
