@@ -1,6 +1,7 @@
 """Builds `fewstep._C` with CMake and maps the packages; everything else is in pyproject.toml.
 
-`FEWSTEP_CUDA=auto|on|off` decides on the CUDA kernels, `FEWSTEP_CMAKE_ARGS` is passed on verbatim.
+`FEWSTEP_CUDA=auto|on|off` decides on the CUDA kernels, `FEWSTEP_CUDA_DEFINES` names macros to build
+them with (variants to measure), `FEWSTEP_CMAKE_ARGS` is passed on verbatim.
 """
 
 import os
@@ -42,6 +43,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DFEWSTEP_VERSION={self.distribution.get_version()}",
             f"-DFEWSTEP_CUDA={os.environ.get('FEWSTEP_CUDA', 'auto')}",
+            f"-DFEWSTEP_CUDA_DEFINES={os.environ.get('FEWSTEP_CUDA_DEFINES', '')}",
             *shlex.split(os.environ.get("FEWSTEP_CMAKE_ARGS", "")),
         ]
         subprocess.run(configure, check=True)

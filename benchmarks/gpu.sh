@@ -15,7 +15,7 @@
 #
 # Setting up .venv may download torch; what follows takes under ten minutes. --dry-run goes as far as
 # a machine without a GPU can: the CUDA build, the CPU tests, quick benches on the CPU. A step that
-# fails does not stop the next ones; the exit status is 1 if any failed.
+# fails does not stop the next ones, but for the build; the exit status is 1 if any failed.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -92,9 +92,9 @@ if [[ -n $given ]]; then
         export PIP_NO_INDEX=1 PIP_FIND_LINKS=$WHEELS
         wheels=()
         for wheel in "$WHEELS"/*.whl; do
-            [[ $wheel == */nvidia_cutlass-* ]] || wheels+=("$wheel")
+            [[ ! -e $wheel || $wheel == */nvidia_cutlass-* ]] || wheels+=("$wheel")
         done
-        step "wheels" 90 "$PYTHON" -m pip install --no-deps "${wheels[@]}"
+        ((${#wheels[@]})) && step "wheels" 90 "$PYTHON" -m pip install --no-deps "${wheels[@]}"
     fi
     missing=()
     for module in pytest rich typer numpy pybind11 triton; do
@@ -121,6 +121,7 @@ pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
 tests=()
 for op in "${ops[@]}"; do
     [[ -f tests/ops/test_$op.py ]] && tests+=("tests/ops/test_$op.py")
+    [[ -f tests/cuda/test_${op}_sm90.py ]] && tests+=("tests/cuda/test_${op}_sm90.py")
 done
 # What several ops share: masks, rows, states.
 [[ -n ${tests[*]} ]] && tests+=(tests/ops/test__*.py)
@@ -130,6 +131,19 @@ if ((dry_run)); then
 else
     step "op tests on cuda" 200 "${pytest[@]}" -m gpu "${tests[@]}"
     step "the CUDA build" 30 "${pytest[@]}" tests/test_cuda_build.py
+fi
+for op in "${ops[@]}"; do
+    if [[ ! -f benchmarks/ops/$op.py ]]; then
+        note "bench $op" skipped 0s "no benchmarks/ops/$op.py"
+        continue
+    fi
+    COLUMNS=160 step "bench $op" 150 "$PYTHON" -m fewstep bench ops --op "$op" --device "$device" \
+        --output "$OUT/records" ${quick[@]+"${quick[@]}"}
+done
+if [[ " ${ops[*]} " == *" attention_jvp "* ]] && has diffusers; then
+    models=("$PYTHON" benchmarks/pipelines/forward_mode_models.py --device "$device")
+    ((dry_run)) && models+=(--tiny --repeats 2)
+    step "models in forward mode" 150 "${models[@]}" --output "$OUT/models"
 fi
 sanitizer=$(command -v compute-sanitizer || true)
 [[ -z $sanitizer && -x /usr/local/cuda/bin/compute-sanitizer ]] &&
@@ -154,22 +168,9 @@ else
     done
 fi
 
-for op in "${ops[@]}"; do
-    if [[ ! -f benchmarks/ops/$op.py ]]; then
-        note "bench $op" skipped 0s "no benchmarks/ops/$op.py"
-        continue
-    fi
-    COLUMNS=160 step "bench $op" 150 "$PYTHON" -m fewstep bench ops --op "$op" --device "$device" \
-        --output "$OUT/records" ${quick[@]+"${quick[@]}"}
-done
-if [[ " ${ops[*]} " == *" attention_jvp "* ]] && has diffusers; then
-    models=("$PYTHON" benchmarks/pipelines/forward_mode_models.py --device "$device")
-    ((dry_run)) && models+=(--tiny --repeats 2)
-    step "models in forward mode" 150 "${models[@]}" --output "$OUT/models"
-fi
 # A kernel's variants, last: each is built in the place of the one above.
 for variant in ${VARIANTS:-}; do
-    FEWSTEP_CMAKE_ARGS="-DCMAKE_CUDA_FLAGS=-D$variant" step "build $variant" 120 "$PYTHON" -m pip \
+    FEWSTEP_CUDA_DEFINES=$variant step "build $variant" 120 "$PYTHON" -m pip \
         install --no-build-isolation --no-deps --no-index -e . || continue
     for op in "${ops[@]}"; do
         step "bench $op $variant" 90 "$PYTHON" -m fewstep bench ops --op "$op" --device "$device" \

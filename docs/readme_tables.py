@@ -169,9 +169,9 @@ def linear_sentence(records: list[dict[str, Any]]) -> str:
     shares = [r["of_limit"] for r in kernels]
     return (
         f"`gemm_w8a8` from x, quantising included, against torch's bf16 linear: {min(ratios):.2f}x "
-        f"to {max(ratios):.2f}x over the {len(ratios)} cases of {LARGE_M} rows and more. Its kernel "
-        f"alone, without the way from Python: {min(shares):.0%} to {max(shares):.0%} of "
-        f"{kernels[0]['limit']}.\n\n"
+        f"to {max(ratios):.2f}x over the {len(ratios)} cases of {LARGE_M} rows and more. "
+        f"Its kernel alone, without the way from Python: {min(shares):.0%} to {max(shares):.0%} "
+        f"of {kernels[0]['limit']}.\n\n"
     )
 
 

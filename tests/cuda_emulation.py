@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewstep import _native
+
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "tests" / "cuda"
 # fewstep::DType, in order.
@@ -47,6 +49,38 @@ class View(ctypes.Structure):
         return view
 
 
+class Device:
+    """The op's kernel on a Hopper GPU, called as the emulated one is."""
+
+    def __init__(self, op):
+        self.op = f"{op}_sm90"
+
+    def run(self, tensors, is_causal, scale):
+        """Run on copies of the tensors' storages, and copy these back."""
+        storages = {}
+
+        def on_device(x):
+            flat = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+            key = flat.data_ptr(), x.dtype
+            storages.setdefault(key, (flat, flat.cuda()))
+            return storages[key][1].as_strided(x.shape, x.stride(), x.storage_offset())
+
+        moved = [x if x is None else on_device(x) for x in tensors]
+        split = 17 if "backward" in self.op else 10  # is_causal comes before the outputs
+        kernel = getattr(_native._C.cuda, self.op)
+        stream = torch.cuda.current_stream().cuda_stream
+        kernel(*moved[:split], is_causal, *moved[split:], scale, stream)
+        torch.cuda.synchronize()
+        for flat, copy in storages.values():
+            flat.copy_(copy)
+
+
+def targets():
+    """Return where kernels run, for params: the host, and a Hopper GPU if one is there."""
+    has = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return ["host", *([pytest.param("device", marks=pytest.mark.gpu)] if has else [])]
+
+
 def build(op, folder, *macros):
     """Compile the kernels of an op for the host, with some macros; skip without a compiler."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
@@ -65,8 +99,11 @@ def build(op, folder, *macros):
 
 def call(library, tensors, is_causal, scale):
     """Run with the tensors, some of them None, in the order of the native contract."""
+    if isinstance(library, Device):
+        return library.run(tensors, is_causal, scale)
     views = (View * len(tensors))(*map(View.of, tensors))
     present = (ctypes.c_bool * len(tensors))(*(x is not None for x in tensors))
     error = library.run(views, present, is_causal, ctypes.c_double(scale))
     if error:
         raise ValueError(error.decode())
+    return None

@@ -11,12 +11,6 @@ namespace {
 
 using namespace attention_jvp_backward_kernel;
 
-void expect_loadable(const TensorView& x, const char* argument, DType dtype,
-                     std::initializer_list<std::int64_t> sizes) {
-    expect_rows(x, argument, dtype, sizes);
-    FEWSTEP_CHECK(is_loadable(x), argument, ": expected rows in steps of 16 bytes");
-}
-
 Gradient gradient(const TensorView* x) {
     if (x == nullptr) return {};
     return {x->ptr<void>(), Strides::of(*x, 0)};
@@ -45,7 +39,8 @@ void attention_jvp_backward_sm90(
                   "t_q, t_k, t_v: expected all of them");
     FEWSTEP_CHECK(lse_rest == nullptr && t_attn_mask == nullptr,
                   "lse_rest, t_attn_mask: expected none, they go with an additive mask");
-    FEWSTEP_CHECK(G > 0 && H % G == 0, "k: expected heads that divide ", H, ", got ", G);
+    if (B * H * G == 0) return;
+    FEWSTEP_CHECK(H % G == 0, "k: expected heads that divide ", H, ", got ", G);
     struct Expected {
         const TensorView* x;
         const char* name;
@@ -72,11 +67,13 @@ void attention_jvp_backward_sm90(
     }
     FEWSTEP_CHECK((cu_seqlens_q == nullptr) == (cu_seqlens_k == nullptr),
                   "cu_seqlens_q, cu_seqlens_k: expected both or none");
-    const std::int64_t sequences = cu_seqlens_q == nullptr ? B : cu_seqlens_q->size(0) - 1;
+    const std::int64_t sequences = cu_seqlens_q == nullptr ? 0 : cu_seqlens_q->size(0) - 1;
     if (cu_seqlens_q != nullptr) {
         expect_contiguous(*cu_seqlens_q, "cu_seqlens_q", DType::kInt32, {sequences + 1});
         expect_contiguous(*cu_seqlens_k, "cu_seqlens_k", DType::kInt32, {sequences + 1});
+        FEWSTEP_CHECK(sequences > 0, "cu_seqlens_q: expected at least one sequence, got none");
         FEWSTEP_CHECK(B == 1, "q: expected one packed batch item, got ", B);
+        FEWSTEP_CHECK(attn_mask == nullptr, "attn_mask: expected none with cu_seqlens_q, got one");
     }
 
     Params p{};
@@ -96,7 +93,8 @@ void attention_jvp_backward_sm90(
     Launch how{};
     how.width = std::max(D, Dv) <= 64 ? 64 : 128;
     how.masked = is_causal || attn_mask != nullptr || cu_seqlens_q != nullptr;
-    how.sequences = static_cast<int>(sequences);
+    how.batches = static_cast<int>(B);
+    p.sequences = static_cast<int>(sequences);
 
     // The table at the top of the kernels' header.
     struct Plan {
@@ -114,14 +112,14 @@ void attention_jvp_backward_sm90(
         p.b = gradient(plan.b);
         p.columns = static_cast<int>(wanted->size(3));
         how.pass = plan.pass;
-        how.rows = static_cast<int>(wanted->size(2));
-        how.heads = static_cast<int>(wanted->size(1));
+        p.grid = Grid::of(wanted->size(2), sequences, wanted->size(1));
         if (Nq > 0 && Nk > 0) {  // else nothing is loaded
             const auto describe = [](const auto& views, TensorMap* maps, int rows) {
                 for (const TensorView* view : views) *maps++ = make_tensor_map(*view, rows);
             };
             describe(plan.owned, p.owned, kRows);
-            describe(plan.streamed, p.streamed, tile_rows(plan.pass, how.width));
+            describe(plan.streamed, p.streamed,
+                     tile_rows(plan.pass, how.width, q.dtype == DType::kFloat16));
         }
         if (q.dtype == DType::kBFloat16) {
             launch<__nv_bfloat16>(how, p, as_stream(stream));

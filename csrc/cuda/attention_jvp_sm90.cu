@@ -24,12 +24,6 @@ TensorView direction(const TensorView& x) {
     return view;
 }
 
-void expect_loadable(const TensorView& x, const char* argument, DType dtype,
-                     std::initializer_list<std::int64_t> sizes) {
-    expect_rows(x, argument, dtype, sizes);
-    FEWSTEP_CHECK(is_loadable(x), argument, ": expected rows in steps of 16 bytes");
-}
-
 }  // namespace
 
 void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorView& v,
@@ -41,6 +35,7 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
                         double scale, std::uintptr_t stream) {
     const std::int64_t B = q.size(0), H = q.size(1), Nq = q.size(2), D = q.size(3);
     const std::int64_t G = k.size(1), Nk = k.size(2), Dv = v.size(3);
+    if (B * H * Nq == 0) return;
     FEWSTEP_CHECK(q.dtype == DType::kBFloat16 || q.dtype == DType::kFloat16,
                   "q: expected bfloat16 or float16, got ", name(q.dtype));
     FEWSTEP_CHECK(t_q != nullptr, "t_q: expected a tangent, got none");
@@ -66,23 +61,27 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
     }
     FEWSTEP_CHECK((cu_seqlens_q == nullptr) == (cu_seqlens_k == nullptr),
                   "cu_seqlens_q, cu_seqlens_k: expected both or none");
-    const std::int64_t sequences = cu_seqlens_q == nullptr ? B : cu_seqlens_q->size(0) - 1;
+    const std::int64_t sequences = cu_seqlens_q == nullptr ? 0 : cu_seqlens_q->size(0) - 1;
     if (cu_seqlens_q != nullptr) {
         expect_contiguous(*cu_seqlens_q, "cu_seqlens_q", DType::kInt32, {sequences + 1});
         expect_contiguous(*cu_seqlens_k, "cu_seqlens_k", DType::kInt32, {sequences + 1});
+        FEWSTEP_CHECK(sequences > 0, "cu_seqlens_q: expected at least one sequence, got none");
         FEWSTEP_CHECK(B == 1, "q: expected one packed batch item, got ", B);
+        FEWSTEP_CHECK(attn_mask == nullptr, "attn_mask: expected none with cu_seqlens_q, got one");
     }
-    if (B * H * Nq == 0) return;
 
     Params p{};
+    p.scale = static_cast<float>(scale);
+    p.grid = Grid::of(Nq, sequences, H);
     Launch how{};
     how.is_static = t_k == nullptr;
-    how.sequences = static_cast<int>(sequences);
+    how.batches = static_cast<int>(B);
+    p.sequences = static_cast<int>(sequences);
     const bool additive = (attn_mask != nullptr && !mask_is_bool) || t_attn_mask != nullptr;
     const bool pairs = is_causal || cu_seqlens_q != nullptr || mask_is_bool;
-    how.masking = additive || scale <= 0 ? Masking::kAdditive
-                  : pairs                ? Masking::kPairs
-                                         : Masking::kNone;
+    how.masking = additive || p.scale <= 0 ? Masking::kAdditive
+                  : pairs                  ? Masking::kPairs
+                                           : Masking::kNone;
     how.width = padded_width(how.masking, static_cast<int>(std::max(D, Dv)));
     TensorView tangent_k = k, tangent_v = v;
     if (t_k != nullptr) {
@@ -118,7 +117,6 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
     p.nq = static_cast<int>(Nq);
     p.nk = static_cast<int>(Nk);
     p.dv = static_cast<int>(Dv);
-    p.scale = static_cast<float>(scale);
     if (q.dtype == DType::kBFloat16) {
         launch<__nv_bfloat16>(how, p, as_stream(stream));
     } else {

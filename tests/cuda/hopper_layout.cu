@@ -1,4 +1,5 @@
-// Compares hopper_layout.h with CuTe's layouts of the same things, on the host. Prints what differs.
+// Compares hopper_layout.h with CuTe's layouts of the same things, on the host. Prints what
+// differs.
 #include <cstdio>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
@@ -58,8 +59,7 @@ void compare_tiles() {
     constexpr std::uint64_t kAddress = 0x3fff;
     constexpr std::uint64_t kLeading = kAddress << 16;
     const std::uint64_t compared = ~(kAddress | (kColumns > 64 ? 0 : kLeading));
-    expect((theirs.desc_ & compared) == (bits & compared), "MN-major descriptor", kRows,
-           kColumns);
+    expect((theirs.desc_ & compared) == (bits & compared), "MN-major descriptor", kRows, kColumns);
     const GmmaDescriptor scores = SM90::GMMA::make_gmma_desc<SM90::GMMA::Major::K>(
         make_tensor(make_smem_ptr(static_cast<bfloat16_t*>(nullptr)),
                     composition(k_major, make_shape(Int<kRows>{}, Int<16>{}))));

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from cuda_emulation import build, call
+from cuda_emulation import Device, build, call, targets
 from fewstep import ops
-from helpers import padded, relative_error
+from helpers import padded, padding_intact, relative_error
 
 NAMES = ops.module("attention_jvp_backward").NAMES
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
+@pytest.fixture(scope="module", params=targets())
+def library(request, tmp_path_factory):
+    if request.param == "device":
+        return Device("attention_jvp_backward")
     return build("attention_jvp_backward", tmp_path_factory.mktemp("emulated"))
 
 
@@ -38,6 +40,7 @@ def run(library, inputs, cotangents, stats, needs=NAMES, **kw):
     tensors = [*cotangents, delta0, delta1, *inputs, lse, mu, None, *masking, *out]
     scale = kw.get("scale", q.shape[-1] ** -0.5)
     call(library, tensors, kw.get("is_causal", False), scale)
+    assert all(padding_intact(x, 64) for x in out if x is not None)
     return out
 
 

@@ -7,15 +7,18 @@ flow, barriers, descriptors, fragments and masks are those that a GPU will run.
 import pytest
 import torch
 
-from cuda_emulation import build, call
+from cuda_emulation import Device, build, call, targets
 from fewstep import ops
-from helpers import padded, relative_error
+from fewstep.ops._attention import refuse_hopper
+from helpers import padded, padding_intact, relative_error
 
 INF = float("inf")
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
+@pytest.fixture(scope="module", params=targets())
+def library(request, tmp_path_factory):
+    if request.param == "device":
+        return Device("attention_jvp")
     return build("attention_jvp", tmp_path_factory.mktemp("emulated"))
 
 
@@ -25,15 +28,17 @@ def run(library, inputs, *, attn_mask=None, t_attn_mask=None, is_causal=False, s
     pairs = (*q.shape[:3], k.shape[2])
     o = padded(torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype), 64)
     t_o = padded(torch.empty_like(o)[None], 64)
-    lse, mu = torch.full(q.shape[:3], torch.nan), torch.full((1, *q.shape[:3]), torch.nan)
+    lse = padded(torch.empty(q.shape[:3]), 64)
+    mu = padded(torch.empty(1, *q.shape[:3]), 64)
     additive = attn_mask is not None and attn_mask.dtype != torch.bool
-    rest = torch.full_like(lse, torch.nan) if additive else None
+    rest = padded(torch.empty_like(lse), 64) if additive else None
     tensors = [q, k, v, *(None if x is None else x[None] for x in tangents)]
     tensors += [None] * (6 - len(tensors))
     tensors += [None if attn_mask is None else attn_mask.expand(pairs)]
     tensors += [None if t_attn_mask is None else t_attn_mask.expand(1, *pairs)]
     tensors += [cu.get("cu_seqlens_q"), cu.get("cu_seqlens_k"), o, t_o, lse, mu, rest]
     call(library, tensors, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
+    assert all(padding_intact(x, 64) for x in (o, t_o, lse, mu, rest) if x is not None)
     return o, t_o[0], lse, mu[0], rest
 
 
@@ -154,6 +159,17 @@ def test_packed_sequences(library, is_causal):
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=False))
 
 
+def test_offsets_past_the_end_are_cut(library):
+    """A GPU's offsets are not read by the host: whatever they are, nothing outside is touched."""
+    inputs = draw(150, 300, 64, h=2)
+    cu_q = torch.tensor([-3, 40, 400], dtype=torch.int32)
+    cu_k = torch.tensor([0, 90, 1000], dtype=torch.int32)
+    got = run(library, inputs, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    cut = torch.tensor([0, 40, 150], dtype=torch.int32), torch.tensor([0, 90, 300]).int()
+    want = run(library, inputs, cu_seqlens_q=cut[0], cu_seqlens_k=cut[1])
+    assert all(torch.equal(a, b) for a, b in zip(got[:4], want[:4], strict=True))
+
+
 def test_what_all_keys_share_cancels(library):
     """One vector added to all tangents of keys moves mu and, to rounding, nothing else."""
     q, k, v, t_q, t_k, t_v = draw(70, 300, 128, h=2)
@@ -174,8 +190,28 @@ def test_what_does_not_fit_is_refused(library):
         run(library, [q, k, v, t_q, t_k, None])
     with pytest.raises(ValueError, match="head dims up to 128, got 136"):
         run(library, draw(20, 30, 136))
+    with pytest.raises(ValueError, match="t_k: expected rows that start at multiples of 16 bytes"):
+        run(library, [q, k, v, t_q, t_k[:, :, :1].expand(t_k.shape), t_v])
+    with pytest.raises(ValueError, match="v: expected a multiple of 8 columns, got 12"):
+        run(library, [q, k, v[..., :12], t_q, t_k, t_v[..., :12]])
     with pytest.raises(ValueError, match="q: expected bfloat16 or float16"):
         run(library, [x.float() for x in (q, k, v, t_q, t_k, t_v)])
+
+
+def test_auto_knows_what_the_kernel_reads():
+    """The reasons of the op agree with the kernel's, so that another implementation is taken."""
+    q, k, *_ = draw(20, 30, 64, h=2)
+    assert refuse_hopper({"q": q, "k": k, "v": k.mT.contiguous().mT}) is None  # a copy is made
+    for x, reason in (
+        (torch.zeros(1, 1, 4, 136), "x: expected head dims up to 128, got 136"),
+        (torch.zeros(1, 1, 4, 72)[..., :64], None),
+        (torch.zeros(1, 1, 4, 68)[..., :64], "x: expected rows that start at multiples of 16"),
+        (torch.zeros(1, 1, 4, 72)[..., 4:68], "x: expected rows that start at multiples of 16"),
+        (torch.zeros(1, 1, 1, 64).expand(1, 1, 4, 64), "x: expected rows of their own"),
+        (torch.zeros(1, 1, 4, 64).expand(1, 3, 4, 64), None),
+    ):
+        found = refuse_hopper({"x": x})
+        assert found is None if reason is None else found.startswith(reason)
 
 
 def test_warpgroups_that_take_turns(library, tmp_path):

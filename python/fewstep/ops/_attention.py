@@ -59,10 +59,14 @@ def refuse_hopper(inputs: dict[str, Tensor]) -> str | None:
     for name, x in inputs.items():
         if x.shape[-1] > MAX_HOPPER_DIM:
             return f"{name}: expected head dims up to {MAX_HOPPER_DIM}, got {x.shape[-1]}"
-        # The copy engine counts in units of 16 bytes.
+        if x.stride(-1) != 1 and x.shape[-1] != 1:  # what the kernel gets is a copy
+            continue
+        # The copy engine counts in units of 16 bytes, from an address that is one.
         strides = [n for n, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
         if x.storage_offset() % 8 or any(n % 8 or n < 0 for n in strides):
             return f"{name}: expected rows that start at multiples of 16 bytes"
+        if x.shape[-2] > 1 and x.stride(-2) == 0:
+            return f"{name}: expected rows of their own, got one row expanded"
     return None
 
 

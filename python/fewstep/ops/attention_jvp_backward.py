@@ -139,6 +139,8 @@ def _refuse_native(*args: Any, **options: Any) -> str | None:
     absent = [name for name, x in inputs.items() if x is None]
     if absent:
         return f"{absent[0]}: expected a tensor, got None"
+    if any(x is not None for x in (*args[len(names) :][:1], options.get("lse_rest"))):
+        return "lse_rest: expected None"
     mask = next((x.attn_mask for x in args if isinstance(x, Masking)), options.get("attn_mask"))
     if mask is not None and mask.dtype != torch.bool:
         return f"attn_mask: expected a boolean one, got {mask.dtype}"

@@ -18,6 +18,8 @@
 // docs/ops/attention_jvp_backward.md.
 #pragma once
 
+#include <type_traits>
+
 #include "fewstep/cuda/attention_jvp_backward_sm90_params.cuh"
 
 namespace fewstep::cuda::attention_jvp_backward_kernel {
@@ -29,10 +31,14 @@ constexpr int kNumbers = 4;
 // slot of the third is free again nobody reads the first any more.
 constexpr int kNumberTiles = 3;
 
+template <typename T, int kD, Pass kPass>
+constexpr int kTileRowsOf = tile_rows(kPass, kD, std::is_same_v<T, __half>);
+
 template <typename T, int kD, Pass kPass_, bool kMasked_>
 struct Config
-    : Layout<T, kD, kPass_ == Pass::kValues ? 2 : 4, tile_rows(kPass_, kD), 8,
-             kPass_ == Pass::kQueries ? 0 : kNumberTiles * kNumbers * tile_rows(kPass_, kD) * 4> {
+    : Layout<T, kD, kPass_ == Pass::kValues ? 2 : 4, kTileRowsOf<T, kD, kPass_>, 8,
+             kPass_ == Pass::kQueries ? 0
+                                      : kNumberTiles * kNumbers * kTileRowsOf<T, kD, kPass_> * 4> {
     static constexpr Pass kPass = kPass_;
     static constexpr bool kMasked = kMasked_;
     static constexpr bool kOwnsQueries = kPass == Pass::kQueries;
@@ -65,28 +71,22 @@ struct Work {
 
 template <class C>
 __device__ Work find_work(const Params& p) {
+    const bool causal = C::kMasked && p.is_causal;
+    const std::int32_t* cu_q = C::kMasked ? p.cu_q : nullptr;
+    const std::int32_t* cu_k = C::kMasked ? p.cu_k : nullptr;
+    const Place place = C::kOwnsQueries
+                            ? find_place(p.grid, p.nq, p.nk, cu_q, cu_k, p.sequences, causal)
+                            : find_place(p.grid, p.nk, p.nq, cu_k, cu_q, p.sequences, false);
     Work w;
-    const int sequence = blockIdx.z;
-    int first[2] = {0, 0}, count[2] = {p.nq, p.nk};  // of queries and of keys
-    w.batch = sequence;
-    if (C::kMasked && p.cu_q != nullptr) {
-        w.batch = 0;
-        first[0] = p.cu_q[sequence];
-        count[0] = p.cu_q[sequence + 1] - first[0];
-        first[1] = p.cu_k[sequence];
-        count[1] = p.cu_k[sequence + 1] - first[1];
-    }
-    constexpr int kOwn = C::kOwnsQueries ? 0 : 1;
-    w.owned_first = first[kOwn];
-    w.owned = count[kOwn];
-    w.stream_first = first[1 - kOwn];
-    w.stream = count[1 - kOwn];
-    w.owned_head = blockIdx.y;
+    w.batch = place.batch;
+    w.owned_head = place.head;
     w.stream_head = C::kOwnsQueries ? w.owned_head / p.group : w.owned_head * p.group;
     w.stream_heads = C::kOwnsQueries ? 1 : p.group;
-    const bool causal = C::kMasked && p.is_causal;
-    // The longest rows first, where they differ in length.
-    w.row = (causal && C::kOwnsQueries ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * kRows;
+    w.owned_first = place.owned.first;
+    w.owned = place.owned.count;
+    w.stream_first = place.streamed.first;
+    w.stream = place.streamed.count;
+    w.row = place.row;
     w.begin = causal && !C::kOwnsQueries ? w.row / C::kTile : 0;
     const int seen = causal && C::kOwnsQueries ? min(w.stream, w.row + kRows) : w.stream;
     w.end = max(w.begin, (seen + C::kTile - 1) / C::kTile);
@@ -179,25 +179,14 @@ __device__ __forceinline__ void scale_and_hide(const Params& p, const Work& w, i
         const int last_key = C::kOwnsQueries ? end - 1 : first_row + kGroupRows - 1;
         const bool crosses = p.is_causal && last_key > first_query;
         if (p.mask.data == nullptr && end <= w.stream && !crosses) return;
-        const bool* mask = p.mask.at<bool>(w.batch, query_head);
-        const int queries = C::kOwnsQueries ? w.owned : w.stream;
-        const int keys = C::kOwnsQueries ? w.stream : w.owned;
-        std::uint32_t bits = 0;
-#pragma unroll 1
-        for (int i = 0; i < C::kTile / 2; ++i) {
-            const int row = first_row + accumulator_row(thread, i);
-            const int column = first_column + accumulator_column(thread, i);
-            const int query = C::kOwnsQueries ? row : column, key = C::kOwnsQueries ? column : row;
-            bool meets = key < keys && query < queries && (!p.is_causal || key <= query);
-            if (mask != nullptr && meets) {
-                meets = mask[query * p.mask.strides.row + key * p.mask.strides.column];
-            }
-            bits |= static_cast<std::uint32_t>(meets) << i;
-        }
+        const std::uint64_t bits = meeting_pairs<C::kTile / 2, !C::kOwnsQueries>(
+            p.mask.at<bool>(w.batch, query_head), p.mask.strides, p.is_causal, first_row,
+            first_column, C::kOwnsQueries ? w.owned : w.stream,
+            C::kOwnsQueries ? w.stream : w.owned);
 #pragma unroll
         for (int i = 0; i < C::kTile / 2; ++i) s[i] = bits >> i & 1 ? s[i] : -kInfinity;
-    } else {
-        if (!C::kOwnsQueries || end <= w.stream) return;
+    } else if constexpr (C::kOwnsQueries) {
+        if (end <= w.stream) return;
 #pragma unroll
         for (int i = 0; i < C::kTile / 2; ++i) {
             if (first_column + accumulator_column(thread, i) >= w.stream) s[i] = -kInfinity;
@@ -248,7 +237,7 @@ __device__ __forceinline__ void weigh_all(const std::uint32_t (&weights)[C::kTil
 template <class C>
 __device__ void multiply_tiles(const Params& p, const Work& w, int group, const C& shared) {
     using T = typename C::T;
-    constexpr int kTile = C::kTile, kSteps = C::kSteps;
+    constexpr int kTile = C::kTile;
     const int first_row = w.row + group * kGroupRows;
     const std::uint64_t x = shared.rows(0, group), t_x = shared.rows(1, group);
     const std::uint64_t y = shared.rows(C::kOwned - 2, group);
@@ -331,6 +320,8 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
             }
             w1[j] = pack<T>(low, high);
         }
+        fence_registers(w0);
+        fence_registers(w1);
         fence_registers(a);
         fence_registers(b);
         begin_products();

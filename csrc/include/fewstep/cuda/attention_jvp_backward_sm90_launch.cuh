@@ -8,9 +8,8 @@ namespace fewstep::cuda::attention_jvp_backward_kernel {
 
 template <class C>
 void launch_config(const Launch& how, const Params& p, cudaStream_t stream) {
-    const dim3 grid((how.rows + kRows - 1) / kRows, how.heads, how.sequences);
-    launch_kernel(attention_jvp_backward_sm90_kernel<C>, "attention_jvp_backward_sm90", grid,
-                  kThreads, C::kSharedBytes, stream, p);
+    launch_kernel(attention_jvp_backward_sm90_kernel<C>, "attention_jvp_backward_sm90",
+                  p.grid.blocks(how.batches), kThreads, C::kSharedBytes, stream, p);
 }
 
 template <typename T, Pass kPass>

@@ -8,9 +8,9 @@ namespace fewstep::cuda::attention_jvp_backward_kernel {
 enum class Pass { kQueries, kKeys, kValues };
 
 // Rows that are streamed at a time: what leaves a thread's registers nothing to spill, by trial.
-constexpr int tile_rows(Pass pass, int width) {
+constexpr int tile_rows(Pass pass, int width, bool half) {
     if (width <= 64 || pass == Pass::kValues) return 64;
-    return pass == Pass::kQueries ? 48 : 32;
+    return pass == Pass::kQueries && !half ? 48 : 32;
 }
 
 struct Gradient {
@@ -26,7 +26,9 @@ struct Params {
     const std::int32_t *cu_q, *cu_k;
     Mask mask;  // boolean
     bool is_causal;
+    Grid grid;
     int heads, group, nq, nk, columns;  // query heads; columns of the gradients
+    int sequences;                      // packed ones, 0 for none
     float scale;
     // Zeros that the compiler doesn't know: what is packed is unpacked late, from x ^ zero. Else it
     // is unpacked at once, and the floats take registers until they are used.
@@ -37,7 +39,7 @@ struct Launch {
     Pass pass;
     int width;  // 64 or 128
     bool masked;
-    int rows, heads, sequences;  // owned
+    int batches;
 };
 
 template <typename T>

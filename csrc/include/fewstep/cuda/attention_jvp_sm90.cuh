@@ -8,10 +8,10 @@
 //     c' = c + sum P (tS - c) / l'     T -= (c' - c) O     H = P (tS - c')
 //     T += P t_v            O += P v            T += H v
 //
-// and the next S is issued behind. While one warpgroup takes exponentials the other multiplies:
-// they pass the right to issue to each other. Slots: k, t_k, t_v, v of a tile in the order in which
-// they are given back. l, c and H are taken from the rounded P: then what all tS of a row share
-// cancels to the last bit, as docs/ops/attention_jvp.md (Centring) wants.
+// in three batches of products (S; tS; the sums), each waited for before its numbers are used: what
+// keeps the tensor cores busy meanwhile is the other warpgroup. Slots: k, t_k, t_v, v of a tile in
+// the order in which they are given back. l, c and H are taken from the rounded P: then what all tS
+// of a row share cancels to the last bit, as docs/ops/attention_jvp.md (Centring) wants.
 //
 // With static keys and values t_k and t_v are absent: 4 products instead of 6.
 #pragma once
@@ -52,24 +52,18 @@ struct Work {
 
 template <class C>
 __device__ Work find_work(const Params& p) {
+    const bool causal = C::kMasked && p.is_causal;
+    const Place place =
+        find_place(p.grid, p.nq, p.nk, C::kMasked ? p.cu_q : nullptr, p.cu_k, p.sequences, causal);
     Work w;
-    const int sequence = blockIdx.z;
-    w.head = blockIdx.y;
-    w.batch = sequence;
-    w.first_query = w.first_key = 0;
-    w.queries = p.nq;
-    w.keys = p.nk;
-    if (C::kMasked && p.cu_q != nullptr) {
-        w.batch = 0;
-        w.first_query = p.cu_q[sequence];
-        w.queries = p.cu_q[sequence + 1] - w.first_query;
-        w.first_key = p.cu_k[sequence];
-        w.keys = p.cu_k[sequence + 1] - w.first_key;
-    }
-    // The longest rows first, where they differ in length.
-    const int tile = C::kMasked && p.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    w.row = tile * kRows;
-    const int seen = C::kMasked && p.is_causal ? min(w.keys, w.row + kRows) : w.keys;
+    w.head = place.head;
+    w.batch = place.batch;
+    w.first_query = place.owned.first;
+    w.queries = place.owned.count;
+    w.first_key = place.streamed.first;
+    w.keys = place.streamed.count;
+    w.row = place.row;
+    const int seen = causal ? min(w.keys, w.row + kRows) : w.keys;
     w.tiles = (seen + C::kKeys - 1) / C::kKeys;
     return w;
 }
@@ -98,26 +92,6 @@ __device__ void load_tiles(const Params& p, const Work& w, const C& shared) {
     }
 }
 
-// Bit i: whether the pair of value i of this thread's scores meets. Not unrolled: the answers take
-// a register, their addresses would take many.
-template <class C>
-__device__ __forceinline__ std::uint64_t meeting_pairs(const Params& p, const Work& w,
-                                                       int first_row, int first_key) {
-    const int thread = threadIdx.x % kGroupThreads;
-    const bool reads = p.mask.data != nullptr && p.mask_is_bool;
-    const bool* mask = p.mask.at<bool>(w.batch, w.head);
-    std::uint64_t bits = 0;
-#pragma unroll 1
-    for (int i = 0; i < C::kKeys / 2; ++i) {
-        const int row = first_row + accumulator_row(thread, i);
-        const int key = first_key + accumulator_column(thread, i);
-        bool meets = key < w.keys && row < w.queries && (!p.is_causal || key <= row);
-        if (reads && meets) meets = mask[row * p.mask.strides.row + key * p.mask.strides.column];
-        bits |= static_cast<std::uint64_t>(meets) << i;
-    }
-    return bits;
-}
-
 // Puts -inf where pairs don't meet.
 template <class C>
 __device__ __forceinline__ void hide(const Params& p, const Work& w, int first_row, int first_key,
@@ -126,7 +100,9 @@ __device__ __forceinline__ void hide(const Params& p, const Work& w, int first_r
     if constexpr (C::kMasked) {
         const bool reads = p.mask.data != nullptr && p.mask_is_bool;
         if (!reads && end <= w.keys && (!p.is_causal || end <= first_row + 1)) return;
-        const std::uint64_t bits = meeting_pairs<C>(p, w, first_row, first_key);
+        const std::uint64_t bits = meeting_pairs<C::kKeys / 2, false>(
+            reads ? p.mask.at<bool>(w.batch, w.head) : nullptr, p.mask.strides, p.is_causal,
+            first_row, first_key, w.queries, w.keys);
 #pragma unroll
         for (int i = 0; i < C::kKeys / 2; ++i) s[i] = bits >> i & 1 ? s[i] : -kInfinity;
     } else {
@@ -342,6 +318,8 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
         const int v_slot = at.slot;
         wait(at);
         at.advance();
+        fence_registers(weights);
+        fence_registers(h);
         fence_registers(state.o);
         fence_registers(state.t_o);
         begin_products();

@@ -9,10 +9,9 @@
 namespace fewstep::cuda::attention_jvp_kernel {
 
 template <class C>
-void launch(const Params& p, int sequences, cudaStream_t stream) {
-    const dim3 grid((p.nq + kRows - 1) / kRows, p.heads, sequences);
-    launch_kernel(attention_jvp_sm90_kernel<C>, "attention_jvp_sm90", grid, kThreads,
-                  C::kSharedBytes, stream, p);
+void launch(const Params& p, int batches, cudaStream_t stream) {
+    launch_kernel(attention_jvp_sm90_kernel<C>, "attention_jvp_sm90", p.grid.blocks(batches),
+                  kThreads, C::kSharedBytes, stream, p);
 }
 
 // Calls f with the one of kDims that `width` is, as a type.
@@ -27,9 +26,9 @@ void launch(const Launch& how, const Params& p, cudaStream_t stream) {
         constexpr int kD = decltype(width)::value;
         constexpr Masking kMasking = decltype(masking)::value;
         if (how.is_static) {
-            launch<Config<T, kD, true, kMasking>>(p, how.sequences, stream);
+            launch<Config<T, kD, true, kMasking>>(p, how.batches, stream);
         } else {
-            launch<Config<T, kD, false, kMasking>>(p, how.sequences, stream);
+            launch<Config<T, kD, false, kMasking>>(p, how.batches, stream);
         }
     };
     switch (how.masking) {

@@ -21,7 +21,8 @@ struct Params {
     const std::int32_t *cu_q, *cu_k;
     Mask mask, t_mask;
     bool mask_is_bool, is_causal;
-    int heads, group, nq, nk, dv;
+    Grid grid;
+    int heads, group, nq, nk, dv, sequences;  // sequences: packed ones, 0 for none
     float scale;
     // Zeros that the compiler doesn't know: P is unpacked three times, from P ^ zero. Else it
     // unpacks once and keeps the floats, which take twice the registers, and others spill.
@@ -46,12 +47,12 @@ constexpr int keys_of_tile(Masking masking, int width, bool is_static) {
     return width == 112 || is_static ? 96 : 112;
 }
 
-// Which kernel, and how many batch items or packed sequences.
+// Which kernel.
 struct Launch {
     int width;  // of `padded_width`
     bool is_static;
     Masking masking;
-    int sequences;
+    int batches;
 };
 
 template <typename T>

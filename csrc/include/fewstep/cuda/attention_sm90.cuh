@@ -42,6 +42,90 @@ struct Mask {
     }
 };
 
+// The blocks of threads of a launch: for each batch item and owned head the tiles of its rows.
+// Packed sequences share a head's tiles, one more for each sequence than there are whole ones:
+// sequence s has those from cu[s] / 128 + s on, which is never fewer than it needs, and known
+// without adding up the lengths of those before it. Some find nothing to do.
+struct Grid {
+    int tiles, heads;
+
+    static Grid of(std::int64_t rows, std::int64_t sequences, std::int64_t heads) {
+        const std::int64_t tiles =
+            sequences == 0 ? (rows + kRows - 1) / kRows : rows / kRows + sequences;
+        return {static_cast<int>(tiles), static_cast<int>(heads)};
+    }
+    dim3 blocks(std::int64_t batches) const {
+        const std::int64_t count = batches * heads * tiles;
+        FEWSTEP_CHECK(count < (std::int64_t{1} << 31), "expected fewer than 2^31 tiles, got ",
+                      count);
+        return dim3(static_cast<unsigned>(count));
+    }
+};
+
+// Rows of one side that belong to a sequence: the first, and how many.
+struct Rows {
+    int first, count;
+};
+
+// Of sequence s; offsets that don't fit the tensor are cut to it.
+__device__ __forceinline__ Rows rows_of(const std::int32_t* cu, int s, int rows) {
+    const int begin = min(max(cu[s], 0), rows);
+    return {begin, min(max(cu[s + 1], begin), rows) - begin};
+}
+
+// This block's batch item, head and first row, and the rows of its sequence on both sides.
+struct Place {
+    int batch, head, row;
+    Rows owned, streamed;
+};
+
+// `last_first`: tiles in reverse, for owners whose later rows have more to do.
+__device__ __forceinline__ Place find_place(const Grid& grid, int rows, int other_rows,
+                                            const std::int32_t* cu, const std::int32_t* other_cu,
+                                            int sequences, bool last_first) {
+    Place place;
+    int tile = static_cast<int>(blockIdx.x) % grid.tiles;
+    const int rest = static_cast<int>(blockIdx.x) / grid.tiles;
+    place.head = rest % grid.heads;
+    place.batch = rest / grid.heads;
+    if (last_first) tile = grid.tiles - 1 - tile;
+    place.owned = {0, rows};
+    place.streamed = {0, other_rows};
+    if (cu != nullptr) {
+        int low = 0, high = sequences;  // the last sequence whose tiles begin at or before this one
+        while (high - low > 1) {
+            const int middle = (low + high) / 2;
+            (cu[middle] / kRows + middle <= tile ? low : high) = middle;
+        }
+        tile -= cu[low] / kRows + low;
+        place.owned = rows_of(cu, low, rows);
+        place.streamed = rows_of(other_cu, low, other_rows);
+    }
+    // Offsets that don't rise could leave a tile behind all rows, or before them.
+    place.row = tile < 0 ? rows : tile * kRows;
+    return place;
+}
+
+// Bit i: whether the pair of value i of this thread's scores meets. Not unrolled: the answers take
+// a register or two, their addresses would take many. Rows are queries, or with kOwnsKeys keys.
+template <int kValues, bool kOwnsKeys>
+__device__ __forceinline__ std::uint64_t meeting_pairs(const bool* mask, const Strides& strides,
+                                                       bool is_causal, int first_row,
+                                                       int first_column, int queries, int keys) {
+    const int thread = threadIdx.x % kGroupThreads;
+    std::uint64_t bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < kValues; ++i) {
+        const int row = first_row + accumulator_row(thread, i);
+        const int column = first_column + accumulator_column(thread, i);
+        const int query = kOwnsKeys ? column : row, key = kOwnsKeys ? row : column;
+        bool meets = key < keys && query < queries && (!is_causal || key <= query);
+        if (mask != nullptr && meets) meets = mask[query * strides.row + key * strides.column];
+        bits |= static_cast<std::uint64_t>(meets) << i;
+    }
+    return bits;
+}
+
 // Shared memory: kOwned matrices of 128 rows, a ring of tiles of kTileRows rows, barriers,
 // kExtraBytes for what a kernel likes. Matrices have kD_ columns, in blocks of 64.
 template <typename T_, int kD_, int kOwned_, int kTileRows_, int kMostSlots, int kExtraBytes = 0>
@@ -137,6 +221,7 @@ __device__ void stream_tile(const L& shared, const TensorMap& source, TileIndex 
     } else if (elected) {
         load_tile<L::kBlocks>(source, from, L::kTileRows, tile, shared.full(at.slot));
     }
+    __syncwarp();  // no lane is a round ahead of the others
     at.advance();
 }
 

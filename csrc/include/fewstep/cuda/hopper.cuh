@@ -8,6 +8,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <utility>
@@ -22,29 +23,63 @@
 #include "cutlass/half.h"
 #include "fewstep/cuda/hopper_layout.h"
 #include "fewstep/cuda/launch.cuh"
+#include "fewstep/cuda/tensor_map.h"
 
 namespace fewstep::cuda {
 
 constexpr int kGroupThreads = 128;          // a warpgroup
 constexpr int kMaxSharedBytes = 227 << 10;  // that a block can ask for on sm_90
 
-using Barrier = cutlass::arch::ClusterTransactionBarrier;
+// CUTLASS's wrappers are volatile and no more: the compiler may move ordinary accesses of shared
+// memory across them. Not across this; no instruction.
+__device__ __forceinline__ void fence_compiler() {
+    asm volatile("" ::: "memory");
+}
+
+// A barrier in shared memory that counts arrivals and bytes, in phases of alternating parity.
+class Barrier {
+  public:
+    __device__ __forceinline__ void init(int arrivals) { Wrapped::init(&state_, arrivals); }
+    __device__ __forceinline__ void arrive() {
+        fence_compiler();
+        Wrapped::arrive(&state_);
+    }
+    __device__ __forceinline__ void arrive_and_expect_tx(int bytes) {
+        fence_compiler();
+        Wrapped::arrive_and_expect_tx(&state_, bytes);
+    }
+    __device__ __forceinline__ void wait(std::uint32_t parity) {
+        Wrapped::wait(&state_, parity);
+        fence_compiler();
+    }
+    __device__ __forceinline__ std::uint64_t* address() { return &state_; }
+
+  private:
+    using Wrapped = cutlass::arch::ClusterTransactionBarrier;
+    std::uint64_t state_;
+};
 
 // Named barriers: of `threads` threads that sync or arrive, the former go on once all are there.
 __device__ __forceinline__ void sync_named(int id, int threads) {
+    fence_compiler();
     cutlass::arch::NamedBarrier::sync(threads, id);
+    fence_compiler();
 }
 __device__ __forceinline__ void arrive_named(int id, int threads) {
+    fence_compiler();
     cutlass::arch::NamedBarrier::arrive(threads, id);
 }
 
 // After barriers were initialised, before anyone uses them.
 __device__ __forceinline__ void fence_barriers() {
+    fence_compiler();
     cutlass::arch::fence_barrier_init();
 }
 // After ordinary stores to shared memory that the tensor cores or the copy engine read next.
 __device__ __forceinline__ void fence_shared_stores() {
+    fence_compiler();
     cutlass::arch::fence_view_async_shared();
+    fence_compiler();
 }
 
 // Registers per thread of the calling warpgroup, from here on.
@@ -81,22 +116,12 @@ struct RingPosition {
 
 // ---- bulk tensor loads -------------------------------------------------------------------------
 
-// A [B, H, N, D] tensor of 16-bit values as the copy engine reads it: boxes of `box_rows` rows x 64
-// columns, swizzled; zeros outside. An axis with stride 0 is described with size 1, and its index
-// is multiplied by 0.
+// A tensor as the copy engine reads it: boxes of `box_rows` rows x 64 columns, swizzled; zeros
+// outside.
 struct TensorMap {
     CUtensorMap map;
     int head_step, batch_step;
 };
-
-// Whether the copy engine can read the tensor: everything in units of 16 bytes.
-inline bool is_loadable(const TensorView& x) {
-    if (x.data % 16 != 0 || (x.size(3) > 1 && x.stride(3) != 1)) return false;
-    for (int axis = 0; axis < 3; ++axis) {
-        if (x.size(axis) > 1 && (x.stride(axis) % 8 != 0 || x.stride(axis) < 0)) return false;
-    }
-    return true;
-}
 
 inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -110,18 +135,11 @@ inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
         }
         return reinterpret_cast<Encode>(function);
     }();
-    TensorMap result{};
-    result.head_step = x.size(1) > 1 && x.stride(1) == 0 ? 0 : 1;
-    result.batch_step = x.size(0) > 1 && x.stride(0) == 0 ? 0 : 1;
+    const MapDescription d = describe(x);
+    TensorMap result{{}, d.head_step, d.batch_step};
     cuuint64_t sizes[4], strides[3];
-    for (int i = 0; i < 4; ++i) {
-        const int axis = 3 - i;
-        const bool repeated = x.size(axis) > 1 && x.stride(axis) == 0;
-        sizes[i] = repeated ? 1 : static_cast<cuuint64_t>(x.size(axis));
-        // What the stride of an axis of one is nobody reads, but it must look like one.
-        if (i > 0)
-            strides[i - 1] = sizes[i] == 1 ? 16 : 2 * static_cast<cuuint64_t>(x.stride(axis));
-    }
+    std::copy(d.sizes, d.sizes + 4, sizes);
+    std::copy(d.strides, d.strides + 3, strides);
     const cuuint32_t box[4] = {kBlockColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
     const cuuint32_t steps[4] = {1, 1, 1, 1};
     // The engine moves bits: bfloat16 stands for any 16-bit value.
@@ -136,11 +154,6 @@ inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
     return result;
 }
 
-// Where a block of threads finds its rows in a tensor.
-struct TileIndex {
-    int row, head, batch;
-};
-
 // Loads kBlocks blocks of 64 columns x box_rows rows to `target`; they signal `barrier`, which is
 // told the bytes to wait for.
 template <int kBlocks>
@@ -150,7 +163,7 @@ __device__ __forceinline__ void load_tile(const TensorMap& source, TileIndex at,
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
         cute::SM90_TMA_LOAD_4D::copy(
-            &source.map, reinterpret_cast<std::uint64_t*>(&barrier),
+            &source.map, barrier.address(),
             static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
             target + block * box_rows * kRowBytes, block * kBlockColumns, at.row,
             at.head * source.head_step, at.batch * source.batch_step);
@@ -304,7 +317,13 @@ __device__ __forceinline__ float fast_divide(float x, float y) {
 template <typename Params>
 void launch_kernel(void (*kernel)(Params), const char* name, dim3 grid, int threads,
                    int shared_bytes, cudaStream_t stream, const Params& params) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) {
+        throw std::runtime_error(::fewstep::detail::concat("fewstep: ", shared_bytes,
+                                                           " bytes of shared memory for ", name,
+                                                           ": ", cudaGetErrorString(status)));
+    }
     kernel<<<grid, threads, shared_bytes, stream>>>(params);
     FEWSTEP_LAUNCH_CHECK(name);
 }

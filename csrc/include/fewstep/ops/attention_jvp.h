@@ -43,6 +43,6 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
                         bool is_causal, const TensorView& o, const TensorView& t_o,
                         const TensorView& lse, const TensorView& mu, const TensorView* lse_rest,
                         double scale, std::uintptr_t stream);
-}
+}  // namespace cuda
 
 }  // namespace fewstep

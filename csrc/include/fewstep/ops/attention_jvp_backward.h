@@ -44,6 +44,6 @@ void attention_jvp_backward_sm90(
     bool is_causal, const TensorView* d_q, const TensorView* d_k, const TensorView* d_v,
     const TensorView* dt_q, const TensorView* dt_k, const TensorView* dt_v, double scale,
     std::uintptr_t stream);
-}
+}  // namespace cuda
 
 }  // namespace fewstep

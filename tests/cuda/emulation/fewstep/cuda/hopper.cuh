@@ -26,6 +26,7 @@
 
 #include "fewstep/check.h"
 #include "fewstep/cuda/hopper_layout.h"
+#include "fewstep/cuda/tensor_map.h"
 #include "fewstep/numeric.h"
 #include "fewstep/tensor.h"
 
@@ -284,6 +285,7 @@ inline void sync_named(int id, int threads) {
 inline void arrive_named(int id, int threads) {
     emulation::sync(id, threads, false);
 }
+inline void fence_compiler() {}
 inline void fence_barriers() {}
 inline void fence_shared_stores() {}
 template <int kRegisters>
@@ -313,18 +315,17 @@ struct RingPosition {
 };
 
 struct TensorMap {
-    TensorView view;
-    int box_rows = 0, head_step = 1, batch_step = 1;
+    MapDescription description;
+    const std::uint8_t* data = nullptr;
+    int box_rows = 0;
 };
-struct TileIndex {
-    int row, head, batch;
-};
-
-inline bool is_loadable(const TensorView& x) {
-    return x.data % 16 == 0 && (x.size(3) <= 1 || x.stride(3) == 1);
-}
 inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
-    return {x, box_rows};
+    FEWSTEP_CHECK(is_loadable(x), "emulation: expected a tensor that the copy engine can read");
+    const MapDescription d = describe(x);
+    for (const std::uint64_t size : d.sizes) {
+        FEWSTEP_CHECK(size > 0, "emulation: expected sizes above 0 for the copy engine");
+    }
+    return {d, x.ptr<std::uint8_t>(), box_rows};
 }
 
 template <int kBlocks>
@@ -333,16 +334,22 @@ void load_tile(const TensorMap& source, TileIndex at, int box_rows, std::uint8_t
     FEWSTEP_CHECK(box_rows == source.box_rows, "emulation: expected the box of the tensor map");
     barrier.arrive_and_expect_tx(kBlocks * box_rows * kRowBytes);
     emulation::machine().loads.push_back([=, &barrier] {
-        const TensorView& x = source.view;
-        for (int row = 0; row < box_rows; ++row) {
+        const MapDescription& d = source.description;
+        const auto head = static_cast<std::uint64_t>(at.head * d.head_step);
+        const auto batch = static_cast<std::uint64_t>(at.batch * d.batch_step);
+        for (int r = 0; r < box_rows; ++r) {
             for (int column = 0; column < kBlocks * kBlockColumns; ++column) {
+                const auto row = static_cast<std::uint64_t>(at.row + r);
                 std::uint16_t value = 0;
-                if (at.row + row < x.size(2) && column < x.size(3)) {
-                    value = x.ptr<std::uint16_t>()[at.batch * x.stride(0) + at.head * x.stride(1) +
-                                                   (at.row + row) * x.stride(2) + column];
+                if (static_cast<std::uint64_t>(column) < d.sizes[0] && row < d.sizes[1] &&
+                    head < d.sizes[2] && batch < d.sizes[3]) {
+                    std::memcpy(&value,
+                                source.data + 2 * column + row * d.strides[0] +
+                                    head * d.strides[1] + batch * d.strides[2],
+                                sizeof value);
                 }
                 const int offset =
-                    (column / kBlockColumns * box_rows + row) * kRowBytes + column % 64 * 2;
+                    (column / kBlockColumns * box_rows + r) * kRowBytes + column % 64 * 2;
                 const std::uint32_t base = shared_address(target);
                 std::memcpy(emulation::machine().shared() + emulation::swizzled(base + offset),
                             &value, sizeof value);
