@@ -1,15 +1,41 @@
 // attention_jvp_backward on Hopper, the host's side: the three passes and what they are told.
 // The kernels: csrc/include/fewstep/cuda/attention_jvp_backward_sm90.cuh.
 #include <algorithm>
+#include <type_traits>
 
 #include "fewstep/check.h"
-#include "fewstep/cuda/attention_jvp_backward_sm90_params.cuh"
+#include "fewstep/cuda/attention_jvp_backward_sm90.cuh"
 #include "fewstep/ops/attention_jvp_backward.h"
 
 namespace fewstep::cuda {
 namespace {
 
 using namespace attention_jvp_backward_kernel;
+
+template <class C>
+void launch_config(const Launch& how, const Params& p, cudaStream_t stream) {
+    launch_kernel(attention_jvp_backward_sm90_kernel<C>, "attention_jvp_backward_sm90",
+                  p.grid.blocks(how.batches), kThreads, C::kSharedBytes, stream, p);
+}
+
+template <typename T, Pass kPass>
+void launch_pass(const Launch& how, const Params& p, cudaStream_t stream) {
+    if (how.width == 64) {
+        if (how.masked) return launch_config<Config<T, 64, kPass, true>>(how, p, stream);
+        return launch_config<Config<T, 64, kPass, false>>(how, p, stream);
+    }
+    if (how.masked) return launch_config<Config<T, 128, kPass, true>>(how, p, stream);
+    launch_config<Config<T, 128, kPass, false>>(how, p, stream);
+}
+
+template <typename T>
+void launch(const Launch& how, const Params& p, cudaStream_t stream) {
+    switch (how.pass) {
+        case Pass::kQueries: return launch_pass<T, Pass::kQueries>(how, p, stream);
+        case Pass::kKeys: return launch_pass<T, Pass::kKeys>(how, p, stream);
+        case Pass::kValues: return launch_pass<T, Pass::kValues>(how, p, stream);
+    }
+}
 
 Gradient gradient(const TensorView* x) {
     if (x == nullptr) return {};
@@ -65,16 +91,7 @@ void attention_jvp_backward_sm90(
     if (attn_mask != nullptr) {
         expect_shape(*attn_mask, "attn_mask", DType::kBool, {B, H, Nq, Nk});
     }
-    FEWSTEP_CHECK((cu_seqlens_q == nullptr) == (cu_seqlens_k == nullptr),
-                  "cu_seqlens_q, cu_seqlens_k: expected both or none");
-    const std::int64_t sequences = cu_seqlens_q == nullptr ? 0 : cu_seqlens_q->size(0) - 1;
-    if (cu_seqlens_q != nullptr) {
-        expect_contiguous(*cu_seqlens_q, "cu_seqlens_q", DType::kInt32, {sequences + 1});
-        expect_contiguous(*cu_seqlens_k, "cu_seqlens_k", DType::kInt32, {sequences + 1});
-        FEWSTEP_CHECK(sequences > 0, "cu_seqlens_q: expected at least one sequence, got none");
-        FEWSTEP_CHECK(B == 1, "q: expected one packed batch item, got ", B);
-        FEWSTEP_CHECK(attn_mask == nullptr, "attn_mask: expected none with cu_seqlens_q, got one");
-    }
+    const std::int64_t sequences = count_sequences(cu_seqlens_q, cu_seqlens_k, attn_mask, B);
 
     Params p{};
     p.lse = lse.ptr<float>();

@@ -1,15 +1,55 @@
 // attention_jvp on Hopper, the host's side: which kernel, and what it is told.
 // The kernels: csrc/include/fewstep/cuda/attention_jvp_sm90.cuh.
 #include <algorithm>
+#include <type_traits>
 
 #include "fewstep/check.h"
-#include "fewstep/cuda/attention_jvp_sm90_params.cuh"
+#include "fewstep/cuda/attention_jvp_sm90.cuh"
 #include "fewstep/ops/attention_jvp.h"
 
 namespace fewstep::cuda {
 namespace {
 
 using namespace attention_jvp_kernel;
+
+template <class C>
+void launch(const Params& p, int batches, cudaStream_t stream) {
+    launch_kernel(attention_jvp_sm90_kernel<C>, "attention_jvp_sm90", p.grid.blocks(batches),
+                  kThreads, C::kSharedBytes, stream, p);
+}
+
+// Calls f with the one of kDims that `width` is, as a type.
+template <int... kDims, typename F>
+void dispatch_width(int width, F&& f) {
+    ((width == kDims ? f(std::integral_constant<int, kDims>{}) : void()), ...);
+}
+
+template <typename T>
+void launch(const Launch& how, const Params& p, cudaStream_t stream) {
+    const auto with = [&](auto width, auto masking) {
+        constexpr int kD = decltype(width)::value;
+        constexpr Masking kMasking = decltype(masking)::value;
+        if (how.is_static) {
+            launch<Config<T, kD, true, kMasking>>(p, how.batches, stream);
+        } else {
+            launch<Config<T, kD, false, kMasking>>(p, how.batches, stream);
+        }
+    };
+    switch (how.masking) {
+        case Masking::kNone:
+            return dispatch_width<48, 64, 80, 96, 112, 128>(how.width, [&](auto width) {
+                with(width, std::integral_constant<Masking, Masking::kNone>{});
+            });
+        case Masking::kPairs:
+            return dispatch_width<64, 128>(how.width, [&](auto width) {
+                with(width, std::integral_constant<Masking, Masking::kPairs>{});
+            });
+        case Masking::kAdditive:
+            return dispatch_width<64, 128>(how.width, [&](auto width) {
+                with(width, std::integral_constant<Masking, Masking::kAdditive>{});
+            });
+    }
+}
 
 // One direction of a tangent [1, B, H, N, D], as its primal is.
 TensorView direction(const TensorView& x) {
@@ -59,16 +99,7 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
     if (t_attn_mask != nullptr) {
         expect_shape(*t_attn_mask, "t_attn_mask", q.dtype, {1, B, H, Nq, Nk});
     }
-    FEWSTEP_CHECK((cu_seqlens_q == nullptr) == (cu_seqlens_k == nullptr),
-                  "cu_seqlens_q, cu_seqlens_k: expected both or none");
-    const std::int64_t sequences = cu_seqlens_q == nullptr ? 0 : cu_seqlens_q->size(0) - 1;
-    if (cu_seqlens_q != nullptr) {
-        expect_contiguous(*cu_seqlens_q, "cu_seqlens_q", DType::kInt32, {sequences + 1});
-        expect_contiguous(*cu_seqlens_k, "cu_seqlens_k", DType::kInt32, {sequences + 1});
-        FEWSTEP_CHECK(sequences > 0, "cu_seqlens_q: expected at least one sequence, got none");
-        FEWSTEP_CHECK(B == 1, "q: expected one packed batch item, got ", B);
-        FEWSTEP_CHECK(attn_mask == nullptr, "attn_mask: expected none with cu_seqlens_q, got one");
-    }
+    const std::int64_t sequences = count_sequences(cu_seqlens_q, cu_seqlens_k, attn_mask, B);
 
     Params p{};
     p.scale = static_cast<float>(scale);

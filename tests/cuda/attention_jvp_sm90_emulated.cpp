@@ -1,7 +1,5 @@
 // attention_jvp's Hopper kernels on the host, for tests/cuda/test_attention_jvp_sm90.py (ctypes).
 #include "../../csrc/cuda/attention_jvp_sm90.cu"
-#include "../../csrc/cuda/attention_jvp_sm90/bfloat16.cu"
-#include "../../csrc/cuda/attention_jvp_sm90/float16.cu"
 
 extern "C" const char* run(const fewstep::TensorView* views, const bool* present, bool is_causal,
                            double scale) {

@@ -16,9 +16,58 @@
 // With static keys and values t_k and t_v are absent: 4 products instead of 6.
 #pragma once
 
-#include "fewstep/cuda/attention_jvp_sm90_params.cuh"
+#include "fewstep/cuda/attention_sm90.cuh"
 
 namespace fewstep::cuda::attention_jvp_kernel {
+
+// What decides which pairs meet, and what is added to their scores.
+enum class Masking {
+    kNone,      // all keys
+    kPairs,     // causal, packed sequences, a boolean mask
+    kAdditive,  // an additive mask, or a scale not above 0; the above too
+};
+
+struct Params {
+    TensorMap q, k, v, t_q, t_k, t_v;
+    void *o, *t_o;
+    Strides o_strides, t_o_strides;
+    float *lse, *mu, *lse_rest;
+    const std::int32_t *cu_q, *cu_k;
+    Mask mask, t_mask;
+    bool mask_is_bool, is_causal;
+    Grid grid;
+    int heads, group, nq, nk, dv, sequences;  // sequences: packed ones, 0 for none
+    float scale;
+    // Zeros that the compiler doesn't know: P is unpacked three times, from P ^ zero. Else it
+    // unpacks once and keeps the floats, which take twice the registers, and others spill.
+    std::uint32_t zero[2] = {0, 0};
+};
+
+// The head dims that there are kernels for: without masks (nearly) every multiple of 16. Columns
+// that a tensor doesn't have are zero in shared memory, and multiplied.
+inline int padded_width(Masking masking, int width) {
+    for (const int kernel : {48, 64, 80, 96, 112, 128}) {
+        const bool exists = masking == Masking::kNone || kernel == 64 || kernel == 128;
+        if (exists && width <= kernel) return kernel;
+    }
+    FEWSTEP_CHECK(false, "q, v: expected head dims up to 128, got ", width);
+}
+
+// Keys of a tile: the most that leave a thread's registers nothing to spill, by trial.
+constexpr int keys_of_tile(Masking masking, int width, bool is_static) {
+    if (masking == Masking::kAdditive) return width <= 64 ? 64 : 48;
+    if (width <= 80) return 128;
+    if (width == 96) return is_static ? 112 : 128;
+    return width == 112 || is_static ? 96 : 112;
+}
+
+// Which kernel.
+struct Launch {
+    int width;  // of `padded_width`
+    bool is_static;
+    Masking masking;
+    int batches;
+};
 
 // Whether the multiplying warpgroups take turns, a tile's products after S at a time. By count they
 // need not: exponentials and centring are 1300 cycles of a tile against 3072 of products (D 128),
@@ -348,15 +397,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Work w = find_work<C>(p);
     if (w.row >= w.queries) return;
     const C shared;
-    if (threadIdx.x == 0) shared.init_barriers();
-    __syncthreads();
-    if (threadIdx.x < kGroupThreads) {
-        give_registers<kLoaderRegisters>();
-        if (threadIdx.x < 32 && w.tiles > 0) load_tiles<C>(p, w, shared);
-    } else {
-        take_registers<kMultiplierRegisters>();
-        multiply_tiles<C>(p, w, threadIdx.x / kGroupThreads - 1, shared);
-    }
+    const auto load = [&] {
+        if (w.tiles > 0) load_tiles<C>(p, w, shared);
+    };
+    run_roles(shared, load, [&](int group) { multiply_tiles<C>(p, w, group, shared); });
 }
 
 }  // namespace fewstep::cuda::attention_jvp_kernel

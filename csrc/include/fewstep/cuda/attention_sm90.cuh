@@ -17,9 +17,6 @@ constexpr int kGroupRows = 64;
 constexpr int kRows = kGroups * kGroupRows;  // of a block of threads
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
 
-// Registers of a thread by role; together 168 for each of 384 threads, all that there are.
-constexpr int kLoaderRegisters = 24, kMultiplierRegisters = 240;
-
 // Named barriers, by warpgroup.
 constexpr int kTurn = 0, kStaged = kGroups;
 
@@ -61,6 +58,22 @@ struct Grid {
         return dim3(static_cast<unsigned>(count));
     }
 };
+
+// The number of packed sequences, 0 for none; refuses offsets that don't fit together or with the
+// rest.
+inline std::int64_t count_sequences(const TensorView* cu_q, const TensorView* cu_k,
+                                    const TensorView* attn_mask, std::int64_t batches) {
+    FEWSTEP_CHECK((cu_q == nullptr) == (cu_k == nullptr),
+                  "cu_seqlens_q, cu_seqlens_k: expected both or none");
+    if (cu_q == nullptr) return 0;
+    const std::int64_t sequences = cu_q->size(0) - 1;
+    expect_contiguous(*cu_q, "cu_seqlens_q", DType::kInt32, {sequences + 1});
+    expect_contiguous(*cu_k, "cu_seqlens_k", DType::kInt32, {sequences + 1});
+    FEWSTEP_CHECK(sequences > 0, "cu_seqlens_q: expected at least one sequence, got none");
+    FEWSTEP_CHECK(batches == 1, "q: expected one packed batch item, got ", batches);
+    FEWSTEP_CHECK(attn_mask == nullptr, "attn_mask: expected none with cu_seqlens_q, got one");
+    return sequences;
+}
 
 // Rows of one side that belong to a sequence: the first, and how many.
 struct Rows {
@@ -133,6 +146,8 @@ struct Layout {
     using T = T_;
     static constexpr int kD = kD_, kOwned = kOwned_, kTileRows = kTileRows_;
     static constexpr int kSteps = kD / kStepK;
+    // Registers of a thread by role; together 168 for each of 384 threads, all that there are.
+    static constexpr int kLoaderRegisters = 24, kMultiplierRegisters = 240;
     static constexpr int kBlocks = (kD + kBlockColumns - 1) / kBlockColumns;
     static constexpr int kOwnedBytes = kRows * kBlocks * kRowBytes;
     static constexpr int kSlotBytes = kTileRows * kBlocks * kRowBytes;
@@ -248,6 +263,22 @@ __device__ void store_rows(const L& shared, int i, int group, const float (&valu
         if (row >= rows || column >= columns) continue;
         *reinterpret_cast<uint4*>(target + row * stride + column) =
             *reinterpret_cast<const uint4*>(staging + tile_offset(row, column, kRows));
+    }
+}
+
+// The roles of a block's threads: load() by one warp, multiply(group) by the multiplying
+// warpgroups.
+template <class L, typename Load, typename Multiply>
+__device__ __forceinline__ void run_roles(const L& shared, const Load& load,
+                                          const Multiply& multiply) {
+    if (threadIdx.x == 0) shared.init_barriers();
+    __syncthreads();
+    if (threadIdx.x < kGroupThreads) {
+        give_registers<L::kLoaderRegisters>();
+        if (threadIdx.x < 32) load();
+    } else {
+        take_registers<L::kMultiplierRegisters>();
+        multiply(static_cast<int>(threadIdx.x / kGroupThreads) - 1);
     }
 }
 

@@ -1,7 +1,0 @@
-#include "fewstep/cuda/attention_jvp_sm90_launch.cuh"
-
-namespace fewstep::cuda::attention_jvp_kernel {
-
-template void launch<__half>(const Launch& how, const Params& p, cudaStream_t stream);
-
-}  // namespace fewstep::cuda::attention_jvp_kernel
