@@ -18,15 +18,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.bench import Result
+from fewstep.bench import Result, roofline_picture
 from fewstep.bench.table import seconds, share, summary_markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "demo"
 IMAGES = ROOT / "docs" / "images"
-README, BENCHMARKS, PATCHING = (
-    ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/guides/patching.md")
+README, BENCHMARKS, PATCHING, ATTENTION = (
+    ROOT / name
+    for name in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/guides/patching.md",
+        "docs/ops/attention_jvp.md",
+    )
+)
+ROOFLINE = "attention_jvp_roofline.png"
+# Baselines that do the op's whole work.
+ROOFLINE_BASELINES = (
+    "torch.func.jvp, math SDPA",
+    "finite difference, fused SDPA",
+    "jvp_flash_attention",
 )
 PICTURES = ("samples.png", "tradeoff.png")
 
@@ -213,7 +226,7 @@ def drawn_from(text: str) -> str:
 def documents(folder: str) -> dict[Path, str]:
     """Return the documents as they should read, drawn from a device's folder."""
     records = Records.load(RESULTS / folder)
-    texts = {path: path.read_text() for path in (README, BENCHMARKS, PATCHING)}
+    texts = {path: path.read_text() for path in (README, BENCHMARKS, PATCHING, ATTENTION)}
     images = f"{records.demo['samples']} images per row from the same seeds"
     machine = records.bench[0]
     bench_caption = caption(machine, "One run of `fewstep bench ops` on")
@@ -232,10 +245,20 @@ def documents(folder: str) -> dict[Path, str]:
         (PATCHING, "patches"): patches_table(records.patches)
         + "\n"
         + caption(records.patches["environment"], f"{records.patches['images']} images, on"),
+        (ATTENTION, "roofline"): f"![Roofline of attention_jvp](../images/{ROOFLINE})\n\n"
+        + bench_caption,
     }
     for (path, name), body in bodies.items():
         texts[path] = replace(texts[path], name, folder, body)
     return texts
+
+
+def draw_roofline(folder: str, path: Path) -> None:
+    """Draw attention_jvp's records of a device."""
+    records = [r for r in Records.load(RESULTS / folder).bench if r["op"] == "attention_jvp"]
+    title = f"attention_jvp on {records[0]['device']}, {records[0]['threads']} threads"
+    results = [Result.from_record(record) for record in records]
+    roofline_picture(path, results, title, ROOFLINE_BASELINES)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -246,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     for path, text in documents(folder).items():
         path.write_text(text)
         print(f"drew {path.relative_to(ROOT)}")
+    draw_roofline(folder, IMAGES / ROOFLINE)
     report, record = DEMO / "report.json", RESULTS / folder / "demo.json"
     if report.is_file() and report.read_text() == record.read_text():
         for name in PICTURES:

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep import ops
-from fewstep.bench import Benchmark, Case, baseline, implementations, matmul_limit, needs
+from fewstep.bench import (
+    Benchmark,
+    Case,
+    baseline,
+    copy_limit,
+    implementations,
+    matmul_limit,
+    needs,
+)
 
 GPU, ANY = ("cuda",), ("cpu", "cuda")
 LOW, FULL = torch.bfloat16, torch.float32
@@ -206,6 +214,7 @@ BENCHMARK = Benchmark(
         ),
         baseline("jvp_flash_attention", jvp_flash_attention, unless=peer_refuses),
         matmul_limit(),
+        copy_limit(),
     ],
     flops,
     bytes_moved,

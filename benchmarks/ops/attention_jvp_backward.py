@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep import ops
-from fewstep.bench import Benchmark, Case, baseline, implementations, matmul_limit
+from fewstep.bench import Benchmark, Case, baseline, copy_limit, implementations, matmul_limit
 
 GPU, ANY = ("cuda",), ("cpu", "cuda")
 LOW, FULL = torch.bfloat16, torch.float32
@@ -107,6 +107,7 @@ BENCHMARK = Benchmark(
         *implementations("attention_jvp_backward", fused, with_forward),
         baseline("autograd, torch.func.jvp, math SDPA", unfused, with_graph, memory_refuses),
         matmul_limit(),
+        copy_limit(),
     ],
     flops,
     bytes_moved,

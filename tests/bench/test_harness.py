@@ -230,3 +230,34 @@ def test_every_benchmark_file_declares_cases_and_a_baseline(op):
     for case in benchmark.cases:
         assert benchmark.bytes_moved(case) > 0
         assert benchmark.flops(case) > 0
+
+
+def _timed(provider, role, flops, moved, seconds, dtype="float32"):
+    return Result(
+        *("fake", "case", {"N": 1}, dtype, provider, role, "native"),
+        median_s=seconds,
+        flops=flops,
+        bytes=moved,
+        flops_per_s=flops / seconds,
+        bytes_per_s=moved / seconds,
+    )
+
+
+def test_roofline_has_a_panel_per_dtype_and_names_what_is_missing(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot as plt
+
+    results = [
+        *(_timed("ours", "op", 1e9, 1e6, 0.1, dtype) for dtype in ("float32", "bfloat16")),
+        *(_timed("matmul", "limit", 1e9, 0, 0.05, dtype) for dtype in ("float32", "bfloat16")),
+        _timed("slow", "baseline", 1e9, 1e6, 0.4),
+        _timed("copy", "limit", 0, 1e9, 0.1),
+    ]
+    sizes = []
+    for part in (results, [r for r in results if r.dtype == "float32"]):
+        bench.roofline_picture(tmp_path / "r.png", part, "fake", ["slow"])
+        sizes.append(plt.imread(tmp_path / "r.png").shape)
+    assert sizes[0][0] == sizes[1][0]
+    assert sizes[0][1] == 2 * sizes[1][1]
+    with pytest.raises(ValueError, match=r"expected a timed kernel and a limit in FLOP/s"):
+        bench.roofline_picture(tmp_path / "r.png", results[:2], "fake")

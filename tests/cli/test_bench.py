@@ -69,6 +69,16 @@ def test_show_reads_records_back(folder):
     assert runner.invoke(app, ["bench", "show", str(folder / "benchmarks")]).exit_code == 1
 
 
+def test_roofline_without_its_limit_is_an_error_that_says_so(folder):
+    assert invoke("--device", "cpu", "--quick", "--output", "out").exit_code == 0
+    result = runner.invoke(
+        app, ["bench", "show", "out", "--roofline", "r.png"], env={"COLUMNS": "300"}
+    )
+    assert result.exit_code == 2, result.output
+    assert "limit in FLOP/s" in result.output
+    assert not (folder / "r.png").exists()
+
+
 def test_what_is_no_record_is_named(tmp_path):
     (tmp_path / "text.md").write_text("# words")
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')

@@ -7,6 +7,7 @@ walks through one. No number is printed before the op's correctness gate has pas
 from .limits import copy_limit, matmul_limit
 from .model import Benchmark, Case, Provider
 from .providers import baseline, implementations, needs
+from .roofline import roofline_picture
 from .run import Result, Settings, run_benchmark
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "implementations",
     "matmul_limit",
     "needs",
+    "roofline_picture",
     "run_benchmark",
 ]

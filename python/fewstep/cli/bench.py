@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..bench import Result, Settings, discover, run_benchmark
+from ..bench import Result, Settings, discover, roofline_picture, run_benchmark
 from ..bench.environment import environment, slug
 from ..bench.measure import QUICK, Budget
 from ..bench.model import Benchmark, Case
@@ -111,8 +111,11 @@ def main(
     return int(any(r.skipped and r.skipped.startswith("refused") for r in everything))
 
 
-def show(paths: Sequence[Path], markdown: bool) -> int:
-    """Print records as one table per machine; return 1 if there are none."""
+def show(paths: Sequence[Path], markdown: bool, roofline: Path | None = None) -> int:
+    """Print records as one table per machine; return 1 if there are none.
+
+    `roofline` is a PNG to draw them into as well: the records of one op on one machine.
+    """
     files = [f for p in paths for f in (sorted(p.rglob("*.jsonl")) if p.is_dir() else [p])]
     machines: dict[str, list[Result]] = {}
     for file in files:
@@ -133,6 +136,8 @@ def show(paths: Sequence[Path], markdown: bool) -> int:
     if not machines:
         console.print("no records: expected *.jsonl written by `fewstep bench ops --output`")
         return 1
+    if roofline is not None:
+        _draw_roofline(roofline, machines)
     for title, results in machines.items():
         console.print(title, highlight=False, soft_wrap=True)
         if markdown:
@@ -140,3 +145,21 @@ def show(paths: Sequence[Path], markdown: bool) -> int:
         else:
             console.print(summary_table(results), highlight=False)
     return 0
+
+
+def _draw_roofline(path: Path, machines: dict[str, list[Result]]) -> None:
+    """Draw the records of one op on one machine."""
+    kinds = {(title, r.op) for title, results in machines.items() for r in results}
+    if len(kinds) != 1:
+        raise typer.BadParameter(
+            f"--roofline: expected records of one op on one machine, got {len(kinds)} such"
+        )
+    ((title, op),) = kinds
+    try:
+        roofline_picture(path, machines[title], f"{op} · {title}")
+    except ValueError as error:
+        raise typer.BadParameter(f"--roofline: {error}") from error
+    except ImportError as error:
+        raise typer.BadParameter(
+            f"--roofline: expected matplotlib to be installed ({error}); pip install fewstep[demo]"
+        ) from error

@@ -77,11 +77,15 @@ def bench_show(
         list[Path], typer.Argument(exists=True, help="Record files, or folders of them.")
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    roofline: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Also draw FLOP/s over FLOP/byte into this PNG."),
+    ] = None,
 ) -> None:
     """Print records: each kernel against the fastest baseline and the limit of its run."""
     from .bench import show
 
-    raise typer.Exit(show(paths, markdown))
+    raise typer.Exit(show(paths, markdown, roofline))
 
 
 @app.command()
