@@ -1,7 +1,7 @@
-// attention_jvp_backward on Hopper, the host's side: the three passes and what they are told.
+// attention_jvp_backward on Hopper, the host's side: the passes and what they are told.
 // The kernels: csrc/include/fewstep/cuda/attention_jvp_backward_sm90.cuh.
 #include <algorithm>
-#include <type_traits>
+#include <vector>
 
 #include "fewstep/check.h"
 #include "fewstep/cuda/attention_jvp_backward_sm90.cuh"
@@ -18,28 +18,28 @@ void launch_config(const Launch& how, const Params& p, cudaStream_t stream) {
                   p.grid.blocks(how.batches), kThreads, C::kSharedBytes, stream, p);
 }
 
-template <typename T, Pass kPass>
+template <typename T, int kD, Pass kPass>
 void launch_pass(const Launch& how, const Params& p, cudaStream_t stream) {
-    if (how.width == 64) {
-        if (how.masked) return launch_config<Config<T, 64, kPass, true>>(how, p, stream);
-        return launch_config<Config<T, 64, kPass, false>>(how, p, stream);
-    }
-    if (how.masked) return launch_config<Config<T, 128, kPass, true>>(how, p, stream);
-    launch_config<Config<T, 128, kPass, false>>(how, p, stream);
+    if (how.masked) return launch_config<Config<T, kD, kPass, true>>(how, p, stream);
+    launch_config<Config<T, kD, kPass, false>>(how, p, stream);
 }
 
 template <typename T>
 void launch(const Launch& how, const Params& p, cudaStream_t stream) {
+    const bool narrow = how.width == 64;
     switch (how.pass) {
-        case Pass::kQueries: return launch_pass<T, Pass::kQueries>(how, p, stream);
-        case Pass::kKeys: return launch_pass<T, Pass::kKeys>(how, p, stream);
-        case Pass::kValues: return launch_pass<T, Pass::kValues>(how, p, stream);
+        case Pass::kQueries:
+            if (narrow) return launch_pass<T, 64, Pass::kQueries>(how, p, stream);
+            return launch_pass<T, 128, Pass::kQueries>(how, p, stream);
+        case Pass::kKeys: return launch_pass<T, 128, Pass::kKeys>(how, p, stream);
+        case Pass::kValues: return launch_pass<T, 128, Pass::kValues>(how, p, stream);
+        case Pass::kBoth: return launch_pass<T, 64, Pass::kBoth>(how, p, stream);
     }
 }
 
 Gradient gradient(const TensorView* x) {
     if (x == nullptr) return {};
-    return {x->ptr<void>(), Strides::of(*x, 0)};
+    return {x->ptr<void>(), Strides::of(*x, 0), static_cast<int>(x->size(3))};
 }
 
 }  // namespace
@@ -114,24 +114,30 @@ void attention_jvp_backward_sm90(
     p.sequences = static_cast<int>(sequences);
 
     // The table at the top of the kernels' header.
+    using Views = std::vector<const TensorView*>;
     struct Plan {
         Pass pass;
-        std::initializer_list<const TensorView*> owned, streamed;
-        const TensorView *a, *b;
+        Views owned, streamed, sums;
     };
-    for (const Plan& plan :
-         {Plan{Pass::kQueries, {&q, t_q, dt_o, d_o}, {&v, t_v, &k, t_k}, dt_q, d_q},
-          Plan{Pass::kKeys, {&k, t_k, &v, t_v}, {dt_o, d_o, &q, t_q}, dt_k, d_k},
-          Plan{Pass::kValues, {&k, t_k}, {&q, t_q, dt_o, d_o}, dt_v, d_v}}) {
-        const TensorView* wanted = plan.a != nullptr ? plan.a : plan.b;
-        if (wanted == nullptr || wanted->numel() == 0) continue;
-        p.a = gradient(plan.a);
-        p.b = gradient(plan.b);
-        p.columns = static_cast<int>(wanted->size(3));
+    std::vector<Plan> plans = {
+        {Pass::kQueries, {&q, t_q, dt_o, d_o}, {&v, t_v, &k, t_k}, {dt_q, d_q}}};
+    const Views keys = {&k, t_k, &v, t_v}, outputs_first = {dt_o, d_o, &q, t_q};
+    if (how.width == 64) {
+        plans.push_back({Pass::kBoth, keys, outputs_first, {dt_k, d_k, dt_v, d_v}});
+    } else {
+        plans.push_back({Pass::kKeys, keys, outputs_first, {dt_k, d_k}});
+        plans.push_back({Pass::kValues, {&k, t_k}, {&q, t_q, dt_o, d_o}, {dt_v, d_v}});
+    }
+    for (const Plan& plan : plans) {
+        const bool queries = plan.pass == Pass::kQueries;
+        const std::int64_t rows = queries ? Nq : Nk, heads = queries ? H : G;
+        const auto wanted = [](const TensorView* x) { return x != nullptr && x->numel() > 0; };
+        if (std::none_of(plan.sums.begin(), plan.sums.end(), wanted)) continue;
+        std::transform(plan.sums.begin(), plan.sums.end(), p.sums, gradient);
         how.pass = plan.pass;
-        p.grid = Grid::of(wanted->size(2), sequences, wanted->size(1));
+        p.grid = Grid::of(rows, sequences, heads);
         if (Nq > 0 && Nk > 0) {  // else nothing is loaded
-            const auto describe = [](const auto& views, TensorMap* maps, int rows) {
+            const auto describe = [](const Views& views, TensorMap* maps, int rows) {
                 for (const TensorView* view : views) *maps++ = make_tensor_map(*view, rows);
             };
             describe(plan.owned, p.owned, kRows);

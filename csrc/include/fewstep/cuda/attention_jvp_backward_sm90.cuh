@@ -1,6 +1,6 @@
-// attention_jvp_backward on Hopper, in three passes that share one shape. Each owns 128 rows,
-// streams tiles of the other side, and sums two gradients a, b of its rows with weights W0, W1 of
-// the pairs:
+// attention_jvp_backward on Hopper, in passes that share one shape. Each owns 128 rows, streams
+// tiles of the other side, and sums gradients of its rows, in pairs a, b with weights W0, W1 of the
+// pairs of a query and a key:
 //
 //     a += W0 L          b += W1 L + W0 tL
 //
@@ -8,269 +8,22 @@
 //     queries   q, t_q, dt_o, d_o        v, t_v      k, t_k       dt_q, d_q    dS0, dS1
 //     keys      k, t_k, v, t_v           dt_o, d_o   q, t_q       dt_k, d_k    dS0^T, dS1^T
 //     values    k, t_k                   q, t_q      dt_o, d_o    dt_v, d_v    P^T, tP^T
+//     both      as keys                                           those of keys and of values
 //
 //     S = x u^T    tS = t_x u^T + x t_u^T    X0 = y w^T    X1 = t_y w^T + y t_w^T
 //
-// (u: the streamed partner of x, w that of y; L, tL: the late tiles.) 9, 9 and 6 products: 24,
-// where one pass would do 15; each gradient is summed in one order, in registers, without atomics.
-// Two products are in flight at most beside the sums, and each score tile is packed before the
-// next: two sums of 128 columns leave room for three tiles of 64. Derivation and symbols:
-// docs/ops/attention_jvp_backward.md.
+// (u: the streamed partner of x, w that of y; L, tL: the late tiles.) 9, 9, 6 and 12 products. Up
+// to 64 columns a thread's registers hold the four sums of "both": 21 products; above, keys and
+// values are two passes: 24. One pass for all would do 15. Each gradient is summed in one order, in
+// registers, without atomics. Two products are in flight at most beside the sums, and each score
+// tile is packed before the next. Derivation and symbols: docs/ops/attention_jvp_backward.md.
 #pragma once
 
-#include <type_traits>
-
-#include "fewstep/cuda/attention_sm90.cuh"
+#include "fewstep/cuda/attention_jvp_backward_parts_sm90.cuh"
 
 namespace fewstep::cuda::attention_jvp_backward_kernel {
 
-enum class Pass { kQueries, kKeys, kValues };
-
-// Rows that are streamed at a time: what leaves a thread's registers nothing to spill, by trial.
-constexpr int tile_rows(Pass pass, int width, bool half) {
-    if (width <= 64 || pass == Pass::kValues) return 64;
-    return pass == Pass::kQueries && !half ? 48 : 32;
-}
-
-struct Gradient {
-    void* data = nullptr;  // null where it is not wanted
-    Strides strides{};
-};
-
-// Of one pass; the kernel's header has the table of what is owned and streamed.
-struct Params {
-    TensorMap owned[4], streamed[4];
-    Gradient a, b;
-    const float *lse, *mu, *delta0, *delta1;
-    const std::int32_t *cu_q, *cu_k;
-    Mask mask;  // boolean
-    bool is_causal;
-    Grid grid;
-    int heads, group, nq, nk, columns;  // query heads; columns of the gradients
-    int sequences;                      // packed ones, 0 for none
-    float scale;
-    // Zeros that the compiler doesn't know: what is packed is unpacked late, from x ^ zero. Else it
-    // is unpacked at once, and the floats take registers until they are used.
-    std::uint32_t zero[3] = {0, 0, 0};
-};
-
-struct Launch {
-    Pass pass;
-    int width;  // 64 or 128
-    bool masked;
-    int batches;
-};
-
-// Numbers of a query: lse in units of exp2 and inf where P is 0 (a query without keys, or none at
-// all), mu, delta0, delta1.
-constexpr int kNumbers = 4;
-// Tiles whose numbers are in shared memory. The ring holds two tiles at most, so when the first
-// slot of the third is free again nobody reads the first any more.
-constexpr int kNumberTiles = 3;
-
-template <typename T, int kD, Pass kPass>
-constexpr int kTileRowsOf = tile_rows(kPass, kD, std::is_same_v<T, __half>);
-
-template <typename T, int kD, Pass kPass_, bool kMasked_>
-struct Config
-    : Layout<T, kD, kPass_ == Pass::kValues ? 2 : 4, kTileRowsOf<T, kD, kPass_>, 8,
-             kPass_ == Pass::kQueries ? 0
-                                      : kNumberTiles * kNumbers * kTileRowsOf<T, kD, kPass_> * 4> {
-    static constexpr Pass kPass = kPass_;
-    static constexpr bool kMasked = kMasked_;
-    static constexpr bool kOwnsQueries = kPass == Pass::kQueries;
-    static constexpr bool kIsValues = kPass == Pass::kValues;
-    static constexpr int kTile = Config::kTileRows;
-    static constexpr int kPerTile = 4;
-    // The loading warp also copies numbers: it needs more registers, and the others leave them to
-    // it.
-    static constexpr int kLoaderRegisters = kOwnsQueries ? 24 : 40;
-    static constexpr int kMultiplierRegisters = kOwnsQueries ? 240 : 232;
-    static_assert(Config::kSlots > kPerTile && Config::kSlots <= 2 * kPerTile);
-
-    // Numbers of the queries of a streamed tile, [kNumbers][kTile].
-    __device__ float* numbers(int tile) const {
-        return reinterpret_cast<float*>(this->extra()) + tile % kNumberTiles * kNumbers * kTile;
-    }
-};
-
-// The rows that a block of threads owns and the tiles that it streams.
-struct Work {
-    int batch, owned_head;
-    int stream_head, stream_heads;  // the first, and how many: query heads that share keys
-    int owned_first, owned;         // of the sequence, in the tensor
-    int stream_first, stream;
-    int row;         // first row of the block, in its sequence
-    int begin, end;  // tiles of each streamed head
-
-    __device__ int tiles() const { return (end - begin) * stream_heads; }
-};
-
-template <class C>
-__device__ Work find_work(const Params& p) {
-    const bool causal = C::kMasked && p.is_causal;
-    const std::int32_t* cu_q = C::kMasked ? p.cu_q : nullptr;
-    const std::int32_t* cu_k = C::kMasked ? p.cu_k : nullptr;
-    const Place place = C::kOwnsQueries
-                            ? find_place(p.grid, p.nq, p.nk, cu_q, cu_k, p.sequences, causal)
-                            : find_place(p.grid, p.nk, p.nq, cu_k, cu_q, p.sequences, false);
-    Work w;
-    w.batch = place.batch;
-    w.owned_head = place.head;
-    w.stream_head = C::kOwnsQueries ? w.owned_head / p.group : w.owned_head * p.group;
-    w.stream_heads = C::kOwnsQueries ? 1 : p.group;
-    w.owned_first = place.owned.first;
-    w.owned = place.owned.count;
-    w.stream_first = place.streamed.first;
-    w.stream = place.streamed.count;
-    w.row = place.row;
-    w.begin = causal && !C::kOwnsQueries ? w.row / C::kTile : 0;
-    const int seen = causal && C::kOwnsQueries ? min(w.stream, w.row + kRows) : w.stream;
-    w.end = max(w.begin, (seen + C::kTile - 1) / C::kTile);
-    return w;
-}
-
-// A query's numbers; `query` counts from the start of its sequence.
-__device__ __forceinline__ void read_numbers(const Params& p, int batch, int head, int first,
-                                             int query, int queries, float (&numbers)[kNumbers]) {
-    const std::int64_t at =
-        (static_cast<std::int64_t>(batch) * p.heads + head) * p.nq + first + query;
-    const bool exists = query < queries;
-    const float lse = exists ? p.lse[at] : -kInfinity;
-    numbers[0] = lse == -kInfinity ? kInfinity : lse * kLog2e;
-    numbers[1] = exists ? p.mu[at] : 0.0f;
-    numbers[2] = exists ? p.delta0[at] : 0.0f;
-    numbers[3] = exists ? p.delta1[at] : 0.0f;
-}
-
-// The loading warp.
-template <class C>
-__device__ void load_tiles(const Params& p, const Work& w, const C& shared) {
-    if (threadIdx.x == 0) {
-        const TileIndex rows{w.owned_first + w.row, w.owned_head, w.batch};
-#pragma unroll
-        for (int i = 0; i < C::kOwned; ++i) {
-            load_tile<C::kBlocks>(p.owned[i], rows, kRows, shared.owned(i), shared.owned_full());
-        }
-    }
-    RingPosition<C::kSlots> at;
-    std::uint32_t landings = 0;
-    int count = 0;
-    for (int head = w.stream_head; head < w.stream_head + w.stream_heads; ++head) {
-        for (int tile = w.begin; tile < w.end; ++tile, ++count) {
-            const int first = tile * C::kTile, left = w.stream - first;
-            const TileIndex from{w.stream_first + first, head, w.batch};
-            const bool cut = C::kMasked && p.cu_q != nullptr && left < C::kTile;
-            if constexpr (!C::kOwnsQueries) {
-                shared.empty(at.slot).wait(at.parity ^ 1);
-                for (int column = threadIdx.x; column < C::kTile; column += 32) {
-                    float numbers[kNumbers];
-                    read_numbers(p, w.batch, head, w.stream_first, first + column, w.stream,
-                                 numbers);
-#pragma unroll
-                    for (int i = 0; i < kNumbers; ++i) {
-                        shared.numbers(count)[i * C::kTile + column] = numbers[i];
-                    }
-                }
-                __syncwarp();  // before the first slot is reported full
-            }
-#pragma unroll
-            for (int i = 0; i < C::kPerTile; ++i) {
-                // Of the early ones only scores are taken, which a mask hides.
-                stream_tile(shared, p.streamed[i], from, at, cut && i >= 2, left, landings);
-            }
-        }
-    }
-}
-
-// The queries' numbers by value of a thread's scores: with queries owned they belong to its two
-// rows and stay in registers, with queries streamed they belong to its columns.
-template <class C>
-struct Numbers {
-    float kept[2][kNumbers];
-    const float* tile;  // of this thread's first column
-
-    template <int kWhich>
-    __device__ float get(int i) const {
-        if constexpr (C::kOwnsQueries) {
-            return kept[i / 2 % 2][kWhich];
-        } else {
-            return tile[kWhich * C::kTile + i / 4 * 8 + i % 2];
-        }
-    }
-};
-
-// Takes scores to units of exp2 and puts -inf where pairs don't meet: rows from first_row on,
-// columns from first_column on. Queries past the last have lse = inf already.
-template <class C>
-__device__ __forceinline__ void scale_and_hide(const Params& p, const Work& w, int query_head,
-                                               int first_row, int first_column,
-                                               float (&s)[C::kTile / 2]) {
-    const float unit = p.scale * kLog2e;
-#pragma unroll
-    for (int i = 0; i < C::kTile / 2; ++i) s[i] *= unit;
-    const int end = first_column + C::kTile;
-    const int thread = threadIdx.x % kGroupThreads;
-    if constexpr (C::kMasked) {
-        const int first_query = C::kOwnsQueries ? first_row : first_column;
-        const int last_key = C::kOwnsQueries ? end - 1 : first_row + kGroupRows - 1;
-        const bool crosses = p.is_causal && last_key > first_query;
-        if (p.mask.data == nullptr && end <= w.stream && !crosses) return;
-        const std::uint64_t bits = meeting_pairs<C::kTile / 2, !C::kOwnsQueries>(
-            p.mask.at<bool>(w.batch, query_head), p.mask.strides, p.is_causal, first_row,
-            first_column, C::kOwnsQueries ? w.owned : w.stream,
-            C::kOwnsQueries ? w.stream : w.owned);
-#pragma unroll
-        for (int i = 0; i < C::kTile / 2; ++i) s[i] = bits >> i & 1 ? s[i] : -kInfinity;
-    } else if constexpr (C::kOwnsQueries) {
-        if (end <= w.stream) return;
-#pragma unroll
-        for (int i = 0; i < C::kTile / 2; ++i) {
-            if (first_column + accumulator_column(thread, i) >= w.stream) s[i] = -kInfinity;
-        }
-    }
-}
-
-// acc = rows times a tile, and then: plus others times another; waits for it.
-template <class C>
-__device__ __forceinline__ void score(float (&acc)[C::kTile / 2], std::uint64_t rows, int slot,
-                                      const C& shared) {
-    using T = typename C::T;
-    fence_registers(acc);
-    begin_products();
-    multiply_scores<T, C::kTile, C::kSteps, false>(rows, kRows, shared.tile(slot), acc);
-    commit_products();
-    wait_products<0>();
-    fence_registers(acc);
-}
-template <class C>
-__device__ __forceinline__ void score(float (&acc)[C::kTile / 2], std::uint64_t rows, int slot,
-                                      std::uint64_t others, int other_slot, const C& shared) {
-    using T = typename C::T;
-    fence_registers(acc);
-    begin_products();
-    multiply_scores<T, C::kTile, C::kSteps, false>(rows, kRows, shared.tile(slot), acc);
-    multiply_scores<T, C::kTile, C::kSteps, true>(others, kRows, shared.tile(other_slot), acc);
-    commit_products();
-    wait_products<0>();
-    fence_registers(acc);
-}
-
-// x = weight (factor x - number), with the query's number kWhich. `zero`: see Params.
-template <class C, int kWhich>
-__device__ __forceinline__ void weigh_all(const std::uint32_t (&weights)[C::kTile / 4],
-                                          std::uint32_t zero, float factor,
-                                          const Numbers<C>& numbers, float (&x)[C::kTile / 2]) {
-#pragma unroll
-    for (int i = 0; i < C::kTile / 2; ++i) {
-        const float2 pair = unpack<typename C::T>(weights[i / 2] ^ zero);
-        const float weight = i % 2 == 0 ? pair.x : pair.y;
-        const float product = weight * fmaf(factor, x[i], -numbers.template get<kWhich>(i));
-        // What does not meet has weight 0, and x may then be anything.
-        x[i] = C::kMasked && weight == 0.0f ? 0.0f : product;
-    }
-}
-
+// One pair of sums: queries, keys or values.
 template <class C>
 __device__ void multiply_tiles(const Params& p, const Work& w, int group, const C& shared) {
     using T = typename C::T;
@@ -293,12 +46,6 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
 #pragma unroll
     for (int i = 0; i < C::kD / 2; ++i) a[i] = b[i] = 0.0f;
     RingPosition<C::kSlots> at;
-    const auto next = [&] {
-        const int slot = at.slot;
-        shared.full(slot).wait(at.parity);
-        at.advance();
-        return slot;
-    };
 
     if (w.tiles() > 0) shared.owned_full().wait(0);
     int tile = w.begin, head = 0;
@@ -306,25 +53,21 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
     for (int i = 0; i < w.tiles(); ++i) {
         const int first = tile * kTile;
         const int query_head = C::kOwnsQueries ? w.owned_head : w.stream_head + head;
-        const int early = next(), t_early = next();
+        const int early = next_slot(at, shared), t_early = next_slot(at, shared);
         if constexpr (!C::kOwnsQueries) {
             numbers.tile = shared.numbers(i) + accumulator_column(thread, 0);
         }
         int late = 0, t_late = 0;
         if constexpr (!C::kIsValues) {
-            late = next();
-            t_late = next();
+            late = next_slot(at, shared);
+            t_late = next_slot(at, shared);
         }
         // P, then what is added to a and b with L: W0 and W1; packed in pairs.
         std::uint32_t weights[kTile / 4], w0[kTile / 4], w1[kTile / 4];
         float s[kTile / 2];
         score<C>(s, x, C::kIsValues ? early : late, shared);
         scale_and_hide<C>(p, w, query_head, first_row, first, s);
-#pragma unroll
-        for (int j = 0; j < kTile / 4; ++j) {
-            weights[j] = pack<T>(fast_exp2(s[2 * j] - numbers.template get<0>(2 * j)),
-                                 fast_exp2(s[2 * j + 1] - numbers.template get<0>(2 * j + 1)));
-        }
+        exponentiate<C>(s, numbers, weights);
         float r[kTile / 2];
         if constexpr (C::kIsValues) {
 #pragma unroll
@@ -332,8 +75,7 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
         } else {
             score<C>(s, y, early, shared);
             weigh_all<C, 2>(weights, p.zero[0], 1.0f, numbers, s);
-#pragma unroll
-            for (int j = 0; j < kTile / 4; ++j) w0[j] = pack<T>(s[2 * j], s[2 * j + 1]);
+            pack_all<T>(s, w0);
             score<C>(r, t_y, early, y, t_early, shared);
             weigh_all<C, 3>(weights, p.zero[1], 1.0f, numbers, r);
             shared.release(early);
@@ -343,32 +85,17 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
         if constexpr (C::kIsValues) {
             shared.release(early);
             shared.release(t_early);
-            late = next();
-            t_late = next();
+            late = next_slot(at, shared);
+            t_late = next_slot(at, shared);
         }
         // tP, or tP (X0 - D0) = dS0 (tS - mu).
         weigh_all<C, 1>(w0, p.zero[2], p.scale, numbers, s);
+        if constexpr (!C::kIsValues) {
 #pragma unroll
-        for (int j = 0; j < kTile / 4; ++j) {
-            float low = s[2 * j], high = s[2 * j + 1];
-            if constexpr (!C::kIsValues) {
-                low += r[2 * j];
-                high += r[2 * j + 1];
-            }
-            w1[j] = pack<T>(low, high);
+            for (int j = 0; j < kTile / 2; ++j) s[j] += r[j];
         }
-        fence_registers(w0);
-        fence_registers(w1);
-        fence_registers(a);
-        fence_registers(b);
-        begin_products();
-        multiply_values<T, C::kD, kTile>(w0, shared.values(late), a);
-        multiply_values<T, C::kD, kTile>(w0, shared.values(t_late), b);
-        multiply_values<T, C::kD, kTile>(w1, shared.values(late), b);
-        commit_products();
-        wait_products<0>();
-        fence_registers(a);
-        fence_registers(b);
+        pack_all<T>(s, w1);
+        add_products<C>(w0, w1, late, t_late, shared, a, b);
         shared.release(late);
         shared.release(t_late);
         if (++tile == w.end) {
@@ -379,18 +106,93 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
 
     // Every warp of the group has read the owned rows for the last time.
     sync_named(kStaged + group, kGroupThreads);
-    const float scale = C::kIsValues ? 1.0f : p.scale;
-    const float factor[2] = {scale, scale};
-    const auto store = [&](int i, const float (&values)[C::kD / 2], const Gradient& target) {
-        if (target.data == nullptr) return;
-        const Strides& strides = target.strides;
-        T* rows = static_cast<T*>(target.data) + w.batch * strides.b + w.owned_head * strides.h +
-                  (w.owned_first + w.row) * strides.row;
-        store_rows<C>(shared, i, group, values, factor, rows, strides.row, w.owned - w.row,
-                      p.columns);
-    };
-    store(0, a, p.a);
-    store(1, b, p.b);
+    const float factor = C::kIsValues ? 1.0f : p.scale;
+    store_sums(p, w, 0, group, shared, a, factor);
+    store_sums(p, w, 1, group, shared, b, factor);
+}
+
+// Two pairs of sums: keys and values. tS - mu stays in float32 until it has met X0 - D0; onto the
+// product of the two the tensor cores add X1, and one more factor P makes dS1 of it:
+//
+//     dS1 = P ((tS - mu) (X0 - D0) + X1 - D1)
+//
+// The sums of the values come first, so that their tP is gone by then.
+template <class C>
+__device__ void multiply_both(const Params& p, const Work& w, int group, const C& shared) {
+    using T = typename C::T;
+    constexpr int kTile = C::kTile;
+    const int first_row = w.row + group * kGroupRows;
+    const std::uint64_t k = shared.rows(0, group), t_k = shared.rows(1, group);
+    const std::uint64_t v = shared.rows(2, group), t_v = shared.rows(3, group);
+    Numbers<C> numbers;
+
+    float dt_k[C::kD / 2], d_k[C::kD / 2], dt_v[C::kD / 2], d_v[C::kD / 2];
+#pragma unroll
+    for (int i = 0; i < C::kD / 2; ++i) dt_k[i] = d_k[i] = dt_v[i] = d_v[i] = 0.0f;
+    RingPosition<C::kSlots> at;
+
+    if (w.tiles() > 0) shared.owned_full().wait(0);
+    int tile = w.begin, head = 0;
+#pragma unroll 1
+    for (int i = 0; i < w.tiles(); ++i) {
+        const int dt_o = next_slot(at, shared), d_o = next_slot(at, shared);
+        const int q = next_slot(at, shared), t_q = next_slot(at, shared);
+        numbers.tile = shared.numbers(i) + accumulator_column(threadIdx.x % kGroupThreads, 0);
+        std::uint32_t weights[kTile / 4];
+        float s[kTile / 2];
+        score<C>(s, k, q, shared);
+        scale_and_hide<C>(p, w, w.stream_head + head, first_row, tile * kTile, s);
+        exponentiate<C>(s, numbers, weights);
+
+        score<C>(s, t_k, q, k, t_q, shared);
+        {
+            std::uint32_t t_weights[kTile / 4];
+#pragma unroll
+            for (int j = 0; j < kTile / 4; ++j) {
+                const float2 pair = unpack<T>(weights[j] ^ p.zero[0]);
+                float product[2];
+#pragma unroll
+                for (int l = 0; l < 2; ++l) {
+                    float& x = s[2 * j + l];
+                    const float weight = l == 0 ? pair.x : pair.y;
+                    x = fmaf(p.scale, x, -numbers.template get<1>(2 * j + l));
+                    product[l] = C::kMasked && weight == 0.0f ? 0.0f : weight * x;
+                }
+                t_weights[j] = pack<T>(product[0], product[1]);
+            }
+            add_products<C>(weights, t_weights, dt_o, d_o, shared, dt_v, d_v);
+        }
+
+        std::uint32_t w0[kTile / 4];
+        {
+            float r[kTile / 2];
+            score<C>(r, v, dt_o, shared);
+#pragma unroll
+            for (int j = 0; j < kTile / 2; ++j) s[j] *= r[j] - numbers.template get<2>(j);
+            weigh_all<C, 2>(weights, p.zero[1], 1.0f, numbers, r);
+            pack_all<T>(r, w0);
+        }
+        score<C, true>(s, t_v, dt_o, v, d_o, shared);
+        shared.release(dt_o);
+        shared.release(d_o);
+        weigh_all<C, 3>(weights, p.zero[2], 1.0f, numbers, s);
+        std::uint32_t w1[kTile / 4];
+        pack_all<T>(s, w1);
+        add_products<C>(w0, w1, q, t_q, shared, dt_k, d_k);
+        shared.release(q);
+        shared.release(t_q);
+        if (++tile == w.end) {
+            tile = w.begin;
+            ++head;
+        }
+    }
+
+    // Every warp of the group has read the owned rows for the last time.
+    sync_named(kStaged + group, kGroupThreads);
+    store_sums(p, w, 0, group, shared, dt_k, p.scale);
+    store_sums(p, w, 1, group, shared, d_k, p.scale);
+    store_sums(p, w, 2, group, shared, dt_v, 1.0f);
+    store_sums(p, w, 3, group, shared, d_v, 1.0f);
 }
 
 template <class C>
@@ -402,7 +204,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto load = [&] {
         if (w.tiles() > 0) load_tiles<C>(p, w, shared);
     };
-    run_roles(shared, load, [&](int group) { multiply_tiles<C>(p, w, group, shared); });
+    run_roles(shared, load, [&](int group) {
+        if constexpr (C::kPass == Pass::kBoth) {
+            multiply_both<C>(p, w, group, shared);
+        } else {
+            multiply_tiles<C>(p, w, group, shared);
+        }
+    });
 }
 
 }  // namespace fewstep::cuda::attention_jvp_backward_kernel

@@ -1,0 +1,329 @@
+// What attention_jvp_backward's Hopper kernels are made of: parameters, the tiles that a block of
+// threads works on, their loads, and scores with what is made of them. The kernels and their
+// symbols: attention_jvp_backward_sm90.cuh.
+#pragma once
+
+#include <type_traits>
+
+#include "fewstep/cuda/attention_sm90.cuh"
+
+namespace fewstep::cuda::attention_jvp_backward_kernel {
+
+enum class Pass { kQueries, kKeys, kValues, kBoth };
+
+// Rows that are streamed at a time: what leaves a thread's registers nothing to spill, by trial.
+constexpr int tile_rows(Pass pass, int width, bool half) {
+    if (pass == Pass::kBoth) return 48;
+    if (width <= 64 || pass == Pass::kValues) return 64;
+    return pass == Pass::kQueries && !half ? 48 : 32;
+}
+
+struct Gradient {
+    void* data = nullptr;  // null where it is not wanted
+    Strides strides{};
+    int columns = 0;
+};
+
+// Of one pass; the kernels' header has the table of what is owned, streamed and summed.
+struct Params {
+    TensorMap owned[4], streamed[4];
+    Gradient sums[4];
+    const float *lse, *mu, *delta0, *delta1;
+    const std::int32_t *cu_q, *cu_k;
+    Mask mask;  // boolean
+    bool is_causal;
+    Grid grid;
+    int heads, group, nq, nk;  // query heads
+    int sequences;             // packed ones, 0 for none
+    float scale;
+    // Zeros that the compiler doesn't know: what is packed is unpacked late, from x ^ zero. Else it
+    // is unpacked at once, and the floats take registers until they are used.
+    std::uint32_t zero[3] = {0, 0, 0};
+};
+
+struct Launch {
+    Pass pass;
+    int width;  // 64 or 128
+    bool masked;
+    int batches;
+};
+
+// Numbers of a query: lse in units of exp2 and inf where P is 0 (a query without keys, or none at
+// all), mu, delta0, delta1.
+constexpr int kNumbers = 4;
+// Tiles whose numbers are in shared memory. The ring holds two tiles at most, so when the first
+// slot of the third is free again nobody reads the first any more.
+constexpr int kNumberTiles = 3;
+
+template <typename T, int kD, Pass kPass>
+constexpr int kTileRowsOf = tile_rows(kPass, kD, std::is_same_v<T, __half>);
+
+template <typename T, int kD, Pass kPass_, bool kMasked_>
+struct Config
+    : Layout<T, kD, kPass_ == Pass::kValues ? 2 : 4, kTileRowsOf<T, kD, kPass_>, 8,
+             kPass_ == Pass::kQueries ? 0
+                                      : kNumberTiles * kNumbers * kTileRowsOf<T, kD, kPass_> * 4> {
+    static constexpr Pass kPass = kPass_;
+    static constexpr bool kMasked = kMasked_;
+    static constexpr bool kOwnsQueries = kPass == Pass::kQueries;
+    static constexpr bool kIsValues = kPass == Pass::kValues;
+    static constexpr int kTile = Config::kTileRows;
+    static constexpr int kPerTile = 4;
+    // The loading warp also copies numbers: it needs more registers, and the others leave them to
+    // it.
+    static constexpr int kLoaderRegisters = kOwnsQueries ? 24 : 40;
+    static constexpr int kMultiplierRegisters = kOwnsQueries ? 240 : 232;
+    static_assert(Config::kSlots > kPerTile && Config::kSlots <= 2 * kPerTile);
+
+    // Numbers of the queries of a streamed tile, [kNumbers][kTile].
+    __device__ float* numbers(int tile) const {
+        return reinterpret_cast<float*>(this->extra()) + tile % kNumberTiles * kNumbers * kTile;
+    }
+};
+
+// The rows that a block of threads owns and the tiles that it streams.
+struct Work {
+    int batch, owned_head;
+    int stream_head, stream_heads;  // the first, and how many: query heads that share keys
+    int owned_first, owned;         // of the sequence, in the tensor
+    int stream_first, stream;
+    int row;         // first row of the block, in its sequence
+    int begin, end;  // tiles of each streamed head
+
+    __device__ int tiles() const { return (end - begin) * stream_heads; }
+};
+
+template <class C>
+__device__ Work find_work(const Params& p) {
+    const bool causal = C::kMasked && p.is_causal;
+    const std::int32_t* cu_q = C::kMasked ? p.cu_q : nullptr;
+    const std::int32_t* cu_k = C::kMasked ? p.cu_k : nullptr;
+    const Place place = C::kOwnsQueries
+                            ? find_place(p.grid, p.nq, p.nk, cu_q, cu_k, p.sequences, causal)
+                            : find_place(p.grid, p.nk, p.nq, cu_k, cu_q, p.sequences, false);
+    Work w;
+    w.batch = place.batch;
+    w.owned_head = place.head;
+    w.stream_head = C::kOwnsQueries ? w.owned_head / p.group : w.owned_head * p.group;
+    w.stream_heads = C::kOwnsQueries ? 1 : p.group;
+    w.owned_first = place.owned.first;
+    w.owned = place.owned.count;
+    w.stream_first = place.streamed.first;
+    w.stream = place.streamed.count;
+    w.row = place.row;
+    w.begin = causal && !C::kOwnsQueries ? w.row / C::kTile : 0;
+    const int seen = causal && C::kOwnsQueries ? min(w.stream, w.row + kRows) : w.stream;
+    w.end = max(w.begin, (seen + C::kTile - 1) / C::kTile);
+    return w;
+}
+
+// A query's numbers; `query` counts from the start of its sequence.
+__device__ __forceinline__ void read_numbers(const Params& p, int batch, int head, int first,
+                                             int query, int queries, float (&numbers)[kNumbers]) {
+    const std::int64_t at =
+        (static_cast<std::int64_t>(batch) * p.heads + head) * p.nq + first + query;
+    const bool exists = query < queries;
+    const float lse = exists ? p.lse[at] : -kInfinity;
+    numbers[0] = lse == -kInfinity ? kInfinity : lse * kLog2e;
+    numbers[1] = exists ? p.mu[at] : 0.0f;
+    numbers[2] = exists ? p.delta0[at] : 0.0f;
+    numbers[3] = exists ? p.delta1[at] : 0.0f;
+}
+
+// The loading warp.
+template <class C>
+__device__ void load_tiles(const Params& p, const Work& w, const C& shared) {
+    if (threadIdx.x == 0) {
+        const TileIndex rows{w.owned_first + w.row, w.owned_head, w.batch};
+#pragma unroll
+        for (int i = 0; i < C::kOwned; ++i) {
+            load_tile<C::kBlocks>(p.owned[i], rows, kRows, shared.owned(i), shared.owned_full());
+        }
+    }
+    RingPosition<C::kSlots> at;
+    std::uint32_t landings = 0;
+    int count = 0;
+    for (int head = w.stream_head; head < w.stream_head + w.stream_heads; ++head) {
+        for (int tile = w.begin; tile < w.end; ++tile, ++count) {
+            const int first = tile * C::kTile, left = w.stream - first;
+            const TileIndex from{w.stream_first + first, head, w.batch};
+            const bool cut = C::kMasked && p.cu_q != nullptr && left < C::kTile;
+            if constexpr (!C::kOwnsQueries) {
+                shared.empty(at.slot).wait(at.parity ^ 1);
+                for (int column = threadIdx.x; column < C::kTile; column += 32) {
+                    float numbers[kNumbers];
+                    read_numbers(p, w.batch, head, w.stream_first, first + column, w.stream,
+                                 numbers);
+#pragma unroll
+                    for (int i = 0; i < kNumbers; ++i) {
+                        shared.numbers(count)[i * C::kTile + column] = numbers[i];
+                    }
+                }
+                __syncwarp();  // before the first slot is reported full
+            }
+#pragma unroll
+            for (int i = 0; i < C::kPerTile; ++i) {
+                // Where only scores are taken of the early ones, a mask hides what is behind.
+                const bool summed = i >= 2 || C::kPass == Pass::kBoth;
+                stream_tile(shared, p.streamed[i], from, at, cut && summed, left, landings);
+            }
+        }
+    }
+}
+
+// The queries' numbers by value of a thread's scores: with queries owned they belong to its two
+// rows and stay in registers, with queries streamed they belong to its columns.
+template <class C>
+struct Numbers {
+    float kept[2][kNumbers];
+    const float* tile;  // of this thread's first column
+
+    template <int kWhich>
+    __device__ float get(int i) const {
+        if constexpr (C::kOwnsQueries) {
+            return kept[i / 2 % 2][kWhich];
+        } else {
+            return tile[kWhich * C::kTile + i / 4 * 8 + i % 2];
+        }
+    }
+};
+
+// Takes scores to units of exp2 and puts -inf where pairs don't meet: rows from first_row on,
+// columns from first_column on. Queries past the last have lse = inf already.
+template <class C>
+__device__ __forceinline__ void scale_and_hide(const Params& p, const Work& w, int query_head,
+                                               int first_row, int first_column,
+                                               float (&s)[C::kTile / 2]) {
+    const float unit = p.scale * kLog2e;
+#pragma unroll
+    for (int i = 0; i < C::kTile / 2; ++i) s[i] *= unit;
+    const int end = first_column + C::kTile;
+    const int thread = threadIdx.x % kGroupThreads;
+    if constexpr (C::kMasked) {
+        const int first_query = C::kOwnsQueries ? first_row : first_column;
+        const int last_key = C::kOwnsQueries ? end - 1 : first_row + kGroupRows - 1;
+        const bool crosses = p.is_causal && last_key > first_query;
+        if (p.mask.data == nullptr && end <= w.stream && !crosses) return;
+        const std::uint64_t bits = meeting_pairs<C::kTile / 2, !C::kOwnsQueries>(
+            p.mask.at<bool>(w.batch, query_head), p.mask.strides, p.is_causal, first_row,
+            first_column, C::kOwnsQueries ? w.owned : w.stream,
+            C::kOwnsQueries ? w.stream : w.owned);
+#pragma unroll
+        for (int i = 0; i < C::kTile / 2; ++i) s[i] = bits >> i & 1 ? s[i] : -kInfinity;
+    } else if constexpr (C::kOwnsQueries) {
+        if (end <= w.stream) return;
+#pragma unroll
+        for (int i = 0; i < C::kTile / 2; ++i) {
+            if (first_column + accumulator_column(thread, i) >= w.stream) s[i] = -kInfinity;
+        }
+    }
+}
+
+// acc = (kAdd: acc +) rows times a tile, and then: plus others times another; waits for it.
+template <class C, bool kAdd = false>
+__device__ __forceinline__ void score(float (&acc)[C::kTile / 2], std::uint64_t rows, int slot,
+                                      const C& shared) {
+    using T = typename C::T;
+    fence_registers(acc);
+    begin_products();
+    multiply_scores<T, C::kTile, C::kSteps, kAdd>(rows, kRows, shared.tile(slot), acc);
+    commit_products();
+    wait_products<0>();
+    fence_registers(acc);
+}
+template <class C, bool kAdd = false>
+__device__ __forceinline__ void score(float (&acc)[C::kTile / 2], std::uint64_t rows, int slot,
+                                      std::uint64_t others, int other_slot, const C& shared) {
+    using T = typename C::T;
+    fence_registers(acc);
+    begin_products();
+    multiply_scores<T, C::kTile, C::kSteps, kAdd>(rows, kRows, shared.tile(slot), acc);
+    multiply_scores<T, C::kTile, C::kSteps, true>(others, kRows, shared.tile(other_slot), acc);
+    commit_products();
+    wait_products<0>();
+    fence_registers(acc);
+}
+
+// P of scores in units of exp2, packed in pairs.
+template <class C>
+__device__ __forceinline__ void exponentiate(const float (&s)[C::kTile / 2],
+                                             const Numbers<C>& numbers,
+                                             std::uint32_t (&weights)[C::kTile / 4]) {
+#pragma unroll
+    for (int j = 0; j < C::kTile / 4; ++j) {
+        weights[j] =
+            pack<typename C::T>(fast_exp2(s[2 * j] - numbers.template get<0>(2 * j)),
+                                fast_exp2(s[2 * j + 1] - numbers.template get<0>(2 * j + 1)));
+    }
+}
+
+// x in pairs, rounded to 16 bits.
+template <typename T, int kCount>
+__device__ __forceinline__ void pack_all(const float (&x)[kCount],
+                                         std::uint32_t (&pairs)[kCount / 2]) {
+#pragma unroll
+    for (int j = 0; j < kCount / 2; ++j) pairs[j] = pack<T>(x[2 * j], x[2 * j + 1]);
+}
+
+// x = weight (factor x - number), with the query's number kWhich. `zero`: see Params.
+template <class C, int kWhich>
+__device__ __forceinline__ void weigh_all(const std::uint32_t (&weights)[C::kTile / 4],
+                                          std::uint32_t zero, float factor,
+                                          const Numbers<C>& numbers, float (&x)[C::kTile / 2]) {
+#pragma unroll
+    for (int i = 0; i < C::kTile / 2; ++i) {
+        const float2 pair = unpack<typename C::T>(weights[i / 2] ^ zero);
+        const float weight = i % 2 == 0 ? pair.x : pair.y;
+        const float product = weight * fmaf(factor, x[i], -numbers.template get<kWhich>(i));
+        // What does not meet has weight 0, and x may then be anything.
+        x[i] = C::kMasked && weight == 0.0f ? 0.0f : product;
+    }
+}
+
+// a += W0 L, b += W1 L + W0 tL; waits for it.
+template <class C>
+__device__ __forceinline__ void add_products(std::uint32_t (&w0)[C::kTile / 4],
+                                             std::uint32_t (&w1)[C::kTile / 4], int slot,
+                                             int t_slot, const C& shared, float (&a)[C::kD / 2],
+                                             float (&b)[C::kD / 2]) {
+    using T = typename C::T;
+    fence_registers(w0);
+    fence_registers(w1);
+    fence_registers(a);
+    fence_registers(b);
+    begin_products();
+    multiply_values<T, C::kD, C::kTile>(w0, shared.values(slot), a);
+    multiply_values<T, C::kD, C::kTile>(w0, shared.values(t_slot), b);
+    multiply_values<T, C::kD, C::kTile>(w1, shared.values(slot), b);
+    commit_products();
+    wait_products<0>();
+    fence_registers(a);
+    fence_registers(b);
+}
+
+// The next slot of the ring, once it is full.
+template <class C>
+__device__ __forceinline__ int next_slot(RingPosition<C::kSlots>& at, const C& shared) {
+    const int slot = at.slot;
+    shared.full(slot).wait(at.parity);
+    at.advance();
+    return slot;
+}
+
+// A gradient of the owned rows, times `factor`, by way of owned matrix i, which nobody reads any
+// more.
+template <class C>
+__device__ void store_sums(const Params& p, const Work& w, int i, int group, const C& shared,
+                           const float (&values)[C::kD / 2], float factor) {
+    const Gradient& target = p.sums[i];
+    if (target.data == nullptr) return;
+    using T = typename C::T;
+    const Strides& strides = target.strides;
+    T* rows = static_cast<T*>(target.data) + w.batch * strides.b + w.owned_head * strides.h +
+              (w.owned_first + w.row) * strides.row;
+    const float factors[2] = {factor, factor};
+    store_rows<C>(shared, i, group, values, factors, rows, strides.row, w.owned - w.row,
+                  target.columns);
+}
+
+}  // namespace fewstep::cuda::attention_jvp_backward_kernel
