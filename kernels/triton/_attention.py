@@ -30,13 +30,17 @@ LARGEST = tl.constexpr(2e38)
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes and launch options for head dims up to `head_dim`."""
+    """Tile sizes and launch options for head dims up to `head_dim`.
+
+    `chunk` is how many directions a program takes at most.
+    """
 
     head_dim: int
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    chunk: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,28 @@ def base_of_mask(ptr, strides, r, b, h):
     if ptr is not None:
         base = ptr + (r * strides[0] + b * strides[1] + h * strides[2])
     return base
+
+
+@triton.jit
+def bases_of(ptr, strides, r, b, h, row, UNIT: tl.constexpr, COUNT: tl.constexpr):
+    """Return a tuple of `base_of` in directions r, r + 1, ..., r + COUNT - 1."""
+    bases = ptr
+    if ptr is not None:
+        bases = ()
+        for i in tl.static_range(COUNT):
+            bases += (base_of(ptr, strides, r + i, b, h, row, UNIT),)
+    return bases
+
+
+@triton.jit
+def bases_of_mask(ptr, strides, r, b, h, COUNT: tl.constexpr):
+    """Return a tuple of `base_of_mask` in directions r, r + 1, ..., r + COUNT - 1."""
+    bases = ptr
+    if ptr is not None:
+        bases = ()
+        for i in tl.static_range(COUNT):
+            bases += (base_of_mask(ptr, strides, r + i, b, h),)
+    return bases
 
 
 @triton.jit

@@ -126,6 +126,9 @@ def tensors(d, nk=1000, directions=1, mask=None, sequences=0, is_causal=False):
         attn_mask = new(*shape, dtype=torch.bool)
     elif mask == "keys":
         attn_mask = new(1, 1, 1, nk, dtype=torch.bool).expand(shape)
+    elif mask == "additive keys":
+        attn_mask = new(1, 1, 1, nk).expand(shape)
+        t_attn_mask = new(directions, 1, 1, 1, nk).expand(directions, *shape)
     elif mask == "additive":
         attn_mask, t_attn_mask = new(*shape), new(directions, *shape)
     if sequences:
