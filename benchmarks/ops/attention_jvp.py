@@ -47,10 +47,34 @@ CASES = [
         "  static k, v", {"B": 1, "H": 32, "N": 8192, "D": 64}, LOW, GPU, options={"static": True}
     ),
     Case("  float16", {"B": 1, "H": 32, "N": 8192, "D": 64}, torch.float16, GPU),
+    *(
+        Case(
+            f"  {r} directions",
+            {"B": 1, "H": 32, "N": 8192, "D": 64},
+            LOW,
+            GPU,
+            options={"directions": r},
+        )
+        for r in (2, 3, 4)
+    ),
+    Case(
+        "64 x 8192 x 32, 3 directions",
+        {"B": 1, "H": 64, "N": 8192, "D": 32},
+        LOW,
+        GPU,
+        options={"directions": 3},
+    ),
     Case("FLUX.1 1024px", {"B": 1, "H": 24, "N": 4608, "D": 128}, LOW, GPU, quick=True),
     Case("24 x 8192 x 128", {"B": 1, "H": 24, "N": 8192, "D": 128}, LOW, GPU),
     Case(
         "  static k, v", {"B": 1, "H": 24, "N": 8192, "D": 128}, LOW, GPU, options={"static": True}
+    ),
+    Case(
+        "  2 directions",
+        {"B": 1, "H": 24, "N": 8192, "D": 128},
+        LOW,
+        GPU,
+        options={"directions": 2},
     ),
     Case("Wan 2.1 1.3B 480p", {"B": 1, "H": 12, "N": 32760, "D": 128}, LOW, GPU),
     Case(

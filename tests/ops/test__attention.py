@@ -15,6 +15,7 @@ from helpers import DEVICES, padded, padding_intact, relative_error, row_sliced
 
 pytest.importorskip("triton")
 from fewstep.kernels import _attention, attention_jvp, attention_jvp_backward
+from fewstep.kernels._common import dot
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("one_thread")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,7 +25,7 @@ SCALE = 0.3
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    tiles = _attention.TileConfig(256, 32, 16, 4, 1)
+    tiles = _attention.TileConfig(256, 32, 16, 4, 1, chunk=2)
     monkeypatch.setattr(attention_jvp, "choose_config", lambda *args: tiles)
     tiles = _attention.TileConfig(256, 16, 32, 4, 1)
     monkeypatch.setattr(attention_jvp_backward, "choose_config", lambda *args: tiles)
@@ -203,28 +204,76 @@ def test_backward_in_two_launches_for_wide_heads():
 
 
 @pytest.mark.parametrize("kept", [(3, 4, 5), (3,), (5,)])
-@pytest.mark.parametrize("directions", [1, 2, 3])
+@pytest.mark.parametrize("directions", [1, 2, 3, 5])
 def test_directions(directions, kept):
-    """Each direction has a program of its own; the first stores o and lse."""
+    """Two to a program, one where one is left; each has the bits it has alone."""
     args = inputs(17, 33, directions=directions)
     args = [x if i < 3 or i in kept else None for i, x in enumerate(args)]
     kwargs = additive(17, 33, torch.float32, (directions, 1, 2, 17, 33))
+    t_mask = kwargs["t_attn_mask"]
     if kept == (5,):
-        del kwargs["t_attn_mask"]
+        t_mask = kwargs.pop("t_attn_mask")[:0]
     got = check_forward(args, **kwargs)
-    kwargs.pop("t_attn_mask", None)
-    alone = ops.attention_jvp(
-        *args[:3], **kwargs, return_stats=True, scale=SCALE, impl="triton"
-    )  # fmt: skip
-    assert torch.equal(got[0], alone[0])
-    assert torch.equal(got[2], alone[2])
+
+    def run(tangents, **masks):
+        kwargs.pop("t_attn_mask", None)
+        keywords = {**kwargs, **masks, "return_stats": True, "scale": SCALE, "impl": "triton"}
+        return ops.attention_jvp(*args[:3], *tangents, **keywords)
+
+    without = run([None] * 3)
+    assert torch.equal(got[0], without[0])
+    assert torch.equal(got[2], without[2])
+    for r in {0, directions - 1}:
+        alone = run(
+            [None if x is None else x[r] for x in args[3:]],
+            **({"t_attn_mask": t_mask[r]} if len(t_mask) else {}),
+        )
+        assert torch.equal(got[1][r], alone[1])
+        assert torch.equal(got[3][r], alone[3])
+
+
+class Spy:
+    """Stands for a kernel: keeps grids and keywords, and runs it."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.launches.append((grid, kwargs))
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("directions", [None, 1, 2, 3, 5])
+def test_programs_and_products_of_directions(directions, chunk, monkeypatch):
+    """ceil(R / chunk) programs for one tile of queries and keys, 2 products and 4 a direction."""
+    spy = Spy(attention_jvp._attention_jvp_fwd_kernel)
+    monkeypatch.setattr(attention_jvp, "_attention_jvp_fwd_kernel", spy)
+    tiles, products = _attention.TileConfig(256, 32, 16, 4, 1, chunk=chunk), []
+    monkeypatch.setattr(attention_jvp, "choose_config", lambda *args: tiles)
+    monkeypatch.setattr(attention_jvp, "dot", lambda *args: products.append(1) or dot(*args))
+    args = inputs(9, 11, heads=(1, 1), directions=directions)
+    check_forward(args if directions else [*args[:3], None, None, None])
+    programs = -(-(directions or 1) // chunk)
+    assert sum(grid[2] for grid, _ in spy.launches) == programs
+    assert sum(grid[2] * kwargs["CHUNK"] for grid, kwargs in spy.launches) == (directions or 1)
+    assert len(products) == 2 * programs + 4 * (directions or 0)
+
+
+def test_narrow_heads_share_the_primal():
+    """The tables on a GPU; no tile changes for it, which would change bits."""
+    for table in (attention_jvp.CONFIGS_SM90, attention_jvp.COMPARING_SM90):
+        assert {x.head_dim: x.chunk for x in table} == {32: 3, 64: 2, 128: 1, 256: 1}
 
 
 @pytest.mark.parametrize("name", ["causal", "bool", "sequences"])
 def test_directions_of_masked_keys(name):
     for dtype in DTYPES[:2]:
         nq, nk, kwargs = CASES[name](dtype)
-        check_forward(inputs(nq, nk, directions=2, dtype=dtype), **kwargs)
+        check_forward(inputs(nq, nk, directions=3, dtype=dtype), **kwargs)
 
 
 def test_rows_without_a_key_are_exactly_zero():
@@ -338,13 +387,13 @@ MASKS = [{}, {"is_causal": True}, "additive", "sequences"]
 @pytest.mark.parametrize("masks", MASKS, ids=str)
 def test_forward_stays_inside(masks):
     """NaN around every input is never read, and nothing around an output is written."""
-    args = [padded(x) for x in inputs(33, 31, directions=2)]
-    kwargs = masks if isinstance(masks, dict) else _expanded(CASES[masks](torch.float32), 2)
+    args = [padded(x) for x in inputs(33, 31, directions=3)]
+    kwargs = masks if isinstance(masks, dict) else _expanded(CASES[masks](torch.float32), 3)
     if masks == "sequences":
-        args = [padded(x) for x in inputs(49, 60, directions=2)]
+        args = [padded(x) for x in inputs(49, 60, directions=3)]
     q, v = args[0], args[2]
-    o, t_o = torch.zeros(*q.shape[:3], v.shape[-1]), torch.zeros(2, *q.shape[:3], v.shape[-1])
-    stats = (torch.zeros(q.shape[:3]), torch.zeros(2, *q.shape[:3]), torch.zeros(q.shape[:3]))
+    o, t_o = torch.zeros(*q.shape[:3], v.shape[-1]), torch.zeros(3, *q.shape[:3], v.shape[-1])
+    stats = (torch.zeros(q.shape[:3]), torch.zeros(3, *q.shape[:3]), torch.zeros(q.shape[:3]))
     masking = _attention.Masks(**kwargs)
     outputs = [padded(x) for x in (o, t_o, *stats)]
     if not masking.additive:

@@ -6,7 +6,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep import ops
+from fewstep import _native, ops
 from fewstep import scaled_dot_product_attention as fused
 
 
@@ -136,6 +136,36 @@ def test_one_call_of_the_op_with_the_tangents_there_are(monkeypatch):
     q, k, v = (normal(2, 2, 3, 8) for _ in range(3))
     torch.func.jvp(lambda q: fused(q, k, v), (q,), (q,))
     assert calls == [[True, False, False]]
+
+
+@pytest.mark.parametrize("name", ["vmap over tangents", "jacfwd"])
+def test_one_call_of_the_kernel_for_all_directions(name, monkeypatch):
+    """Directions share the primal's work only if they arrive together."""
+    call, seen = _native.call, []
+
+    def spy(op, *args):
+        seen.append((op, args[0].shape, [None if x is None else x.shape for x in args[3:6]]))
+        return call(op, *args)
+
+    monkeypatch.setattr(_native, "call", spy)
+    x = [normal(2, 2, 3, 8) for _ in range(3)]
+    t = [normal(5, *a.shape) for a in x]
+    shape = x[0].shape
+    if name == "vmap over tangents":
+
+        def along(f):
+            return torch.vmap(lambda *t: torch.func.jvp(f, tuple(x), t), out_dims=(None, 0))(*t)
+
+        want = [(5, *shape)] * 3
+    else:
+
+        def along(f):
+            return torch.func.jacfwd(lambda q: f(q, *x[1:]))(x[0])
+
+        want = [(x[0].numel(), *shape), None, None]
+    got = along(fused)
+    assert seen == [("attention_jvp", shape, want)]
+    torch.testing.assert_close(got, along(unfused))
 
 
 def test_a_query_without_keys():

@@ -402,5 +402,6 @@ def _masked_gate_cases(
     packed = {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1], "return_stats": True}
     cases.append((inputs(*shape, b=1), packed, bound))
     cases.append((inputs(*shape, g=1), {"return_stats": True}, bound))  # shared heads
-    cases.append((inputs(*shape, 2), {"return_stats": True}, bound))  # directions
+    for masking in ({}, {"is_causal": True}):  # directions, an odd one left over
+        cases.append((inputs(*shape, 3), {**masking, "return_stats": True}, bound))
     return cases
