@@ -26,6 +26,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK_S = tl.constexpr(128)
 LARGEST = tl.constexpr(2e38)
+HOPPER_SHARED = 229_376  # bytes that the largest tiles for it take
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,14 @@ class Masks:
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Return whether tiles of sm_90 and later fit; so it is taken where there is no GPU."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Return whether the tiles of sm_90 fit; so it is taken where there is no GPU.
+
+    The shared memory decides: of the generations after it some have as much, others less than half.
+    """
+    if device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major >= 9 and properties.shared_memory_per_block_optin >= HOPPER_SHARED
 
 
 def safe_scale(scale: float, *masks: Tensor | None) -> float:
