@@ -1,10 +1,10 @@
 // attention_jvp on Hopper, the host's side: which kernel, and what it is told.
-// The kernels: csrc/include/fewstep/cuda/attention_jvp_sm90.cuh.
+// The kernels: csrc/include/fewstep/cuda/attention_jvp_sm90.cuh, attention_jvp_wide_sm90.cuh.
 #include <algorithm>
 #include <type_traits>
 
 #include "fewstep/check.h"
-#include "fewstep/cuda/attention_jvp_sm90.cuh"
+#include "fewstep/cuda/attention_jvp_wide_sm90.cuh"
 #include "fewstep/ops/attention_jvp.h"
 
 namespace fewstep::cuda {
@@ -16,6 +16,17 @@ template <class C>
 void launch(const Params& p, int batches, cudaStream_t stream) {
     launch_kernel(attention_jvp_sm90_kernel<C>, "attention_jvp_sm90", p.grid.blocks(batches),
                   kThreads, C::kSharedBytes, stream, p);
+}
+
+template <typename T, int kD, Masking kMasking>
+void launch_wide(const Launch& how, const Params& p, cudaStream_t stream) {
+    const auto with = [&](auto is_static) {
+        using C = WideConfig<T, kD, decltype(is_static)::value, kMasking>;
+        launch_kernel(attention_jvp_wide_sm90_kernel<C>, "attention_jvp_wide_sm90",
+                      p.grid.blocks(how.batches), kThreads, C::kSharedBytes, stream, p);
+    };
+    if (how.is_static) return with(std::true_type{});
+    with(std::false_type{});
 }
 
 // Calls f with the one of kDims that `width` is, as a type.
@@ -35,6 +46,13 @@ void launch(const Launch& how, const Params& p, cudaStream_t stream) {
             launch<Config<T, kD, false, kMasking>>(p, how.batches, stream);
         }
     };
+    if (how.width > kMostColumns) {
+        if (how.masking == Masking::kAdditive) {
+            return launch_wide<T, 256, Masking::kAdditive>(how, p, stream);
+        }
+        if (how.width == 160) return launch_wide<T, 160, Masking::kPairs>(how, p, stream);
+        return launch_wide<T, 256, Masking::kPairs>(how, p, stream);
+    }
     switch (how.masking) {
         case Masking::kNone:
             return dispatch_width<48, 64, 80, 96, 112, 128>(how.width, [&](auto width) {
@@ -103,7 +121,10 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
 
     Params p{};
     p.scale = static_cast<float>(scale);
-    p.grid = Grid::of(Nq, sequences, H);
+    const int columns = static_cast<int>(std::max(D, Dv));
+    const bool wide = columns > kMostColumns;
+    const int rows = wide ? kGroupRows : kRows;  // of a block of threads
+    p.grid = Grid::of(Nq, sequences, H, rows);
     Launch how{};
     how.is_static = t_k == nullptr;
     how.batches = static_cast<int>(B);
@@ -111,9 +132,9 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
     const bool additive = (attn_mask != nullptr && !mask_is_bool) || t_attn_mask != nullptr;
     const bool pairs = is_causal || cu_seqlens_q != nullptr || mask_is_bool;
     how.masking = additive || p.scale <= 0 ? Masking::kAdditive
-                  : pairs                  ? Masking::kPairs
+                  : pairs || wide          ? Masking::kPairs
                                            : Masking::kNone;
-    how.width = padded_width(how.masking, static_cast<int>(std::max(D, Dv)));
+    how.width = wide ? wide_width(how.masking, columns) : padded_width(how.masking, columns);
     TensorView tangent_k = k, tangent_v = v;
     if (t_k != nullptr) {
         tangent_k = direction(*t_k);
@@ -122,9 +143,9 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
         expect_loadable(tangent_v, "t_v", q.dtype, {B, G, Nk, Dv});
     }
     if (Nk > 0) {  // else nothing is loaded
-        const int keys = keys_of_tile(how.masking, how.width, how.is_static);
-        p.q = make_tensor_map(q, kRows);
-        p.t_q = make_tensor_map(tangent_q, kRows);
+        const int keys = wide ? kWideKeys : keys_of_tile(how.masking, how.width, how.is_static);
+        p.q = make_tensor_map(q, rows);
+        p.t_q = make_tensor_map(tangent_q, rows);
         p.k = make_tensor_map(k, keys);
         p.v = make_tensor_map(v, keys);
         p.t_k = make_tensor_map(tangent_k, keys);

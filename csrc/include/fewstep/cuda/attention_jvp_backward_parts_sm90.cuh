@@ -301,15 +301,6 @@ __device__ __forceinline__ void add_products(std::uint32_t (&w0)[C::kTile / 4],
     fence_registers(b);
 }
 
-// The next slot of the ring, once it is full.
-template <class C>
-__device__ __forceinline__ int next_slot(RingPosition<C::kSlots>& at, const C& shared) {
-    const int slot = at.slot;
-    shared.full(slot).wait(at.parity);
-    at.advance();
-    return slot;
-}
-
 // A gradient of the owned rows, times `factor`, by way of owned matrix i, which nobody reads any
 // more.
 template <class C>
@@ -322,8 +313,8 @@ __device__ void store_sums(const Params& p, const Work& w, int i, int group, con
     T* rows = static_cast<T*>(target.data) + w.batch * strides.b + w.owned_head * strides.h +
               (w.owned_first + w.row) * strides.row;
     const float factors[2] = {factor, factor};
-    store_rows<C>(shared, i, group, values, factors, rows, strides.row, w.owned - w.row,
-                  target.columns);
+    store_rows<T, kRows>(shared.owned(i), group * kGroupRows, values, factors, rows, strides.row,
+                         w.owned - w.row, target.columns);
 }
 
 }  // namespace fewstep::cuda::attention_jvp_backward_kernel

@@ -43,6 +43,8 @@ struct Params {
     std::uint32_t zero[2] = {0, 0};
 };
 
+constexpr int kMostColumns = 128;  // attention_jvp_wide_sm90.cuh takes what has more
+
 // The head dims that there are kernels for: without masks (nearly) every multiple of 16. Columns
 // that a tensor doesn't have are zero in shared memory, and multiplied.
 inline int padded_width(Masking masking, int width) {
@@ -50,7 +52,7 @@ inline int padded_width(Masking masking, int width) {
         const bool exists = masking == Masking::kNone || kernel == 64 || kernel == 128;
         if (exists && width <= kernel) return kernel;
     }
-    FEWSTEP_CHECK(false, "q, v: expected head dims up to 128, got ", width);
+    FEWSTEP_CHECK(false, "q, v: expected head dims up to ", kMostColumns, ", got ", width);
 }
 
 // Keys of a tile: the most that leave a thread's registers nothing to spill, by trial.
@@ -63,7 +65,7 @@ constexpr int keys_of_tile(Masking masking, int width, bool is_static) {
 
 // Which kernel.
 struct Launch {
-    int width;  // of `padded_width`
+    int width;  // of `padded_width` or `wide_width`
     bool is_static;
     Masking masking;
     int batches;
@@ -102,8 +104,8 @@ struct Work {
 template <class C>
 __device__ Work find_work(const Params& p) {
     const bool causal = C::kMasked && p.is_causal;
-    const Place place =
-        find_place(p.grid, p.nq, p.nk, C::kMasked ? p.cu_q : nullptr, p.cu_k, p.sequences, causal);
+    const Place place = find_place<C::kOwnedRows>(p.grid, p.nq, p.nk, C::kMasked ? p.cu_q : nullptr,
+                                                  p.cu_k, p.sequences, causal);
     Work w;
     w.head = place.head;
     w.batch = place.batch;
@@ -112,7 +114,7 @@ __device__ Work find_work(const Params& p) {
     w.first_key = place.streamed.first;
     w.keys = place.streamed.count;
     w.row = place.row;
-    const int seen = causal ? min(w.keys, w.row + kRows) : w.keys;
+    const int seen = causal ? min(w.keys, w.row + C::kOwnedRows) : w.keys;
     w.tiles = (seen + C::kKeys - 1) / C::kKeys;
     return w;
 }
@@ -122,8 +124,8 @@ template <class C>
 __device__ void load_tiles(const Params& p, const Work& w, const C& shared) {
     if (threadIdx.x == 0) {
         const TileIndex rows{w.first_query + w.row, w.head, w.batch};
-        load_tile<C::kBlocks>(p.q, rows, kRows, shared.owned(0), shared.owned_full());
-        load_tile<C::kBlocks>(p.t_q, rows, kRows, shared.owned(1), shared.owned_full());
+        load_tile<C::kBlocks>(p.q, rows, C::kOwnedRows, shared.owned(0), shared.owned_full());
+        load_tile<C::kBlocks>(p.t_q, rows, C::kOwnedRows, shared.owned(1), shared.owned_full());
     }
     RingPosition<C::kSlots> at;
     std::uint32_t landings = 0;
@@ -181,17 +183,44 @@ __device__ __forceinline__ void add_mask(const Params& p, const Mask& mask, cons
 }
 
 // What a warpgroup keeps of its 64 queries; index 0 and 1 of the statistics: a thread's two rows.
-template <class C>
+template <int kColumns>
 struct State {
-    float o[C::kD / 2], t_o[C::kD / 2];
+    float o[kColumns / 2], t_o[kColumns / 2];
     float m[2], l[2], c[2];
+
+    __device__ __forceinline__ State() {
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i) o[i] = t_o[i] = 0.0f;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            m[r] = -kInfinity;
+            l[r] = c[r] = 0.0f;
+        }
+    }
+    // Takes the sums to a maximum that is larger by -log alpha.
+    __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i) {
+            o[i] *= alpha[i / 2 % 2];
+            t_o[i] *= alpha[i / 2 % 2];
+        }
+    }
+    // Takes t_o to a mean that is larger by `shift`.
+    __device__ __forceinline__ void recenter(const float (&shift)[2]) {
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i) {
+            t_o[i] = fmaf(-shift[i / 2 % 2], o[i], t_o[i]);
+        }
+    }
 };
 
-// Takes scores into m and l and returns exp(S - m), rounded and packed; o and t_o are rescaled.
-template <class C>
-__device__ __forceinline__ void exponentiate(State<C>& state, const float (&s)[C::kKeys / 2],
-                                             float unit, std::uint32_t (&p)[C::kKeys / 4]) {
-    float top[2] = {state.m[0], state.m[1]}, origin[2] = {0, 0}, alpha[2];
+// Takes scores into m and l and returns exp(S - m), rounded and packed; the sums are to be rescaled
+// by alpha.
+template <class C, int kColumns>
+__device__ __forceinline__ void exponentiate(State<kColumns>& state, const float (&s)[C::kKeys / 2],
+                                             float unit, std::uint32_t (&p)[C::kKeys / 4],
+                                             float (&alpha)[2]) {
+    float top[2] = {state.m[0], state.m[1]}, origin[2] = {0, 0};
     // Of the two, the first is one instruction. Large values of a mask need the second: the product
     // of a fused multiply-add is not rounded, but origin is.
     const auto power = [&](float x, int r) {
@@ -216,19 +245,16 @@ __device__ __forceinline__ void exponentiate(State<C>& state, const float (&s)[C
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) state.l[r] = fmaf(state.l[r], alpha[r], quad_sum(sum[r]));
-#pragma unroll
-    for (int i = 0; i < C::kD / 2; ++i) {
-        state.o[i] *= alpha[i / 2 % 2];
-        state.t_o[i] *= alpha[i / 2 % 2];
-    }
 }
 
-// Takes tS into c and returns H = P (tS - c), rounded and packed in place; s is destroyed.
-template <class C>
-__device__ __forceinline__ void center(const Params& params, State<C>& state,
+// Takes tS into c, which moves by `shift`, and returns H = P (tS - c), rounded and packed in place;
+// s is destroyed.
+template <class C, int kColumns>
+__device__ __forceinline__ void center(const Params& params, State<kColumns>& state,
                                        const std::uint32_t (&p)[C::kKeys / 4],
-                                       float (&s)[C::kKeys / 2], std::uint32_t (&h)[C::kKeys / 4]) {
-    float off[2] = {0, 0}, shift[2];
+                                       float (&s)[C::kKeys / 2], std::uint32_t (&h)[C::kKeys / 4],
+                                       float (&shift)[2]) {
+    float off[2] = {0, 0};
     // tS is scaled already where it met a mask.
     const auto weigh = [&](float weight, float t_s, int r) {
         const float x = C::kAdditive ? t_s - state.c[r] : fmaf(t_s, params.scale, -state.c[r]);
@@ -249,11 +275,7 @@ __device__ __forceinline__ void center(const Params& params, State<C>& state,
         shift[r] = C::kMasked && state.l[r] == 0.0f ? 0.0f : fast_divide(off[r], state.l[r]);
         state.c[r] += shift[r];
     }
-    // What O is here comes from the tiles before.
-#pragma unroll
-    for (int i = 0; i < C::kD / 2; ++i) {
-        state.t_o[i] = fmaf(-shift[i / 2 % 2], state.o[i], state.t_o[i]);
-    }
+    state.recenter(shift);  // what O is here comes from the tiles before
 #pragma unroll
     for (int i = 0; i < C::kKeys / 4; ++i) {
         const float2 weights = unpack<typename C::T>(p[i] ^ params.zero[1]);
@@ -262,38 +284,43 @@ __device__ __forceinline__ void center(const Params& params, State<C>& state,
     }
 }
 
-template <class C>
-__device__ void finish(const Params& p, const Work& w, int group, const C& shared,
-                       const State<C>& state) {
+// Writes results: statistics, and columns from first_column on (of a block of 64 the first) of
+// rows from first_row of the block's on, through where the queries were.
+template <class C, bool kLse, bool kMu, int kColumns>
+__device__ void finish(const Params& p, const Work& w, int first_row, int first_column,
+                       const C& shared, const State<kColumns>& state) {
     const int thread = threadIdx.x % kGroupThreads;
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float l = state.l[r];
         inverse[r] = l == 0.0f ? 0.0f : 1.0f / l;
-        const int row = w.row + group * kGroupRows + accumulator_row(thread, 2 * r);
+        const int row = w.row + first_row + accumulator_row(thread, 2 * r);
         if (thread % 4 != 0 || row >= w.queries) continue;
         const std::int64_t at =
             (static_cast<std::int64_t>(w.batch) * p.heads + w.head) * p.nq + w.first_query + row;
-        const float log_l = fast_log(l);
-        const float m = C::kAdditive ? state.m[r] : state.m[r] * p.scale;
-        p.lse[at] = l == 0.0f ? -kInfinity : m + log_l;
-        p.mu[at] = state.c[r];
-        if (C::kAdditive && p.lse_rest != nullptr) {
-            p.lse_rest[at] = l == 0.0f ? 0.0f : log_l - (m + log_l - m);
+        if constexpr (kMu) p.mu[at] = state.c[r];
+        if constexpr (kLse) {
+            const float log_l = fast_log(l);
+            const float m = C::kAdditive ? state.m[r] : state.m[r] * p.scale;
+            p.lse[at] = l == 0.0f ? -kInfinity : m + log_l;
+            if (C::kAdditive && p.lse_rest != nullptr) {
+                p.lse_rest[at] = l == 0.0f ? 0.0f : log_l - (m + log_l - m);
+            }
         }
     }
-    // Every warp of the group has read the queries for the last time.
-    sync_named(kStaged + group, kGroupThreads);
-    const auto rows_of = [&](void* x, const Strides& strides) {
-        return static_cast<typename C::T*>(x) + w.batch * strides.b + w.head * strides.h +
-               (w.first_query + w.row) * strides.row;
+    const auto store = [&](int i, const float (&values)[kColumns / 2], void* x,
+                           const Strides& strides) {
+        using T = typename C::T;
+        T* const target = static_cast<T*>(x) + w.batch * strides.b + w.head * strides.h +
+                          (w.first_query + w.row) * strides.row + first_column;
+        std::uint8_t* const staging =
+            shared.owned(i) + first_column / kBlockColumns * C::kOwnedRows * kRowBytes;
+        store_rows<T, C::kOwnedRows>(staging, first_row, values, inverse, target, strides.row,
+                                     w.queries - w.row, p.dv - first_column);
     };
-    const int left = w.queries - w.row;
-    store_rows<C>(shared, 0, group, state.o, inverse, rows_of(p.o, p.o_strides), p.o_strides.row,
-                  left, p.dv);
-    store_rows<C>(shared, 1, group, state.t_o, inverse, rows_of(p.t_o, p.t_o_strides),
-                  p.t_o_strides.row, left, p.dv);
+    store(0, state.o, p.o, p.o_strides);
+    store(1, state.t_o, p.t_o, p.t_o_strides);
 }
 
 template <class C>
@@ -304,14 +331,7 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
     // Masked scores are in natural units already.
     const float unit = (C::kAdditive ? 1.0f : p.scale) * kLog2e;
 
-    State<C> state;
-#pragma unroll
-    for (int i = 0; i < C::kD / 2; ++i) state.o[i] = state.t_o[i] = 0.0f;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        state.m[r] = -kInfinity;
-        state.l[r] = state.c[r] = 0.0f;
-    }
+    State<C::kD> state;
     float s[C::kKeys / 2];
     RingPosition<C::kSlots> at;
     const auto wait = [&](const RingPosition<C::kSlots>& from) {
@@ -337,7 +357,9 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
             add_mask<C>(p, p.mask_is_bool ? Mask{} : p.mask, w, first_row, first_key, s);
         }
         hide<C>(p, w, first_row, first_key, s);
-        exponentiate<C>(state, s, unit, weights);
+        float alpha[2], shift[2];
+        exponentiate<C>(state, s, unit, weights, alpha);
+        state.rescale(alpha);
 
         if constexpr (kTurns) sync_named(kTurn + group, kGroups * kGroupThreads);
         const int t_k_slot = at.slot;
@@ -357,7 +379,7 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
         shared.release(k_slot);
         if constexpr (!C::kStatic) shared.release(t_k_slot);
         if constexpr (C::kAdditive) add_mask<C>(p, p.t_mask, w, first_row, first_key, s);
-        center<C>(p, state, weights, s, h);
+        center<C>(p, state, weights, s, h, shift);
 
         const int t_v_slot = at.slot;
         if constexpr (!C::kStatic) {
@@ -388,7 +410,9 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
             arrive_named(kTurn + 1 - group, kGroups * kGroupThreads);
         }
     }
-    finish<C>(p, w, group, shared, state);
+    // Every warp of the group has read the queries for the last time.
+    sync_named(kStaged + group, kGroupThreads);
+    finish<C, true, true>(p, w, group * kGroupRows, 0, shared, state);
 }
 
 template <class C>

@@ -1,6 +1,6 @@
-// What attention's Hopper kernels share. A block of threads owns 128 rows of some matrices (queries
-// in the forward) and streams tiles of others through a ring of slots: one warpgroup loads, two
-// multiply, 64 of the rows each.
+// What attention's Hopper kernels share. A block of threads owns some rows of some matrices
+// (queries in the forward) and streams tiles of others through a ring of slots: one warpgroup
+// loads, two multiply, 64 rows each: of the 128 that the block owns, or both the same.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kGroups = 2;  // multiplying warpgroups
 constexpr int kGroupRows = 64;
-constexpr int kRows = kGroups * kGroupRows;  // of a block of threads
+constexpr int kRows = kGroups * kGroupRows;  // of a block of threads, unless it says otherwise
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
 
 // Named barriers, by warpgroup.
@@ -41,14 +41,15 @@ struct Mask {
 
 // The blocks of threads of a launch: for each batch item and owned head the tiles of its rows.
 // Packed sequences share a head's tiles, one more for each sequence than there are whole ones:
-// sequence s has those from cu[s] / 128 + s on, which is never fewer than it needs, and known
+// sequence s has those from cu[s] / kRows + s on, which is never fewer than it needs, and known
 // without adding up the lengths of those before it. Some find nothing to do.
 struct Grid {
     int tiles, heads;
 
-    static Grid of(std::int64_t rows, std::int64_t sequences, std::int64_t heads) {
+    static Grid of(std::int64_t rows, std::int64_t sequences, std::int64_t heads,
+                   int block_rows = kRows) {
         const std::int64_t tiles =
-            sequences == 0 ? (rows + kRows - 1) / kRows : rows / kRows + sequences;
+            sequences == 0 ? (rows + block_rows - 1) / block_rows : rows / block_rows + sequences;
         return {static_cast<int>(tiles), static_cast<int>(heads)};
     }
     dim3 blocks(std::int64_t batches) const {
@@ -93,6 +94,7 @@ struct Place {
 };
 
 // `last_first`: tiles in reverse, for owners whose later rows have more to do.
+template <int kBlockRows = kRows>
 __device__ __forceinline__ Place find_place(const Grid& grid, int rows, int other_rows,
                                             const std::int32_t* cu, const std::int32_t* other_cu,
                                             int sequences, bool last_first) {
@@ -108,14 +110,14 @@ __device__ __forceinline__ Place find_place(const Grid& grid, int rows, int othe
         int low = 0, high = sequences;  // the last sequence whose tiles begin at or before this one
         while (high - low > 1) {
             const int middle = (low + high) / 2;
-            (cu[middle] / kRows + middle <= tile ? low : high) = middle;
+            (cu[middle] / kBlockRows + middle <= tile ? low : high) = middle;
         }
-        tile -= cu[low] / kRows + low;
+        tile -= cu[low] / kBlockRows + low;
         place.owned = rows_of(cu, low, rows);
         place.streamed = rows_of(other_cu, low, other_rows);
     }
     // Offsets that don't rise could leave a tile behind all rows, or before them.
-    place.row = tile < 0 ? rows : tile * kRows;
+    place.row = tile < 0 ? rows : tile * kBlockRows;
     return place;
 }
 
@@ -139,17 +141,19 @@ __device__ __forceinline__ std::uint64_t meeting_pairs(const bool* mask, const S
     return bits;
 }
 
-// Shared memory: kOwned matrices of 128 rows, a ring of tiles of kTileRows rows, barriers,
+// Shared memory: kOwned matrices of kOwnedRows rows, a ring of tiles of kTileRows rows, barriers,
 // kExtraBytes for what a kernel likes. Matrices have kD_ columns, in blocks of 64.
-template <typename T_, int kD_, int kOwned_, int kTileRows_, int kMostSlots, int kExtraBytes = 0>
+template <typename T_, int kD_, int kOwned_, int kTileRows_, int kMostSlots, int kExtraBytes = 0,
+          int kOwnedRows_ = kRows>
 struct Layout {
     using T = T_;
     static constexpr int kD = kD_, kOwned = kOwned_, kTileRows = kTileRows_;
+    static constexpr int kOwnedRows = kOwnedRows_;
     static constexpr int kSteps = kD / kStepK;
     // Registers of a thread by role; together 168 for each of 384 threads, all that there are.
     static constexpr int kLoaderRegisters = 24, kMultiplierRegisters = 240;
     static constexpr int kBlocks = (kD + kBlockColumns - 1) / kBlockColumns;
-    static constexpr int kOwnedBytes = kRows * kBlocks * kRowBytes;
+    static constexpr int kOwnedBytes = kOwnedRows * kBlocks * kRowBytes;
     static constexpr int kSlotBytes = kTileRows * kBlocks * kRowBytes;
     static constexpr int kAlignment = kSwizzleRows * kRowBytes;
     static constexpr int kBarrierBytes = 256;
@@ -192,16 +196,16 @@ struct Layout {
         fence_barriers();
     }
 
-    // Descriptors: of a warpgroup's rows of an owned matrix; of a tile whose columns or (values)
-    // rows are summed over.
+    // Descriptors: of a warpgroup's rows of an owned matrix; of a tile whose columns or (values,
+    // from a block of columns on) rows are summed over.
     __device__ std::uint64_t rows(int i, int group) const {
         return matrix_descriptor(shared_address(owned(i) + group * kGroupRows * kRowBytes), 0);
     }
     __device__ std::uint64_t tile(int i) const {
         return matrix_descriptor(shared_address(slot(i)), 0);
     }
-    __device__ std::uint64_t values(int i) const {
-        return matrix_descriptor(shared_address(slot(i)), kLeading);
+    __device__ std::uint64_t values(int i, int block = 0) const {
+        return matrix_descriptor(shared_address(slot(i)) + block * kLeading, kLeading);
     }
     __device__ void release(int i) const {
         if (threadIdx.x % 32 == 0) empty(i).arrive();
@@ -240,29 +244,37 @@ __device__ void stream_tile(const L& shared, const TensorMap& source, TileIndex 
     at.advance();
 }
 
-// Writes values * factor (by row of the thread) to rows of `target`, 16 bytes a thread, through the
-// owned matrix `i`, whose rows of this warp nobody reads any more. `rows`: that exist, of the
-// block's 128.
+// The next slot of the ring, once it is full.
 template <class L>
-__device__ void store_rows(const L& shared, int i, int group, const float (&values)[L::kD / 2],
-                           const float (&factor)[2], typename L::T* target, std::int64_t stride,
-                           int rows, int columns) {
-    const int thread = threadIdx.x % kGroupThreads, group_row = group * kGroupRows;
-    std::uint8_t* const staging = shared.owned(i);
+__device__ __forceinline__ int next_slot(RingPosition<L::kSlots>& at, const L& shared) {
+    const int slot = at.slot;
+    shared.full(slot).wait(at.parity);
+    at.advance();
+    return slot;
+}
+
+// Writes values * factor (by row of the thread) to rows of `target`, 16 bytes a thread, through
+// kStagingRows rows of shared memory, where nobody reads this warp's any more. first_row: the
+// warpgroup's, of the block's, in `staging` and `target`; `rows`: of the block's that exist.
+template <typename T, int kStagingRows, int kCount>
+__device__ void store_rows(std::uint8_t* staging, int first_row, const float (&values)[kCount],
+                           const float (&factor)[2], T* target, std::int64_t stride, int rows,
+                           int columns) {
+    const int thread = threadIdx.x % kGroupThreads;
 #pragma unroll
-    for (int j = 0; j < L::kD / 4; ++j) {
-        const int row = group_row + accumulator_row(thread, 2 * j);
-        const int offset = tile_offset(row, accumulator_column(thread, 2 * j), kRows);
+    for (int j = 0; j < kCount / 2; ++j) {
+        const int row = first_row + accumulator_row(thread, 2 * j);
+        const int offset = tile_offset(row, accumulator_column(thread, 2 * j), kStagingRows);
         *reinterpret_cast<std::uint32_t*>(staging + offset) =
-            pack<typename L::T>(values[2 * j] * factor[j % 2], values[2 * j + 1] * factor[j % 2]);
+            pack<T>(values[2 * j] * factor[j % 2], values[2 * j + 1] * factor[j % 2]);
     }
     __syncwarp();
-    constexpr int kChunks = L::kD / 8;
+    constexpr int kChunks = kCount / 4;
     for (int j = thread % 32; j < 16 * kChunks; j += 32) {
-        const int row = group_row + thread / 32 * 16 + j / kChunks, column = j % kChunks * 8;
+        const int row = first_row + thread / 32 * 16 + j / kChunks, column = j % kChunks * 8;
         if (row >= rows || column >= columns) continue;
         *reinterpret_cast<uint4*>(target + row * stride + column) =
-            *reinterpret_cast<const uint4*>(staging + tile_offset(row, column, kRows));
+            *reinterpret_cast<const uint4*>(staging + tile_offset(row, column, kStagingRows));
     }
 }
 
