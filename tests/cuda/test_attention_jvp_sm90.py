@@ -69,48 +69,53 @@ def draw(nq, nk, d, dv=None, *, b=1, h=1, g=None, dtype=torch.bfloat16):
     return [padded(torch.randn(shape).to(dtype), 64) for shape in shapes]
 
 
-@pytest.mark.parametrize("d", [8, 40, 48, 64, 72, 80, 96, 104, 112, 128])
+@pytest.mark.parametrize("d", [8, 40, 48, 64, 72, 80, 96, 104, 112, 128, 136, 160, 192, 256])
 def test_head_dims(library, d):
     check(library, draw(33, 131, d))
 
 
-@pytest.mark.parametrize("d", [64, 72, 112, 128])
+@pytest.mark.parametrize("d", [64, 72, 112, 128, 160, 256])
 def test_static_keys_and_values(library, d):
     check(library, [*draw(33, 260, d)[:4], None, None])
 
 
-@pytest.mark.parametrize(("d", "dv"), [(72, 40), (40, 104), (128, 8)])
+@pytest.mark.parametrize(("d", "dv"), [(72, 40), (40, 104), (128, 8), (160, 40), (64, 136), (192, 128)])
 def test_head_dims_that_differ(library, d, dv):
     check(library, draw(40, 150, d, dv))
 
 
 @pytest.mark.parametrize(("nq", "nk"), [(1, 1), (128, 256), (129, 128), (300, 97), (5, 0)])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 160, 256])
 def test_lengths(library, nq, nk, d):
     check(library, draw(nq, nk, d))
 
 
-def test_many_tiles_reuse_the_slots(library):
-    check(library, draw(20, 1500, 64))
+@pytest.mark.parametrize(("nk", "d"), [(1500, 64), (800, 160), (800, 256)])
+@pytest.mark.parametrize("is_static", [False, True])
+def test_many_tiles_reuse_the_slots(library, nk, d, is_static):
+    inputs = draw(20, nk, d)
+    check(library, [*inputs[:4], None, None] if is_static else inputs)
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 160, 256])
 def test_float16(library, d):
     check(library, draw(40, 150, d, dtype=torch.float16))
 
 
-def test_shared_heads(library):
-    check(library, draw(20, 150, 64, b=2, h=4, g=2))
+@pytest.mark.parametrize("d", [64, 160])
+def test_shared_heads(library, d):
+    check(library, draw(20, 150, d, b=2, h=4, g=2))
 
 
-def test_strides(library):
-    inputs = draw(37, 200, 64, b=2, h=3)
+@pytest.mark.parametrize("d", [64, 136])
+def test_strides(library, d):
+    inputs = draw(37, 200, d, b=2, h=3)
     check(library, [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs])
     check(library, [x[:, :1].expand(x.shape) for x in inputs])
 
 
 @pytest.mark.parametrize(("nq", "nk"), [(200, 200), (150, 300), (300, 150)])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 160, 256])
 def test_causal(library, nq, nk, d):
     check(library, draw(nq, nk, d), is_causal=True)
 
@@ -124,33 +129,39 @@ def visible():
     return mask
 
 
-@pytest.mark.parametrize("d", [40, 128])
+@pytest.mark.parametrize("d", [40, 128, 160, 256])
 def test_boolean_masks(library, visible, d):
     inputs = draw(70, 260, d, b=2, h=2)
     check(library, inputs, attn_mask=visible)
     check(library, inputs, attn_mask=visible[:, :, 4:5])
 
 
-@pytest.mark.parametrize("d", [64, 128])
-def test_additive_masks(library, visible, d):
-    inputs = draw(70, 260, d, h=2)
-    bias = torch.randn(70, 260).to(torch.bfloat16).masked_fill(~visible[0, 0], -INF)
-    tangent = torch.randn(2, 70, 260).to(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    [(64, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16), (160, torch.float16)],
+)
+def test_additive_masks(library, visible, d, dtype):
+    inputs = draw(70, 260, d, h=2, dtype=dtype)
+    bias = torch.randn(70, 260).to(dtype).masked_fill(~visible[0, 0], -INF)
+    tangent = torch.randn(2, 70, 260).to(dtype)
     check(library, inputs, attn_mask=bias, t_attn_mask=tangent)
     # Finite, and a row of nothing else.
-    least = torch.finfo(torch.bfloat16).min
+    least = torch.finfo(dtype).min
     check(library, inputs, attn_mask=bias.masked_fill(~visible[0, 0], least))
+    check(library, [*inputs[:4], None, None], attn_mask=bias)
 
 
-def test_a_negative_scale(library):
-    check(library, draw(70, 260, 64), scale=-0.2)
+@pytest.mark.parametrize("d", [64, 160])
+def test_a_negative_scale(library, d):
+    check(library, draw(70, 260, d), scale=-0.2)
 
 
+@pytest.mark.parametrize("d", [64, 160, 256])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_packed_sequences(library, is_causal):
+def test_packed_sequences(library, is_causal, d):
     cu = {"cu_seqlens_q": [0, 5, 5, 140, 150], "cu_seqlens_k": [0, 70, 80, 80, 300]}
     cu = {name: torch.tensor(offsets, dtype=torch.int32) for name, offsets in cu.items()}
-    inputs = draw(150, 300, 64, h=2)
+    inputs = draw(150, 300, d, h=2)
     got = check(library, inputs, **cu, is_causal=is_causal)
     # What belongs to others is not multiplied, not even by 0: sequence 1 has keys and no queries.
     for i in (1, 2, 4, 5):
@@ -159,9 +170,10 @@ def test_packed_sequences(library, is_causal):
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=False))
 
 
-def test_offsets_past_the_end_are_cut(library):
+@pytest.mark.parametrize("d", [64, 160])
+def test_offsets_past_the_end_are_cut(library, d):
     """A GPU's offsets are not read by the host: whatever they are, nothing outside is touched."""
-    inputs = draw(150, 300, 64, h=2)
+    inputs = draw(150, 300, d, h=2)
     cu_q = torch.tensor([-3, 40, 400], dtype=torch.int32)
     cu_k = torch.tensor([0, 90, 1000], dtype=torch.int32)
     got = run(library, inputs, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
@@ -170,16 +182,18 @@ def test_offsets_past_the_end_are_cut(library):
     assert all(torch.equal(a, b) for a, b in zip(got[:4], want[:4], strict=True))
 
 
-def test_what_all_keys_share_cancels(library):
+@pytest.mark.parametrize("d", [128, 160, 256])
+def test_what_all_keys_share_cancels(library, d):
     """One vector added to all tangents of keys moves mu and, to rounding, nothing else."""
-    q, k, v, t_q, t_k, t_v = draw(70, 300, 128, h=2)
-    shift = torch.randn(1, 2, 1, 128)
+    q, k, v, t_q, t_k, t_v = draw(70, 300, d, h=2)
+    shift = torch.randn(1, 2, 1, d)
     for size in (3, 10, 30):
         check(library, [q, k, v, t_q, (t_k + size * shift).to(t_k.dtype), t_v])
 
 
-def test_bits_do_not_depend_on_the_run(library):
-    inputs = draw(70, 300, 64)
+@pytest.mark.parametrize("d", [64, 256])
+def test_bits_do_not_depend_on_the_run(library, d):
+    inputs = draw(70, 300, d)
     first, second = run(library, inputs), run(library, inputs)
     assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
 
@@ -188,8 +202,8 @@ def test_what_does_not_fit_is_refused(library):
     q, k, v, t_q, t_k, t_v = draw(20, 30, 64)
     with pytest.raises(ValueError, match="t_k, t_v: expected both or none"):
         run(library, [q, k, v, t_q, t_k, None])
-    with pytest.raises(ValueError, match="head dims up to 128, got 136"):
-        run(library, draw(20, 30, 136))
+    with pytest.raises(ValueError, match="head dims up to 256, got 264"):
+        run(library, draw(20, 30, 264))
     with pytest.raises(ValueError, match="t_k: expected rows that start at multiples of 16 bytes"):
         run(library, [q, k, v, t_q, t_k[:, :, :1].expand(t_k.shape), t_v])
     with pytest.raises(ValueError, match="v: expected a multiple of 8 columns, got 12"):
@@ -202,8 +216,11 @@ def test_auto_knows_what_the_kernel_reads():
     """The reasons of the op agree with the kernel's, so that another implementation is taken."""
     q, k, *_ = draw(20, 30, 64, h=2)
     assert refuse_hopper({"q": q, "k": k, "v": k.mT.contiguous().mT}) is None  # a copy is made
+    assert refuse_hopper({"q": torch.zeros(1, 1, 4, 256)}) is None
+    # The backward's.
+    found = refuse_hopper({"q": torch.zeros(1, 1, 4, 136)}, 128)
+    assert found == "q: expected head dims up to 128, got 136"
     for x, reason in (
-        (torch.zeros(1, 1, 4, 136), "x: expected head dims up to 128, got 136"),
         (torch.zeros(1, 1, 4, 72)[..., :64], None),
         (torch.zeros(1, 1, 4, 68)[..., :64], "x: expected rows that start at multiples of 16"),
         (torch.zeros(1, 1, 4, 72)[..., 4:68], "x: expected rows that start at multiples of 16"),

@@ -13,7 +13,6 @@ from torch import Tensor
 from ._expect import expect_bool, expect_number, expect_tensor, expect_tensors
 
 HEAD_DIMS = range(8, 257, 8)
-MAX_HOPPER_DIM = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
 # Triton 3.9's compiler aborts the process on exact float32 products of some of these head dims.
@@ -54,11 +53,11 @@ def triton_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
     return _TRITON_DTYPES if q.device.type == "cuda" else (torch.float32, *_TRITON_DTYPES)
 
 
-def refuse_hopper(inputs: dict[str, Tensor]) -> str | None:
+def refuse_hopper(inputs: dict[str, Tensor], max_dim: int = HEAD_DIMS[-1]) -> str | None:
     """Return why the Hopper kernels can't read these matrices where they lie, or None."""
     for name, x in inputs.items():
-        if x.shape[-1] > MAX_HOPPER_DIM:
-            return f"{name}: expected head dims up to {MAX_HOPPER_DIM}, got {x.shape[-1]}"
+        if x.shape[-1] > max_dim:
+            return f"{name}: expected head dims up to {max_dim}, got {x.shape[-1]}"
         if x.stride(-1) != 1 and x.shape[-1] != 1:  # what the kernel gets is a copy
             continue
         # The copy engine counts in units of 16 bytes, from an address that is one.

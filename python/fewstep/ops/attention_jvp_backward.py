@@ -58,6 +58,7 @@ from ._select import Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["NAMES", "attention_jvp_backward"]
 
+_MAX_HOPPER_DIM = 128
 NAMES = ("q", "k", "v", "t_q", "t_k", "t_v")
 """Gradients in the order returned; `needs` has bit i set for NAMES[i]."""
 
@@ -144,7 +145,8 @@ def _refuse_native(*args: Any, **options: Any) -> str | None:
     mask = next((x.attn_mask for x in args if isinstance(x, Masking)), options.get("attn_mask"))
     if mask is not None and mask.dtype != torch.bool:
         return f"attn_mask: expected a boolean one, got {mask.dtype}"
-    return refuse_hopper({name: x for name, x in inputs.items() if x.dim() == 4})
+    matrices = {name: x for name, x in inputs.items() if x.dim() == 4}
+    return refuse_hopper(matrices, max_dim=_MAX_HOPPER_DIM)
 
 
 _Q = 4  # the position of q among the arguments
