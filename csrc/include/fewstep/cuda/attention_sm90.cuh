@@ -231,7 +231,7 @@ __device__ void stream_tile(const L& shared, const TensorMap& source, TileIndex 
 #pragma unroll
             for (int block = 0; block < L::kBlocks; ++block) {
                 const int row_bytes = (block * L::kTileRows + left) * kRowBytes;
-                *reinterpret_cast<uint4*>(tile + row_bytes + i * 16) = {};
+                store_shared(tile + row_bytes + i * 16, uint4{});
             }
         }
         fence_shared_stores();

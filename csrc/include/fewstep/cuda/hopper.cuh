@@ -75,7 +75,12 @@ __device__ __forceinline__ void fence_barriers() {
     fence_compiler();
     cutlass::arch::fence_barrier_init();
 }
-// After ordinary stores to shared memory that the tensor cores or the copy engine read next.
+// An ordinary store to shared memory that the tensor cores or the copy engine are to read, and what
+// the storing thread does after such stores, before it tells anyone.
+template <typename T>
+__device__ __forceinline__ void store_shared(std::uint8_t* target, const T& value) {
+    *reinterpret_cast<T*>(target) = value;
+}
 __device__ __forceinline__ void fence_shared_stores() {
     fence_compiler();
     cutlass::arch::fence_view_async_shared();

@@ -3,7 +3,9 @@
 //
 // What it holds kernels to: matrix operands are read through the bits of their descriptors and the
 // hardware's swizzle; products and bulk loads happen late (at the wait, or a round of all threads
-// after the issue), so code that does not wait reads old values; shared memory starts as NaN; a
+// after the issue), so code that does not wait reads old values; shared memory starts as NaN; what
+// threads store there reaches products only by `store_shared` and then the same thread's
+// `fence_shared_stores`, and a product that reads other bytes than the threads see is an error; a
 // round in which nobody gets on is a deadlock. What it can't see: races between warps that the
 // order of the coroutines hides, and what the compiler makes of the registers.
 #pragma once
@@ -73,6 +75,8 @@ struct Thread {
     std::deque<std::vector<Task>> batches;             // committed, not waited for
     std::vector<std::vector<std::uint32_t>> operands;  // left operands in registers, by issue
     std::uint32_t exchanged = 0;                       // what a shuffle offers
+    // Stores to shared memory since the last fence: offset and bytes.
+    std::vector<std::pair<std::uint32_t, std::size_t>> stored;
 };
 
 struct TransactionBarrier {
@@ -98,6 +102,8 @@ struct Machine {
     int running = 0;
     ucontext_t scheduler{};
     std::vector<std::uint8_t> memory = std::vector<std::uint8_t>(2 * kSharedBytes);
+    // Shared memory as the tensor cores see it: bulk loads, and what threads stored and fenced.
+    std::vector<std::uint8_t> seen = std::vector<std::uint8_t>(kSharedBytes);
     std::vector<TransactionBarrier> barriers;
     std::vector<std::pair<int, NamedBarrier>> named;
     std::vector<Task> loads;  // under way
@@ -109,6 +115,9 @@ struct Machine {
     std::uint8_t* shared() {
         const auto start = reinterpret_cast<std::uintptr_t>(memory.data());
         return memory.data() + (kSharedBytes - start % kSharedBytes) % kSharedBytes;
+    }
+    void publish(std::uint32_t offset, std::size_t bytes) {
+        std::memcpy(seen.data() + offset, shared() + offset, bytes);
     }
     Thread& thread() { return threads[running]; }
     NamedBarrier& named_barrier(int id) {
@@ -166,6 +175,7 @@ inline void run_block(int threads) {
     m.threads.clear();
     m.threads.resize(threads);
     std::fill(m.memory.begin(), m.memory.end(), std::uint8_t{0xff});
+    std::fill(m.seen.begin(), m.seen.end(), std::uint8_t{0xff});
     for (Thread& thread : m.threads) {
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = thread.stack.get();
@@ -210,8 +220,12 @@ struct Descriptor {
     }
     template <typename T>
     float read(std::uint32_t at) const {
+        Machine& m = machine();
+        const std::uint32_t from = swizzled(at);
         T value;
-        std::memcpy(&value, machine().shared() + swizzled(at), sizeof value);
+        std::memcpy(&value, m.shared() + from, sizeof value);
+        FEWSTEP_CHECK(std::memcmp(&value, m.seen.data() + from, sizeof value) == 0,
+                      "emulation: a product reads a store that was not fenced, offset ", from);
         return static_cast<float>(to_acc(value));
     }
     // Element (row, column) of 16 columns; sums run over columns.
@@ -287,7 +301,6 @@ inline void arrive_named(int id, int threads) {
 }
 inline void fence_compiler() {}
 inline void fence_barriers() {}
-inline void fence_shared_stores() {}
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>
@@ -299,6 +312,17 @@ inline std::uint8_t* dynamic_shared() {
 inline std::uint32_t shared_address(const void* p) {
     return static_cast<std::uint32_t>(static_cast<const std::uint8_t*>(p) -
                                       emulation::machine().shared());
+}
+
+template <typename T>
+void store_shared(std::uint8_t* target, const T& value) {
+    std::memcpy(target, &value, sizeof value);
+    emulation::machine().thread().stored.emplace_back(shared_address(target), sizeof value);
+}
+inline void fence_shared_stores() {
+    emulation::Machine& m = emulation::machine();
+    for (const auto& [offset, bytes] : m.thread().stored) m.publish(offset, bytes);
+    m.thread().stored.clear();
 }
 
 template <int kSlots>
@@ -350,9 +374,9 @@ void load_tile(const TensorMap& source, TileIndex at, int box_rows, std::uint8_t
                 }
                 const int offset =
                     (column / kBlockColumns * box_rows + r) * kRowBytes + column % 64 * 2;
-                const std::uint32_t base = shared_address(target);
-                std::memcpy(emulation::machine().shared() + emulation::swizzled(base + offset),
-                            &value, sizeof value);
+                const std::uint32_t to = emulation::swizzled(shared_address(target) + offset);
+                std::memcpy(emulation::machine().shared() + to, &value, sizeof value);
+                emulation::machine().publish(to, sizeof value);
             }
         }
         barrier.complete(kBlocks * box_rows * kRowBytes);
