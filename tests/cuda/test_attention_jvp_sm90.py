@@ -79,7 +79,9 @@ def test_static_keys_and_values(library, d):
     check(library, [*draw(33, 260, d)[:4], None, None])
 
 
-@pytest.mark.parametrize(("d", "dv"), [(72, 40), (40, 104), (128, 8), (160, 40), (64, 136), (192, 128)])
+@pytest.mark.parametrize(
+    ("d", "dv"), [(72, 40), (40, 104), (128, 8), (160, 40), (64, 136), (192, 128)]
+)
 def test_head_dims_that_differ(library, d, dv):
     check(library, draw(40, 150, d, dv))
 
@@ -90,7 +92,7 @@ def test_lengths(library, nq, nk, d):
     check(library, draw(nq, nk, d))
 
 
-@pytest.mark.parametrize(("nk", "d"), [(1500, 64), (800, 160), (800, 256)])
+@pytest.mark.parametrize(("nk", "d"), [(1500, 64), (800, 160), (500, 256)])
 @pytest.mark.parametrize("is_static", [False, True])
 def test_many_tiles_reuse_the_slots(library, nk, d, is_static):
     inputs = draw(20, nk, d)
@@ -129,7 +131,7 @@ def visible():
     return mask
 
 
-@pytest.mark.parametrize("d", [40, 128, 160, 256])
+@pytest.mark.parametrize("d", [40, 128, 256])
 def test_boolean_masks(library, visible, d):
     inputs = draw(70, 260, d, b=2, h=2)
     check(library, inputs, attn_mask=visible)
