@@ -28,7 +28,8 @@ namespace fewstep::cuda::attention_jvp_kernel {
 
 constexpr int kWeighingColumns = 128;  // of the sums; the centring group has the rest
 
-// Named barriers, of both groups: the one's numbers are in the mailbox, and the other's.
+// Named barriers, of both groups: the one's numbers are in the mailbox, and the other's. A group
+// arrives at one and waits for the other, so neither comes round before all have passed it.
 constexpr int kWeighed = kTurn, kCentered = kTurn + 1;
 
 // The head dims that there are kernels for, with an additive mask only the last. There is none of
