@@ -20,6 +20,7 @@ GPU, ANY = ("cuda",), ("cpu", "cuda")
 LOW, FULL = torch.bfloat16, torch.float32
 
 EIGHT = {"B": 1, "H": 8, "N": 1024, "D": 64}
+LONG = {"B": 1, "H": 24, "N": 8192, "D": 128}
 CASES = [
     Case("8 x 1024 x 64", EIGHT, FULL, ("cpu",), quick=True),
     Case("  causal", EIGHT, FULL, ("cpu",), options={"is_causal": True}),
@@ -29,7 +30,10 @@ CASES = [
     Case("SANA-like wide heads", {"B": 1, "H": 4, "N": 512, "D": 160}, FULL, ("cpu",)),
     Case("8 x 1024 x 64", EIGHT, LOW, ANY),
     Case("FLUX.1 1024px", {"B": 1, "H": 24, "N": 4608, "D": 128}, LOW, GPU, quick=True),
-    Case("24 x 8192 x 128", {"B": 1, "H": 24, "N": 8192, "D": 128}, LOW, GPU, quick=True),
+    Case("24 x 8192 x 128", LONG, LOW, GPU, quick=True),
+    Case("  sums in any order", LONG, LOW, GPU, quick=True, options={"deterministic": False}),
+    Case("24 x 8192 x 64", {**LONG, "D": 64}, LOW, GPU, quick=True),
+    Case("  sums in any order", {**LONG, "D": 64}, LOW, GPU, options={"deterministic": False}),
 ]
 NEEDS = ("q", "k", "v", "t_q", "t_k", "t_v")
 
@@ -44,16 +48,17 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 def with_forward(case: Case, *tensors: Tensor) -> tuple[Any, ...]:
     """The arguments of the backward; its forward is not timed."""
     keywords = {"is_causal": case.options.get("is_causal", False)}
+    settings = {"deterministic": case.options.get("deterministic", True), **keywords}
     *args, d_o, dt_o = tensors
     if case.options.get("primal"):
         args = [*args[:3], None, None, None]
         o, _, lse, _ = ops.attention_jvp(*args, return_stats=True, **keywords)
         delta1 = (d_o.to(lse.dtype) * o).sum(-1)
-        return {**keywords, "needs": NEEDS[:3]}, d_o, None, None, delta1, *args, lse, None
+        return {**settings, "needs": NEEDS[:3]}, d_o, None, None, delta1, *args, lse, None
     o, t_o, lse, mu = ops.attention_jvp(*args, return_stats=True, **keywords)
     wide = [x.to(lse.dtype) for x in (d_o, dt_o)]
     delta0, delta1 = (wide[1] * o).sum(-1), (wide[0] * o + wide[1] * t_o).sum(-1)
-    return keywords, d_o, dt_o, delta0, delta1, *args, lse, mu
+    return settings, d_o, dt_o, delta0, delta1, *args, lse, mu
 
 
 def fused(keywords: dict[str, Any], *arguments: Any, impl: str) -> tuple[Tensor, ...]:

@@ -18,10 +18,10 @@ void launch_config(const Launch& how, const Params& p, cudaStream_t stream) {
                   p.grid.blocks(how.batches), kThreads, C::kSharedBytes, stream, p);
 }
 
-template <typename T, int kD, Pass kPass>
+template <typename T, int kD, Pass kPass, bool kFused = false>
 void launch_pass(const Launch& how, const Params& p, cudaStream_t stream) {
-    if (how.masked) return launch_config<Config<T, kD, kPass, true>>(how, p, stream);
-    launch_config<Config<T, kD, kPass, false>>(how, p, stream);
+    if (how.masked) return launch_config<Config<T, kD, kPass, true, kFused>>(how, p, stream);
+    launch_config<Config<T, kD, kPass, false, kFused>>(how, p, stream);
 }
 
 template <typename T>
@@ -31,15 +31,35 @@ void launch(const Launch& how, const Params& p, cudaStream_t stream) {
         case Pass::kQueries:
             if (narrow) return launch_pass<T, 64, Pass::kQueries>(how, p, stream);
             return launch_pass<T, 128, Pass::kQueries>(how, p, stream);
-        case Pass::kKeys: return launch_pass<T, 128, Pass::kKeys>(how, p, stream);
+        case Pass::kKeys:
+            if (how.fused) return launch_pass<T, 128, Pass::kKeys, true>(how, p, stream);
+            return launch_pass<T, 128, Pass::kKeys>(how, p, stream);
         case Pass::kValues: return launch_pass<T, 128, Pass::kValues>(how, p, stream);
-        case Pass::kBoth: return launch_pass<T, 64, Pass::kBoth>(how, p, stream);
+        case Pass::kBoth:
+            if (how.fused) return launch_pass<T, 64, Pass::kBoth, true>(how, p, stream);
+            return launch_pass<T, 64, Pass::kBoth>(how, p, stream);
     }
+}
+
+template <typename T>
+void round_query_gradients(const RoundParams& p, int batches, cudaStream_t stream) {
+    launch_kernel(round_query_gradients_kernel<T>, "attention_jvp_backward_sm90 (rounding)",
+                  p.grid.blocks(batches), kGroupThreads, 0, stream, p);
 }
 
 Gradient gradient(const TensorView* x) {
     if (x == nullptr) return {};
     return {x->ptr<void>(), Strides::of(*x, 0), static_cast<int>(x->size(3))};
+}
+
+// Checks that the workspace holds the tiles of every head.
+QuerySums sums_of(const TensorView& x, std::int64_t B, std::int64_t H, std::int64_t rows,
+                  std::int64_t sequences, int tile, int width) {
+    const std::int64_t tiles = sequences == 0 ? (rows + tile - 1) / tile : rows / tile + sequences;
+    FEWSTEP_CHECK(x.ndim == 5 && x.size(3) >= tiles * tile, "query_sums: expected at least ",
+                  tiles * tile, " rows of each head");
+    expect_contiguous(x, "query_sums", DType::kFloat32, {2, B, H, x.size(3), width});
+    return {x.ptr<float>(), x.stride(0), x.stride(2)};
 }
 
 }  // namespace
@@ -51,8 +71,8 @@ void attention_jvp_backward_sm90(
     const TensorView* mu, const TensorView* lse_rest, const TensorView* attn_mask,
     const TensorView* t_attn_mask, const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k,
     bool is_causal, const TensorView* d_q, const TensorView* d_k, const TensorView* d_v,
-    const TensorView* dt_q, const TensorView* dt_k, const TensorView* dt_v, double scale,
-    std::uintptr_t stream) {
+    const TensorView* dt_q, const TensorView* dt_k, const TensorView* dt_v,
+    const TensorView* query_sums, double scale, std::uintptr_t stream) {
     const std::int64_t B = q.size(0), H = q.size(1), Nq = q.size(2), D = q.size(3);
     const std::int64_t G = k.size(1), Nk = k.size(2), Dv = v.size(3);
     FEWSTEP_CHECK(q.dtype == DType::kBFloat16 || q.dtype == DType::kFloat16,
@@ -119,36 +139,65 @@ void attention_jvp_backward_sm90(
         Pass pass;
         Views owned, streamed, sums;
     };
-    std::vector<Plan> plans = {
-        {Pass::kQueries, {&q, t_q, dt_o, d_o}, {&v, t_v, &k, t_k}, {dt_q, d_q}}};
     const Views keys = {&k, t_k, &v, t_v}, outputs_first = {dt_o, d_o, &q, t_q};
+    const Plan for_queries = {
+        Pass::kQueries, {&q, t_q, dt_o, d_o}, {&v, t_v, &k, t_k}, {dt_q, d_q}};
+    std::vector<Plan> plans;
     if (how.width == 64) {
         plans.push_back({Pass::kBoth, keys, outputs_first, {dt_k, d_k, dt_v, d_v}});
     } else {
         plans.push_back({Pass::kKeys, keys, outputs_first, {dt_k, d_k}});
         plans.push_back({Pass::kValues, {&k, t_k}, {&q, t_q, dt_o, d_o}, {dt_v, d_v}});
     }
+    const auto wanted = [](const Plan& plan) {
+        return std::any_of(plan.sums.begin(), plan.sums.end(),
+                           [](const TensorView* x) { return x != nullptr && x->numel() > 0; });
+    };
+    // The first of the keys' passes has dS0 and dS1; if it runs anyway it can serve the queries.
+    const bool fused = query_sums != nullptr && wanted(for_queries) && wanted(plans[0]);
+    if (fused) {
+        p.queries = sums_of(*query_sums, B, H, Nq, sequences, tile_rows(plans[0].pass, how.width),
+                            how.width);
+    } else {
+        plans.push_back(for_queries);
+    }
     for (const Plan& plan : plans) {
+        if (!wanted(plan)) continue;
         const bool queries = plan.pass == Pass::kQueries;
         const std::int64_t rows = queries ? Nq : Nk, heads = queries ? H : G;
-        const auto wanted = [](const TensorView* x) { return x != nullptr && x->numel() > 0; };
-        if (std::none_of(plan.sums.begin(), plan.sums.end(), wanted)) continue;
         std::transform(plan.sums.begin(), plan.sums.end(), p.sums, gradient);
         how.pass = plan.pass;
+        how.fused = fused && &plan == &plans[0];
         p.grid = Grid::of(rows, sequences, heads);
         if (Nq > 0 && Nk > 0) {  // else nothing is loaded
             const auto describe = [](const Views& views, TensorMap* maps, int rows) {
                 for (const TensorView* view : views) *maps++ = make_tensor_map(*view, rows);
             };
             describe(plan.owned, p.owned, kRows);
-            describe(plan.streamed, p.streamed,
-                     tile_rows(plan.pass, how.width, q.dtype == DType::kFloat16));
+            describe(plan.streamed, p.streamed, tile_rows(plan.pass, how.width));
         }
         if (q.dtype == DType::kBFloat16) {
             launch<__nv_bfloat16>(how, p, as_stream(stream));
         } else {
             launch<__half>(how, p, as_stream(stream));
         }
+    }
+    if (!fused) return;
+    RoundParams round{};
+    round.queries = p.queries;
+    round.to[0] = gradient(dt_q);
+    round.to[1] = gradient(d_q);
+    round.cu_q = p.cu_q;
+    round.grid = Grid::of(Nq, sequences, H);
+    round.nq = p.nq;
+    round.sequences = p.sequences;
+    round.tile = tile_rows(plans[0].pass, how.width);
+    round.width = how.width;
+    round.scale = p.scale;
+    if (q.dtype == DType::kBFloat16) {
+        round_query_gradients<__nv_bfloat16>(round, how.batches, as_stream(stream));
+    } else {
+        round_query_gradients<__half>(round, how.batches, as_stream(stream));
     }
 }
 

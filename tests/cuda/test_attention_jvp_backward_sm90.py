@@ -7,7 +7,8 @@ from cuda_emulation import Device, build, call, targets
 from fewstep import ops
 from helpers import padded, padding_intact, relative_error
 
-NAMES = ops.module("attention_jvp_backward").NAMES
+OP = ops.module("attention_jvp_backward")
+NAMES = OP.NAMES
 
 
 @pytest.fixture(scope="module", params=targets())
@@ -26,7 +27,7 @@ def draw(nq, nk, d, dv=None, *, b=1, h=1, g=None, dtype=torch.bfloat16):
     return tensors[:6], tensors[6:]
 
 
-def run(library, inputs, cotangents, stats, needs=NAMES, **kw):
+def run(library, inputs, cotangents, stats, needs=NAMES, deterministic=True, **kw):
     """Return the gradients asked for, as the kernels compute them; None for the others."""
     q, k, v, *_ = inputs
     out = [
@@ -37,14 +38,15 @@ def run(library, inputs, cotangents, stats, needs=NAMES, **kw):
     mask = kw.get("attn_mask")
     mask = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
     masking = [mask, None, kw.get("cu_seqlens_q"), kw.get("cu_seqlens_k")]
-    tensors = [*cotangents, delta0, delta1, *inputs, lse, mu, None, *masking, *out]
+    sums = None if deterministic else OP._query_sums(q, inputs[2], kw.get("cu_seqlens_q"))
+    tensors = [*cotangents, delta0, delta1, *inputs, lse, mu, None, *masking, *out, sums]
     scale = kw.get("scale", q.shape[-1] ** -0.5)
     call(library, tensors, kw.get("is_causal", False), scale)
     assert all(padding_intact(x, 64) for x in out if x is not None)
     return out
 
 
-def check(library, inputs, cotangents, **options):
+def check(library, inputs, cotangents, deterministic=True, **options):
     """Compare with the float64 reference; return the gradients and the statistics."""
     wide, (d_o, dt_o) = [x.double() for x in inputs], [x.double() for x in cotangents]
     o, t_o, lse, mu = ops.attention_jvp(*wide, **options, return_stats=True, impl="reference")
@@ -53,7 +55,7 @@ def check(library, inputs, cotangents, **options):
         d_o, dt_o, delta0, delta1, *wide, lse, mu, **options, impl="reference"
     )
     stats = (delta0, delta1, lse, mu)
-    got = run(library, inputs, cotangents, stats, **options)
+    got = run(library, inputs, cotangents, stats, deterministic=deterministic, **options)
     # The gate's bound: P, tP, dS0, dS1 and the result are rounded once each, and two of them are
     # differences.
     bound = 1.3 * torch.finfo(inputs[0].dtype).eps
@@ -141,6 +143,45 @@ def test_bits_do_not_depend_on_the_run(library):
     got, stats = check(library, inputs, cotangents)
     again = run(library, inputs, cotangents, stats)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+# Both widths: four sums of 64 columns with those of queries, and two of 128.
+@pytest.mark.parametrize(("d", "dtype"), [(40, torch.bfloat16), (128, torch.float16)])
+def test_sums_in_any_order(library, d, dtype):
+    """Queries' gradients added up by the passes over keys; the keys' own do not change by it."""
+    inputs, cotangents = draw(131, 150, d, b=2, h=4, g=2, dtype=dtype)
+    fused, stats = check(library, inputs, cotangents, deterministic=False)
+    got = run(library, inputs, cotangents, stats)
+    assert all(torch.equal(fused[i], got[i]) for i in (1, 2, 4, 5))
+    some = run(library, inputs, cotangents, stats, needs=("t_q", "k"), deterministic=False)
+    assert [x is None for x in some] == [True, False, True, False, True, True]
+    assert relative_error(some[3], got[3]) < torch.finfo(dtype).eps
+    assert torch.equal(some[1], got[1])
+    # Of queries alone nothing is to be shared.
+    alone = run(library, inputs, cotangents, stats, needs=("q",), deterministic=False)
+    assert torch.equal(alone[0], got[0])
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_sums_in_any_order_under_masks(library, d):
+    check(library, *draw(150, 300, d), deterministic=False, is_causal=True)
+    torch.manual_seed(1)
+    mask = torch.rand(2, 1, 70, 260) > 0.5
+    mask[0, :, 3], mask[:, :, 4, :250] = False, False
+    check(library, *draw(70, 260, d, b=2), deterministic=False, attn_mask=mask)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_sums_in_any_order_of_packed_sequences(library, d):
+    cu = {"cu_seqlens_q": [0, 5, 5, 140, 150], "cu_seqlens_k": [0, 70, 80, 80, 300]}
+    cu = {name: torch.tensor(offsets, dtype=torch.int32) for name, offsets in cu.items()}
+    inputs, cotangents = draw(150, 300, d, h=2)
+    check(library, inputs, cotangents, deterministic=False, **cu, is_causal=True)
+
+
+@pytest.mark.parametrize(("nq", "nk"), [(5, 0), (0, 5), (1, 3)])
+def test_few_sums_in_any_order(library, nq, nk):
+    check(library, *draw(nq, nk, 64), deterministic=False)
 
 
 def test_what_does_not_fit_is_refused(library):

@@ -316,9 +316,35 @@ def test_threads_do_not_change_a_bit(is_causal):
     assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
 
 
+@pytest.mark.parametrize("setting", [False, True])
+def test_sums_have_one_order_unless_the_caller_allows_others(monkeypatch, setting):
+    module = ops.module("attention_jvp_backward")
+    allowed = []
+
+    def record(*args):
+        allowed.append(not args[-2])
+        return [torch.zeros(0)] * 6
+
+    monkeypatch.setattr(module, "_op", record)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: setting)
+    arguments = problem(3, 4, 8, 8).arguments()
+    ops.attention_jvp_backward(*arguments)
+    ops.attention_jvp_backward(*arguments, deterministic=False)
+    assert allowed == [False, not setting]
+
+
 def raw_arguments(x, needs=63):
     masking = (*(x.kwargs.get(f"{t}attn_mask") for t in ("", "t_")), None, None)
-    return (*x.arguments(), None, *masking, x.kwargs.get("is_causal", False), 0.3, needs, "native")
+    return (
+        *x.arguments(),
+        None,
+        *masking,
+        x.kwargs.get("is_causal", False),
+        0.3,
+        needs,
+        True,
+        "native",
+    )
 
 
 def test_opcheck():

@@ -12,10 +12,8 @@ namespace fewstep::cuda::attention_jvp_backward_kernel {
 enum class Pass { kQueries, kKeys, kValues, kBoth };
 
 // Rows that are streamed at a time: what leaves a thread's registers nothing to spill, by trial.
-constexpr int tile_rows(Pass pass, int width, bool half) {
-    if (pass == Pass::kBoth) return 48;
-    if (width <= 64 || pass == Pass::kValues) return 64;
-    return pass == Pass::kQueries && !half ? 48 : 32;
+constexpr int tile_rows(Pass pass, int width) {
+    return pass == Pass::kValues || (pass == Pass::kQueries && width <= 64) ? 64 : 48;
 }
 
 struct Gradient {
@@ -24,10 +22,29 @@ struct Gradient {
     int columns = 0;
 };
 
+// Where passes that own keys add up the gradients of queries: for each query head tiles as they
+// are streamed, transposed and in the order in which threads hold them,
+//
+//     [dt_q, d_q][B, H][tile][block of 64 columns][8 queries][thread][4]
+//
+// so that a warp adds to 512 bytes in a row. Packed sequence s has the tiles from
+// cu_q[s] / tile rows + s on.
+struct QuerySums {
+    float* data = nullptr;
+    std::int64_t each, head;  // floats of a gradient, of a head
+
+    // The tile in which the rows of a sequence begin.
+    template <int kTile>
+    __device__ static int first_tile(const std::int32_t* cu_q, int sequence) {
+        return cu_q == nullptr ? 0 : max(cu_q[sequence], 0) / kTile + sequence;
+    }
+};
+
 // Of one pass; the kernels' header has the table of what is owned, streamed and summed.
 struct Params {
     TensorMap owned[4], streamed[4];
     Gradient sums[4];
+    QuerySums queries;
     const float *lse, *mu, *delta0, *delta1;
     const std::int32_t *cu_q, *cu_k;
     Mask mask;  // boolean
@@ -45,8 +62,13 @@ struct Launch {
     Pass pass;
     int width;  // 64 or 128
     bool masked;
+    bool fused;  // with the gradients of queries
     int batches;
 };
+
+// Named barriers of both warpgroups where they add to queries' gradients: the weights of a tile are
+// written; a group may overwrite its part of them.
+constexpr int kWritten = kStaged + kGroups, kRead = kWritten + 1;
 
 // Numbers of a query: lse in units of exp2 and inf where P is 0 (a query without keys, or none at
 // all), mu, delta0, delta1.
@@ -55,16 +77,20 @@ constexpr int kNumbers = 4;
 // slot of the third is free again nobody reads the first any more.
 constexpr int kNumberTiles = 3;
 
-template <typename T, int kD, Pass kPass>
-constexpr int kTileRowsOf = tile_rows(kPass, kD, std::is_same_v<T, __half>);
+// What shared memory holds behind the barriers: numbers of streamed queries, and where their
+// gradients are summed the weights dS0 and dS1 of the block's 128 keys, as tiles.
+constexpr int numbers_bytes(Pass pass, int tile, bool fused) {
+    const int bytes = pass == Pass::kQueries ? 0 : kNumberTiles * kNumbers * tile * 4;
+    return fused ? (bytes + 256 + 1023) / 1024 * 1024 - 256 : bytes;  // 256 of barriers before
+}
+constexpr int kWeightsBytes = kRows * kRowBytes;
 
-template <typename T, int kD, Pass kPass_, bool kMasked_>
-struct Config
-    : Layout<T, kD, kPass_ == Pass::kValues ? 2 : 4, kTileRowsOf<T, kD, kPass_>, 8,
-             kPass_ == Pass::kQueries ? 0
-                                      : kNumberTiles * kNumbers * kTileRowsOf<T, kD, kPass_> * 4> {
+template <typename T, int kD, Pass kPass_, bool kMasked_, bool kFused_>
+struct Config : Layout<T, kD, kPass_ == Pass::kValues ? 2 : 4, tile_rows(kPass_, kD), 8,
+                       numbers_bytes(kPass_, tile_rows(kPass_, kD), kFused_) +
+                           (kFused_ ? 2 * kWeightsBytes : 0)> {
     static constexpr Pass kPass = kPass_;
-    static constexpr bool kMasked = kMasked_;
+    static constexpr bool kMasked = kMasked_, kFused = kFused_;
     static constexpr bool kOwnsQueries = kPass == Pass::kQueries;
     static constexpr bool kIsValues = kPass == Pass::kValues;
     static constexpr int kTile = Config::kTileRows;
@@ -75,6 +101,12 @@ struct Config
     static constexpr int kMultiplierRegisters = kOwnsQueries ? 240 : 232;
     static_assert(Config::kSlots > kPerTile && Config::kSlots <= 2 * kPerTile);
 
+    // dS0 and dS1: rows are the block's keys, columns the queries of a tile.
+    __device__ std::uint8_t* weights(int i) const {
+        constexpr int kBefore = numbers_bytes(kPass, kTile, true);
+        static_assert((Config::kBarrierBytes + kBefore) % Config::kAlignment == 0);
+        return this->extra() + kBefore + i * kWeightsBytes;
+    }
     // Numbers of the queries of a streamed tile, [kNumbers][kTile].
     __device__ float* numbers(int tile) const {
         return reinterpret_cast<float*>(this->extra()) + tile % kNumberTiles * kNumbers * kTile;
@@ -88,6 +120,7 @@ struct Work {
     int owned_first, owned;         // of the sequence, in the tensor
     int stream_first, stream;
     int row;         // first row of the block, in its sequence
+    int sums_tile;   // of the sums of its sequence's queries, the first tile
     int begin, end;  // tiles of each streamed head
 
     __device__ int tiles() const { return (end - begin) * stream_heads; }
@@ -111,6 +144,7 @@ __device__ Work find_work(const Params& p) {
     w.stream_first = place.streamed.first;
     w.stream = place.streamed.count;
     w.row = place.row;
+    w.sums_tile = C::kFused ? QuerySums::first_tile<C::kTile>(cu_q, place.sequence) : 0;
     w.begin = causal && !C::kOwnsQueries ? w.row / C::kTile : 0;
     const int seen = causal && C::kOwnsQueries ? min(w.stream, w.row + kRows) : w.stream;
     w.end = max(w.begin, (seen + C::kTile - 1) / C::kTile);
@@ -265,6 +299,17 @@ __device__ __forceinline__ void pack_all(const float (&x)[kCount],
     for (int j = 0; j < kCount / 2; ++j) pairs[j] = pack<T>(x[2 * j], x[2 * j + 1]);
 }
 
+// The slot, as far as the compiler knows only once the values (of 32 bits) are computed; `zero`:
+// see Params. It would else begin the next product first, and the tile before would wait in
+// float32.
+template <typename Value, int kCount>
+__device__ __forceinline__ int after(int slot, const Value (&values)[kCount], std::uint32_t zero) {
+    std::uint32_t all = 0;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) all |= reinterpret_cast<const std::uint32_t&>(values[j]);
+    return slot ^ static_cast<int>(all & zero);
+}
+
 // x = weight (factor x - number), with the query's number kWhich. `zero`: see Params.
 template <class C, int kWhich>
 __device__ __forceinline__ void weigh_all(const std::uint32_t (&weights)[C::kTile / 4],
@@ -299,6 +344,16 @@ __device__ __forceinline__ void add_products(std::uint32_t (&w0)[C::kTile / 4],
     wait_products<0>();
     fence_registers(a);
     fence_registers(b);
+}
+
+// Until every warp that reads the group's owned rows has read them for the last time.
+template <class C>
+__device__ __forceinline__ void leave_owned(int group) {
+    if constexpr (C::kFused) {
+        sync_named(kWritten, kGroups * kGroupThreads);  // both groups read all keys
+    } else {
+        sync_named(kStaged + group, kGroupThreads);
+    }
 }
 
 // A gradient of the owned rows, times `factor`, by way of owned matrix i, which nobody reads any

@@ -14,12 +14,14 @@
 //
 // (u: the streamed partner of x, w that of y; L, tL: the late tiles.) 9, 9, 6 and 12 products. Up
 // to 64 columns a thread's registers hold the four sums of "both": 21 products; above, keys and
-// values are two passes: 24. One pass for all would do 15. Each gradient is summed in one order, in
-// registers, without atomics. Two products are in flight at most beside the sums, and each score
-// tile is packed before the next. Derivation and symbols: docs/ops/attention_jvp_backward.md.
+// values are two passes: 24. Each gradient is summed in one order, in registers, without atomics.
+// Where that is not asked for, "fused" passes over keys also add up the gradients of queries, in
+// device memory (attention_jvp_backward_queries_sm90.cuh): 15 products, or 18. Two products are in
+// flight at most beside the sums, and each score tile is packed before the next. Derivation and
+// symbols: docs/ops/attention_jvp_backward.md.
 #pragma once
 
-#include "fewstep/cuda/attention_jvp_backward_parts_sm90.cuh"
+#include "fewstep/cuda/attention_jvp_backward_queries_sm90.cuh"
 
 namespace fewstep::cuda::attention_jvp_backward_kernel {
 
@@ -73,16 +75,17 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
 #pragma unroll
             for (int j = 0; j < kTile / 4; ++j) w0[j] = weights[j];
         } else {
-            score<C>(s, y, early, shared);
+            score<C>(s, y, after(early, weights, p.zero[0]), shared);
             weigh_all<C, 2>(weights, p.zero[0], 1.0f, numbers, s);
             pack_all<T>(s, w0);
-            score<C>(r, t_y, early, y, t_early, shared);
+            score<C>(r, t_y, after(early, w0, p.zero[0]), y, t_early, shared);
             weigh_all<C, 3>(weights, p.zero[1], 1.0f, numbers, r);
             shared.release(early);
             shared.release(t_early);
+            score<C>(s, t_x, after(late, r, p.zero[0]), x, t_late, shared);
         }
-        score<C>(s, t_x, C::kIsValues ? early : late, x, C::kIsValues ? t_early : t_late, shared);
         if constexpr (C::kIsValues) {
+            score<C>(s, t_x, early, x, t_early, shared);
             shared.release(early);
             shared.release(t_early);
             late = next_slot(at, shared);
@@ -95,17 +98,21 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
             for (int j = 0; j < kTile / 2; ++j) s[j] += r[j];
         }
         pack_all<T>(s, w1);
-        add_products<C>(w0, w1, late, t_late, shared, a, b);
-        shared.release(late);
-        shared.release(t_late);
+        if constexpr (C::kFused) {
+            add_products_to_all<C>(p, w, group, i, tile, query_head, w0, w1, late, t_late, shared,
+                                   a, b);
+        } else {
+            add_products<C>(w0, w1, late, t_late, shared, a, b);
+            shared.release(late);
+            shared.release(t_late);
+        }
         if (++tile == w.end) {
             tile = w.begin;
             ++head;
         }
     }
 
-    // Every warp of the group has read the owned rows for the last time.
-    sync_named(kStaged + group, kGroupThreads);
+    leave_owned<C>(group);
     const float factor = C::kIsValues ? 1.0f : p.scale;
     store_sums(p, w, 0, group, shared, a, factor);
     store_sums(p, w, 1, group, shared, b, factor);
@@ -178,17 +185,21 @@ __device__ void multiply_both(const Params& p, const Work& w, int group, const C
         weigh_all<C, 3>(weights, p.zero[2], 1.0f, numbers, s);
         std::uint32_t w1[kTile / 4];
         pack_all<T>(s, w1);
-        add_products<C>(w0, w1, q, t_q, shared, dt_k, d_k);
-        shared.release(q);
-        shared.release(t_q);
+        if constexpr (C::kFused) {
+            add_products_to_all<C>(p, w, group, i, tile, w.stream_head + head, w0, w1, q, t_q,
+                                   shared, dt_k, d_k);
+        } else {
+            add_products<C>(w0, w1, q, t_q, shared, dt_k, d_k);
+            shared.release(q);
+            shared.release(t_q);
+        }
         if (++tile == w.end) {
             tile = w.begin;
             ++head;
         }
     }
 
-    // Every warp of the group has read the owned rows for the last time.
-    sync_named(kStaged + group, kGroupThreads);
+    leave_owned<C>(group);
     store_sums(p, w, 0, group, shared, dt_k, p.scale);
     store_sums(p, w, 1, group, shared, d_k, p.scale);
     store_sums(p, w, 2, group, shared, dt_v, 1.0f);

@@ -87,9 +87,10 @@ __device__ __forceinline__ Rows rows_of(const std::int32_t* cu, int s, int rows)
     return {begin, min(max(cu[s + 1], begin), rows) - begin};
 }
 
-// This block's batch item, head and first row, and the rows of its sequence on both sides.
+// This block's batch item, head and first row, and the rows of its sequence on both sides; the
+// sequence is 0 where none are packed.
 struct Place {
-    int batch, head, row;
+    int batch, head, row, sequence;
     Rows owned, streamed;
 };
 
@@ -106,6 +107,7 @@ __device__ __forceinline__ Place find_place(const Grid& grid, int rows, int othe
     if (last_first) tile = grid.tiles - 1 - tile;
     place.owned = {0, rows};
     place.streamed = {0, other_rows};
+    place.sequence = 0;
     if (cu != nullptr) {
         int low = 0, high = sequences;  // the last sequence whose tiles begin at or before this one
         while (high - low > 1) {
@@ -113,6 +115,7 @@ __device__ __forceinline__ Place find_place(const Grid& grid, int rows, int othe
             (cu[middle] / kBlockRows + middle <= tile ? low : high) = middle;
         }
         tile -= cu[low] / kBlockRows + low;
+        place.sequence = low;
         place.owned = rows_of(cu, low, rows);
         place.streamed = rows_of(other_cu, low, other_rows);
     }

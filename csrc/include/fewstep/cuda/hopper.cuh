@@ -179,6 +179,7 @@ __device__ __forceinline__ void load_tile(const TensorMap& source, TileIndex at,
 
 // The instructions for 64 x kN products with float32 sums. "Scores": both operands K-major in
 // shared memory. "Values": the left one in registers, the right one MN-major in shared memory.
+// "Transposed": both MN-major in shared memory.
 template <typename T, int kN>
 struct MatrixInstruction;
 
@@ -190,6 +191,9 @@ struct MatrixInstruction;
                                                               cute::SM90::GMMA::Major::K>;  \
         using Values =                                                                      \
             cute::SM90::GMMA::MMA_64x##N##x16_F32##TYPES##_RS<cute::SM90::GMMA::Major::K,   \
+                                                              cute::SM90::GMMA::Major::MN>; \
+        using Transposed =                                                                  \
+            cute::SM90::GMMA::MMA_64x##N##x16_F32##TYPES##_SS<cute::SM90::GMMA::Major::MN,  \
                                                               cute::SM90::GMMA::Major::MN>; \
     };
 #define FEWSTEP_MATRIX_INSTRUCTIONS(N)                     \
@@ -266,6 +270,45 @@ __device__ __forceinline__ void multiply_values(const std::uint32_t (&a)[kRows /
         registers::issue_values<Instruction>(a + 4 * k, b + (rows_step(k) >> 4), acc,
                                              std::make_index_sequence<kN / 2>{});
     }
+}
+
+// acc (+)= A^T B: A is a tile of kRows rows and 64 columns, B one of as many rows and (at least) kN
+// columns, both by their descriptors. Asynchronous.
+template <typename T, int kN, int kRows, bool kAdd>
+__device__ __forceinline__ void multiply_transposed(std::uint64_t a, std::uint64_t b,
+                                                    float (&acc)[kN / 2]) {
+    using Instruction = typename MatrixInstruction<T, kN>::Transposed;
+#pragma unroll
+    for (int k = 0; k < kRows / kStepK; ++k) {
+        const auto keep =
+            kAdd || k > 0 ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+        registers::issue_scores<Instruction>(a + (rows_step(k) >> 4), b + (rows_step(k) >> 4), acc,
+                                             keep, std::make_index_sequence<kN / 2>{});
+    }
+}
+
+namespace registers {
+template <int kBytes>
+__device__ __forceinline__ void add_four(float* target, float x, float y, float z, float w) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0 + %5], {%1, %2, %3, %4};"
+                 :
+                 : "l"(target), "f"(x), "f"(y), "f"(z), "f"(w), "n"(kBytes)
+                 : "memory");
+}
+template <int kStride, int kCount, std::size_t... kI>
+__device__ __forceinline__ void add_fours(float* target, const float (&values)[kCount],
+                                          std::index_sequence<kI...>) {
+    (add_four<kI * kStride * 4>(target, values[4 * kI], values[4 * kI + 1], values[4 * kI + 2],
+                                values[4 * kI + 3]),
+     ...);
+}
+}  // namespace registers
+
+// Adds to floats in device memory, to each by itself, in no order of threads: four to `target`, a
+// multiple of 16 bytes, the next four kStride floats behind it, and so on. Nothing waits for it.
+template <int kStride, int kCount>
+__device__ __forceinline__ void add_to_global(float* target, const float (&values)[kCount]) {
+    registers::add_fours<kStride>(target, values, std::make_index_sequence<kCount / 4>{});
 }
 
 // ---- two 16-bit values in a register -----------------------------------------------------------

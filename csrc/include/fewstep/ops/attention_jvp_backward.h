@@ -34,7 +34,9 @@ void attention_jvp_backward(const TensorView* d_o, const TensorView* dt_o, const
 
 namespace cuda {
 // The same with float16 or bfloat16, D and Dv up to 128, all of d_o, dt_o, t_q, t_k and t_v, and
-// without an additive mask.
+// without an additive mask. query_sums: float32 zeros [2, B, H, rows, 64 or 128 (the first that
+// holds D and Dv)], with 64 rows more than Nq for each packed sequence (or 64): a workspace in
+// which d_q and dt_q are added up in any order, which saves products; or null.
 void attention_jvp_backward_sm90(
     const TensorView* d_o, const TensorView* dt_o, const TensorView* delta0,
     const TensorView& delta1, const TensorView& q, const TensorView& k, const TensorView& v,
@@ -42,8 +44,8 @@ void attention_jvp_backward_sm90(
     const TensorView* mu, const TensorView* lse_rest, const TensorView* attn_mask,
     const TensorView* t_attn_mask, const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k,
     bool is_causal, const TensorView* d_q, const TensorView* d_k, const TensorView* d_v,
-    const TensorView* dt_q, const TensorView* dt_k, const TensorView* dt_v, double scale,
-    std::uintptr_t stream);
+    const TensorView* dt_q, const TensorView* dt_k, const TensorView* dt_v,
+    const TensorView* query_sums, double scale, std::uintptr_t stream);
 }  // namespace cuda
 
 }  // namespace fewstep

@@ -460,6 +460,32 @@ void multiply_values(const std::uint32_t (&a)[kRows / 4], std::uint64_t b, float
     });
 }
 
+template <typename T, int kN, int kRows, bool kAdd>
+void multiply_transposed(std::uint64_t a, std::uint64_t b, float (&acc)[kN / 2]) {
+    const int thread = emulation::machine().running % kGroupThreads;
+    emulation::machine().thread().issued.push_back([=, &acc] {
+        for (int k = 0; k < kRows / kStepK; ++k) {
+            const emulation::Descriptor left(a + (rows_step(k) >> 4));
+            const emulation::Descriptor right(b + (rows_step(k) >> 4));
+            for (int i = 0; i < kN / 2; ++i) {
+                float sum = kAdd || k > 0 ? acc[i] : 0.0f;
+                const int row = accumulator_row(thread, i), column = accumulator_column(thread, i);
+                for (int j = 0; j < kStepK; ++j) {
+                    sum += left.mn_major<T>(j, row) * right.mn_major<T>(j, column);
+                }
+                acc[i] = sum;
+            }
+        }
+    });
+}
+
+template <int kStride, int kCount>
+void add_to_global(float* target, const float (&values)[kCount]) {
+    FEWSTEP_CHECK(reinterpret_cast<std::uintptr_t>(target) % 16 == 0 && kStride % 4 == 0,
+                  "emulation: expected multiples of 16 bytes to add to");
+    for (int i = 0; i < kCount; ++i) target[i / 4 * kStride + i % 4] += values[i];
+}
+
 inline float shuffled(float x, int distance) {
     emulation::Machine& m = emulation::machine();
     std::memcpy(&m.thread().exchanged, &x, sizeof x);
