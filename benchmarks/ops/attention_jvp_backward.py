@@ -1,9 +1,10 @@
 """attention_jvp_backward: gradients through attention and its directional derivative.
 
-FLOPs are those of one pass: 15 products with everything present, 5 where only o has a cotangent
-(scores, d_o v^T and the three gradients); under a causal mask, of the pairs that meet. The baseline
-is what a trainer does today: autograd through forward mode through the unfused attention, of which
-only the backward is timed here. It keeps several N x N matrices from its forward.
+FLOPs are those of one pass: 15 products with everything present, 12 with static keys and values, 5
+where only o has a cotangent (scores, d_o v^T and the three gradients); under a causal mask, of the
+pairs that meet. The baseline is what a trainer does today: autograd through forward mode through
+the unfused attention, of which only the backward is timed here. It keeps several N x N matrices
+from its forward.
 """
 
 from typing import Any
@@ -32,6 +33,7 @@ CASES = [
     Case("FLUX.1 1024px", {"B": 1, "H": 24, "N": 4608, "D": 128}, LOW, GPU, quick=True),
     Case("24 x 8192 x 128", LONG, LOW, GPU, quick=True),
     Case("  sums in any order", LONG, LOW, GPU, quick=True, options={"deterministic": False}),
+    Case("  static keys and values", LONG, LOW, GPU, options={"static": True}),
     Case("24 x 8192 x 64", {**LONG, "D": 64}, LOW, GPU, quick=True),
     Case("  sums in any order", {**LONG, "D": 64}, LOW, GPU, options={"deterministic": False}),
 ]
@@ -50,6 +52,8 @@ def with_forward(case: Case, *tensors: Tensor) -> tuple[Any, ...]:
     keywords = {"is_causal": case.options.get("is_causal", False)}
     settings = {"deterministic": case.options.get("deterministic", True), **keywords}
     *args, d_o, dt_o = tensors
+    if case.options.get("static"):
+        args[4:] = None, None
     if case.options.get("primal"):
         args = [*args[:3], None, None, None]
         o, _, lse, _ = ops.attention_jvp(*args, return_stats=True, **keywords)
@@ -78,6 +82,10 @@ def with_graph(case: Case, *tensors: Tensor) -> tuple[Any, ...]:
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         if case.options.get("primal"):
             return attention(*args[:3]), args[:3], d_o
+        if case.options.get("static"):
+            q, k, v, t_q, *_ = args
+            dual = torch.func.jvp(lambda x: attention(x, k, v), (q,), (t_q,))
+            return dual, args[:4], (d_o, dt_o)
         return torch.func.jvp(attention, tuple(args[:3]), tuple(args[3:])), args, (d_o, dt_o)
 
 
@@ -92,7 +100,7 @@ def memory_refuses(case: Case, *tensors: Tensor) -> str | None:
 
 
 def flops(case: Case) -> float:
-    products = 5 if case.options.get("primal") else 15
+    products = 5 if case.options.get("primal") else 12 if case.options.get("static") else 15
     pairs = case["N"] * (case["N"] + 1) / 2 if case.options.get("is_causal") else case["N"] ** 2
     return products * 2.0 * case["B"] * case["H"] * pairs * case["D"]
 
@@ -101,6 +109,7 @@ def bytes_moved(case: Case) -> float:
     rows = case["B"] * case["H"] * case["N"]
     # Inputs, cotangents and gradients; lse, mu, delta0 and delta1.
     tensors, stats = (7, 2) if case.options.get("primal") else (14, 4)
+    tensors -= 2 if case.options.get("static") else 0
     return rows * (float(tensors) * case["D"] * case.dtype.itemsize + 4 * stats)
 
 

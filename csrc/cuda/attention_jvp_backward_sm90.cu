@@ -18,10 +18,20 @@ void launch_config(const Launch& how, const Params& p, cudaStream_t stream) {
                   p.grid.blocks(how.batches), kThreads, C::kSharedBytes, stream, p);
 }
 
-template <typename T, int kD, Pass kPass, bool kFused = false>
+template <typename T, int kD, Pass kPass, bool kFused, bool kStatic>
+void launch_masked(const Launch& how, const Params& p, cudaStream_t stream) {
+    if (how.masked)
+        return launch_config<Config<T, kD, kPass, true, kFused, kStatic>>(how, p, stream);
+    launch_config<Config<T, kD, kPass, false, kFused, kStatic>>(how, p, stream);
+}
+
+template <typename T, int kD, Pass kPass>
 void launch_pass(const Launch& how, const Params& p, cudaStream_t stream) {
-    if (how.masked) return launch_config<Config<T, kD, kPass, true, kFused>>(how, p, stream);
-    launch_config<Config<T, kD, kPass, false, kFused>>(how, p, stream);
+    if (how.is_static) return launch_masked<T, kD, kPass, false, true>(how, p, stream);
+    if constexpr (kPass == Pass::kBoth || kPass == Pass::kKeys) {
+        if (how.fused) return launch_masked<T, kD, kPass, true, false>(how, p, stream);
+    }
+    launch_masked<T, kD, kPass, false, false>(how, p, stream);
 }
 
 template <typename T>
@@ -31,13 +41,9 @@ void launch(const Launch& how, const Params& p, cudaStream_t stream) {
         case Pass::kQueries:
             if (narrow) return launch_pass<T, 64, Pass::kQueries>(how, p, stream);
             return launch_pass<T, 128, Pass::kQueries>(how, p, stream);
-        case Pass::kKeys:
-            if (how.fused) return launch_pass<T, 128, Pass::kKeys, true>(how, p, stream);
-            return launch_pass<T, 128, Pass::kKeys>(how, p, stream);
+        case Pass::kKeys: return launch_pass<T, 128, Pass::kKeys>(how, p, stream);
         case Pass::kValues: return launch_pass<T, 128, Pass::kValues>(how, p, stream);
-        case Pass::kBoth:
-            if (how.fused) return launch_pass<T, 64, Pass::kBoth, true>(how, p, stream);
-            return launch_pass<T, 64, Pass::kBoth>(how, p, stream);
+        case Pass::kBoth: return launch_pass<T, 64, Pass::kBoth>(how, p, stream);
     }
 }
 
@@ -81,8 +87,8 @@ void attention_jvp_backward_sm90(
                   std::max(D, Dv));
     FEWSTEP_CHECK(d_o != nullptr && dt_o != nullptr && delta0 != nullptr && mu != nullptr,
                   "d_o, dt_o, delta0, mu: expected all of them");
-    FEWSTEP_CHECK(t_q != nullptr && t_k != nullptr && t_v != nullptr,
-                  "t_q, t_k, t_v: expected all of them");
+    FEWSTEP_CHECK(t_q != nullptr && (t_k == nullptr) == (t_v == nullptr),
+                  "t_q, t_k, t_v: expected t_q, and both or none of t_k and t_v");
     FEWSTEP_CHECK(lse_rest == nullptr && t_attn_mask == nullptr,
                   "lse_rest, t_attn_mask: expected none, they go with an additive mask");
     if (B * H * G == 0) return;
@@ -140,6 +146,7 @@ void attention_jvp_backward_sm90(
         Views owned, streamed, sums;
     };
     const Views keys = {&k, t_k, &v, t_v}, outputs_first = {dt_o, d_o, &q, t_q};
+    how.is_static = t_k == nullptr;
     const Plan for_queries = {
         Pass::kQueries, {&q, t_q, dt_o, d_o}, {&v, t_v, &k, t_k}, {dt_q, d_q}};
     std::vector<Plan> plans;
@@ -154,7 +161,8 @@ void attention_jvp_backward_sm90(
                            [](const TensorView* x) { return x != nullptr && x->numel() > 0; });
     };
     // The first of the keys' passes has dS0 and dS1; if it runs anyway it can serve the queries.
-    const bool fused = query_sums != nullptr && wanted(for_queries) && wanted(plans[0]);
+    const bool fused =
+        query_sums != nullptr && !how.is_static && wanted(for_queries) && wanted(plans[0]);
     if (fused) {
         p.queries = sums_of(*query_sums, B, H, Nq, sequences, tile_rows(plans[0].pass, how.width),
                             how.width);
@@ -171,7 +179,9 @@ void attention_jvp_backward_sm90(
         p.grid = Grid::of(rows, sequences, heads);
         if (Nq > 0 && Nk > 0) {  // else nothing is loaded
             const auto describe = [](const Views& views, TensorMap* maps, int rows) {
-                for (const TensorView* view : views) *maps++ = make_tensor_map(*view, rows);
+                for (const TensorView* view : views) {
+                    if (view != nullptr) *maps++ = make_tensor_map(*view, rows);
+                }
             };
             describe(plan.owned, p.owned, kRows);
             describe(plan.streamed, p.streamed, tile_rows(plan.pass, how.width));

@@ -48,7 +48,8 @@ def run(library, inputs, cotangents, stats, needs=NAMES, deterministic=True, **k
 
 def check(library, inputs, cotangents, deterministic=True, **options):
     """Compare with the float64 reference; return the gradients and the statistics."""
-    wide, (d_o, dt_o) = [x.double() for x in inputs], [x.double() for x in cotangents]
+    wide = [x if x is None else x.double() for x in inputs]
+    d_o, dt_o = (x.double() for x in cotangents)
     o, t_o, lse, mu = ops.attention_jvp(*wide, **options, return_stats=True, impl="reference")
     delta0, delta1 = (dt_o * o).sum(-1), (d_o * o + dt_o * t_o).sum(-1)
     want = ops.attention_jvp_backward(
@@ -145,6 +146,23 @@ def test_bits_do_not_depend_on_the_run(library):
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+@pytest.mark.parametrize(("d", "dtype"), [(64, torch.float16), (104, torch.bfloat16)])
+def test_keys_and_values_without_tangents(library, d, dtype):
+    def static(*shape, **kw):
+        inputs, cotangents = draw(*shape, dtype=dtype, **kw)
+        return [*inputs[:4], None, None], cotangents
+
+    got, stats = check(library, *static(131, 150, d, b=2, h=4, g=2))
+    # The form with sums in any order is for tangents of keys.
+    inputs, cotangents = static(131, 150, d, b=2, h=4, g=2)
+    again = run(library, inputs, cotangents, stats, deterministic=False)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    check(library, *static(150, 100, d), is_causal=True)
+    cu = {"cu_seqlens_q": [0, 5, 5, 140, 150], "cu_seqlens_k": [0, 70, 80, 80, 100]}
+    cu = {name: torch.tensor(offsets, dtype=torch.int32) for name, offsets in cu.items()}
+    check(library, *static(150, 100, d), **cu)
+
+
 # Both widths: four sums of 64 columns with those of queries, and two of 128.
 @pytest.mark.parametrize(("d", "dtype"), [(40, torch.bfloat16), (128, torch.float16)])
 def test_sums_in_any_order(library, d, dtype):
@@ -187,8 +205,10 @@ def test_few_sums_in_any_order(library, nq, nk):
 def test_what_does_not_fit_is_refused(library):
     inputs, cotangents = draw(20, 30, 64)
     stats = [torch.zeros(1, 1, 20) for _ in range(4)]
-    with pytest.raises(ValueError, match="t_q, t_k, t_v: expected all of them"):
+    with pytest.raises(ValueError, match="expected t_q, and both or none of t_k and t_v"):
         run(library, [*inputs[:5], None], cotangents, stats)
+    with pytest.raises(ValueError, match="expected t_q, and both or none of t_k and t_v"):
+        run(library, [*inputs[:3], None, *inputs[4:]], cotangents, stats)
     with pytest.raises(ValueError, match="d_o, dt_o, delta0, mu: expected all of them"):
         run(library, inputs, [None, cotangents[1]], stats)
     with pytest.raises(ValueError, match="head dims up to 128, got 136"):

@@ -153,7 +153,9 @@ def _refuse_native(*args: Any, **options: Any) -> str | None:
         return reason
     names = ("d_o", "dt_o", "delta0", "delta1", "q", "k", "v", "t_q", "t_k", "t_v", "lse", "mu")
     inputs = dict(zip(names, args[: len(names)], strict=True))
-    absent = [name for name, x in inputs.items() if x is None]
+    if (inputs["t_k"] is None) != (inputs["t_v"] is None):
+        return "t_k, t_v: expected both or none"
+    absent = [name for name, x in inputs.items() if x is None and name not in ("t_k", "t_v")]
     if absent:
         return f"{absent[0]}: expected a tensor, got None"
     if any(x is not None for x in (*args[len(names) :][:1], options.get("lse_rest"))):
@@ -161,7 +163,7 @@ def _refuse_native(*args: Any, **options: Any) -> str | None:
     mask = next((x.attn_mask for x in args if isinstance(x, Masking)), options.get("attn_mask"))
     if mask is not None and mask.dtype != torch.bool:
         return f"attn_mask: expected a boolean one, got {mask.dtype}"
-    matrices = {name: x for name, x in inputs.items() if x.dim() == 4}
+    matrices = {name: x for name, x in inputs.items() if x is not None and x.dim() == 4}
     return refuse_hopper(matrices, max_dim=_MAX_HOPPER_DIM)
 
 
@@ -357,4 +359,8 @@ def gate_cases(device: torch.device) -> list[tuple[Any, ...]]:
             args = (d_o, dt_o, *stats, *inputs, lse, mu)
             cases.append((args, kwargs, bound))
             cases.append((args, {**kwargs, "deterministic": False}, bound))
+            static = (*inputs[:4], None, None)
+            _, t_o, _, mu = forward(*static, **kwargs)
+            stats = (stats[0], (d_o * o + dt_o * t_o).sum(-1).to(lse.dtype))
+            cases.append(((d_o, dt_o, *stats, *static, lse, mu), kwargs, bound))
     return cases

@@ -62,7 +62,8 @@ struct Launch {
     Pass pass;
     int width;  // 64 or 128
     bool masked;
-    bool fused;  // with the gradients of queries
+    bool fused;      // with the gradients of queries
+    bool is_static;  // without t_k and t_v
     int batches;
 };
 
@@ -85,8 +86,13 @@ constexpr int numbers_bytes(Pass pass, int tile, bool fused) {
 }
 constexpr int kWeightsBytes = kRows * kRowBytes;
 
-template <typename T, int kD, Pass kPass_, bool kMasked_, bool kFused_>
-struct Config : Layout<T, kD, kPass_ == Pass::kValues ? 2 : 4, tile_rows(kPass_, kD), 8,
+// Matrices that a pass owns: without tangents of keys and values half of those on their side.
+constexpr int owned_count(Pass pass, bool is_static) {
+    return (pass == Pass::kValues ? 2 : 4) / (is_static && pass != Pass::kQueries ? 2 : 1);
+}
+
+template <typename T, int kD, Pass kPass_, bool kMasked_, bool kFused_, bool kStatic_>
+struct Config : Layout<T, kD, owned_count(kPass_, kStatic_), tile_rows(kPass_, kD), 8,
                        numbers_bytes(kPass_, tile_rows(kPass_, kD), kFused_) +
                            (kFused_ ? 2 * kWeightsBytes : 0)> {
     static constexpr Pass kPass = kPass_;
@@ -94,13 +100,22 @@ struct Config : Layout<T, kD, kPass_ == Pass::kValues ? 2 : 4, tile_rows(kPass_,
     static constexpr bool kOwnsQueries = kPass == Pass::kQueries;
     static constexpr bool kIsValues = kPass == Pass::kValues;
     static constexpr int kTile = Config::kTileRows;
-    static constexpr int kPerTile = 4;
+    // Whether there are tangents of what is owned, of what is streamed.
+    static constexpr bool kOwnedTangents = !kStatic_ || kOwnsQueries;
+    static constexpr bool kStreamedTangents = !kStatic_ || !kOwnsQueries;
+    static constexpr int kPerTile = kStreamedTangents ? 4 : 2;
     // The loading warp also copies numbers: it needs more registers, and the others leave them to
     // it.
     static constexpr int kLoaderRegisters = kOwnsQueries ? 24 : 40;
     static constexpr int kMultiplierRegisters = kOwnsQueries ? 240 : 232;
-    static_assert(Config::kSlots > kPerTile && Config::kSlots <= 2 * kPerTile);
+    static_assert(Config::kSlots > kPerTile);
+    static_assert(kOwnsQueries || Config::kSlots <= 2 * kPerTile);  // kNumberTiles
+    static_assert(!(kFused && kStatic_));
 
+    // Descriptors of x, t_x, y, t_y (0 ... 3); of a tangent that is not there nobody asks.
+    __device__ std::uint64_t owned_rows(int i, int group) const {
+        return this->rows(kOwnedTangents ? i : i / 2, group);
+    }
     // dS0 and dS1: rows are the block's keys, columns the queries of a tile.
     __device__ std::uint8_t* weights(int i) const {
         constexpr int kBefore = numbers_bytes(kPass, kTile, true);
@@ -198,7 +213,7 @@ __device__ void load_tiles(const Params& p, const Work& w, const C& shared) {
 #pragma unroll
             for (int i = 0; i < C::kPerTile; ++i) {
                 // Where only scores are taken of the early ones, a mask hides what is behind.
-                const bool summed = i >= 2 || C::kPass == Pass::kBoth;
+                const bool summed = i >= C::kPerTile / 2 || C::kPass == Pass::kBoth;
                 stream_tile(shared, p.streamed[i], from, at, cut && summed, left, landings);
             }
         }
@@ -278,6 +293,20 @@ __device__ __forceinline__ void score(float (&acc)[C::kTile / 2], std::uint64_t 
     fence_registers(acc);
 }
 
+// acc = t_rows times a tile + rows times its tangent, of which one may not be there.
+template <class C, bool kAdd = false>
+__device__ __forceinline__ void tangent_score(float (&acc)[C::kTile / 2], std::uint64_t rows,
+                                              std::uint64_t t_rows, int slot, int t_slot,
+                                              const C& shared) {
+    if constexpr (C::kOwnedTangents && C::kStreamedTangents) {
+        score<C, kAdd>(acc, t_rows, slot, rows, t_slot, shared);
+    } else if constexpr (C::kOwnedTangents) {
+        score<C, kAdd>(acc, t_rows, slot, shared);
+    } else {
+        score<C, kAdd>(acc, rows, t_slot, shared);
+    }
+}
+
 // P of scores in units of exp2, packed in pairs.
 template <class C>
 __device__ __forceinline__ void exponentiate(const float (&s)[C::kTile / 2],
@@ -325,11 +354,26 @@ __device__ __forceinline__ void weigh_all(const std::uint32_t (&weights)[C::kTil
     }
 }
 
-// a += W0 L, b += W1 L + W0 tL; waits for it.
+// The next tile's slot and its tangent's, if there is one.
+struct Slots {
+    int primal, tangent;
+};
+template <class C>
+__device__ __forceinline__ Slots next_slots(RingPosition<C::kSlots>& at, const C& shared) {
+    const int primal = next_slot(at, shared);
+    return {primal, C::kStreamedTangents ? next_slot(at, shared) : primal};
+}
+template <class C>
+__device__ __forceinline__ void release(Slots slots, const C& shared) {
+    shared.release(slots.primal);
+    if constexpr (C::kStreamedTangents) shared.release(slots.tangent);
+}
+
+// a += W0 L, b += W1 L + W0 tL, if there is tL; waits for it.
 template <class C>
 __device__ __forceinline__ void add_products(std::uint32_t (&w0)[C::kTile / 4],
-                                             std::uint32_t (&w1)[C::kTile / 4], int slot,
-                                             int t_slot, const C& shared, float (&a)[C::kD / 2],
+                                             std::uint32_t (&w1)[C::kTile / 4], Slots late,
+                                             const C& shared, float (&a)[C::kD / 2],
                                              float (&b)[C::kD / 2]) {
     using T = typename C::T;
     fence_registers(w0);
@@ -337,9 +381,11 @@ __device__ __forceinline__ void add_products(std::uint32_t (&w0)[C::kTile / 4],
     fence_registers(a);
     fence_registers(b);
     begin_products();
-    multiply_values<T, C::kD, C::kTile>(w0, shared.values(slot), a);
-    multiply_values<T, C::kD, C::kTile>(w0, shared.values(t_slot), b);
-    multiply_values<T, C::kD, C::kTile>(w1, shared.values(slot), b);
+    multiply_values<T, C::kD, C::kTile>(w0, shared.values(late.primal), a);
+    if constexpr (C::kStreamedTangents) {
+        multiply_values<T, C::kD, C::kTile>(w0, shared.values(late.tangent), b);
+    }
+    multiply_values<T, C::kD, C::kTile>(w1, shared.values(late.primal), b);
     commit_products();
     wait_products<0>();
     fence_registers(a);
@@ -356,7 +402,7 @@ __device__ __forceinline__ void leave_owned(int group) {
     }
 }
 
-// A gradient of the owned rows, times `factor`, by way of owned matrix i, which nobody reads any
+// A gradient of the owned rows, times `factor`, by way of an owned matrix; nobody reads these any
 // more.
 template <class C>
 __device__ void store_sums(const Params& p, const Work& w, int i, int group, const C& shared,
@@ -368,8 +414,9 @@ __device__ void store_sums(const Params& p, const Work& w, int i, int group, con
     T* rows = static_cast<T*>(target.data) + w.batch * strides.b + w.owned_head * strides.h +
               (w.owned_first + w.row) * strides.row;
     const float factors[2] = {factor, factor};
-    store_rows<T, kRows>(shared.owned(i), group * kGroupRows, values, factors, rows, strides.row,
-                         w.owned - w.row, target.columns);
+    if (i >= C::kOwned) __syncwarp();  // what went there before is read
+    store_rows<T, kRows>(shared.owned(i % C::kOwned), group * kGroupRows, values, factors, rows,
+                         strides.row, w.owned - w.row, target.columns);
 }
 
 }  // namespace fewstep::cuda::attention_jvp_backward_kernel

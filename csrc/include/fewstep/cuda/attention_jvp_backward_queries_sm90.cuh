@@ -31,9 +31,9 @@ template <class C>
 __device__ __forceinline__ void add_products_to_all(const Params& p, const Work& w, int group,
                                                     int count, int tile, int head,
                                                     std::uint32_t (&w0)[C::kTile / 4],
-                                                    std::uint32_t (&w1)[C::kTile / 4], int slot,
-                                                    int t_slot, const C& shared,
-                                                    float (&a)[C::kD / 2], float (&b)[C::kD / 2]) {
+                                                    std::uint32_t (&w1)[C::kTile / 4], Slots late,
+                                                    const C& shared, float (&a)[C::kD / 2],
+                                                    float (&b)[C::kD / 2]) {
     using T = typename C::T;
     constexpr int kTile = C::kTile, kBoth = kGroups * kGroupThreads;
     const int thread = threadIdx.x % kGroupThreads;
@@ -59,8 +59,7 @@ __device__ __forceinline__ void add_products_to_all(const Params& p, const Work&
         wait_products<0>();
         fence_registers(a);
         fence_registers(b);
-        shared.release(slot);
-        shared.release(t_slot);
+        release(late, shared);
         if (count + 1 < w.tiles()) arrive_named(kRead + 1 - group, kBoth);
     };
     float r[kTile / 2];
@@ -72,9 +71,9 @@ __device__ __forceinline__ void add_products_to_all(const Params& p, const Work&
     if constexpr (C::kBlocks == 1) {
         const int primal = (count + group) % 2;
         begin_products();
-        multiply_values<T, C::kD, kTile>(w0, shared.values(slot), a);
-        multiply_values<T, C::kD, kTile>(w0, shared.values(t_slot), b);
-        multiply_values<T, C::kD, kTile>(w1, shared.values(slot), b);
+        multiply_values<T, C::kD, kTile>(w0, shared.values(late.primal), a);
+        multiply_values<T, C::kD, kTile>(w0, shared.values(late.tangent), b);
+        multiply_values<T, C::kD, kTile>(w1, shared.values(late.primal), b);
         multiply_transposed<T, kTile, kRows, false>(keys(0, 0), weights(primal), r);
         commit_products();
         if (primal) {
@@ -89,9 +88,9 @@ __device__ __forceinline__ void add_products_to_all(const Params& p, const Work&
         float t[kTile / 2];
         fence_registers(t);
         begin_products();
-        multiply_values<T, C::kD, kTile>(w0, shared.values(slot), a);
-        multiply_values<T, C::kD, kTile>(w0, shared.values(t_slot), b);
-        multiply_values<T, C::kD, kTile>(w1, shared.values(slot), b);
+        multiply_values<T, C::kD, kTile>(w0, shared.values(late.primal), a);
+        multiply_values<T, C::kD, kTile>(w0, shared.values(late.tangent), b);
+        multiply_values<T, C::kD, kTile>(w1, shared.values(late.primal), b);
         multiply_transposed<T, kTile, kRows, false>(keys(0, group), weights(0), t);
         multiply_transposed<T, kTile, kRows, false>(keys(0, group), weights(1), r);
         multiply_transposed<T, kTile, kRows, true>(keys(1, group), weights(0), r);

@@ -19,6 +19,8 @@
 // device memory (attention_jvp_backward_queries_sm90.cuh): 15 products, or 18. Two products are in
 // flight at most beside the sums, and each score tile is packed before the next. Derivation and
 // symbols: docs/ops/attention_jvp_backward.md.
+//
+// With static keys and values t_k and t_v are absent, and their products left out: 6, 7, 5 and 10.
 #pragma once
 
 #include "fewstep/cuda/attention_jvp_backward_queries_sm90.cuh"
@@ -31,9 +33,8 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
     using T = typename C::T;
     constexpr int kTile = C::kTile;
     const int first_row = w.row + group * kGroupRows;
-    const std::uint64_t x = shared.rows(0, group), t_x = shared.rows(1, group);
-    const std::uint64_t y = shared.rows(C::kOwned - 2, group);
-    const std::uint64_t t_y = shared.rows(C::kOwned - 1, group);
+    const std::uint64_t x = shared.owned_rows(0, group), t_x = shared.owned_rows(1, group);
+    const std::uint64_t y = shared.owned_rows(2, group), t_y = shared.owned_rows(3, group);
     const int thread = threadIdx.x % kGroupThreads;
     Numbers<C> numbers;
     if constexpr (C::kOwnsQueries) {
@@ -55,19 +56,16 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
     for (int i = 0; i < w.tiles(); ++i) {
         const int first = tile * kTile;
         const int query_head = C::kOwnsQueries ? w.owned_head : w.stream_head + head;
-        const int early = next_slot(at, shared), t_early = next_slot(at, shared);
+        const Slots early = next_slots(at, shared);
         if constexpr (!C::kOwnsQueries) {
             numbers.tile = shared.numbers(i) + accumulator_column(thread, 0);
         }
-        int late = 0, t_late = 0;
-        if constexpr (!C::kIsValues) {
-            late = next_slot(at, shared);
-            t_late = next_slot(at, shared);
-        }
+        Slots late = early;
+        if constexpr (!C::kIsValues) late = next_slots(at, shared);
         // P, then what is added to a and b with L: W0 and W1; packed in pairs.
         std::uint32_t weights[kTile / 4], w0[kTile / 4], w1[kTile / 4];
         float s[kTile / 2];
-        score<C>(s, x, C::kIsValues ? early : late, shared);
+        score<C>(s, x, late.primal, shared);
         scale_and_hide<C>(p, w, query_head, first_row, first, s);
         exponentiate<C>(s, numbers, weights);
         float r[kTile / 2];
@@ -75,21 +73,22 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
 #pragma unroll
             for (int j = 0; j < kTile / 4; ++j) w0[j] = weights[j];
         } else {
-            score<C>(s, y, after(early, weights, p.zero[0]), shared);
+            score<C>(s, y, after(early.primal, weights, p.zero[0]), shared);
             weigh_all<C, 2>(weights, p.zero[0], 1.0f, numbers, s);
             pack_all<T>(s, w0);
-            score<C>(r, t_y, after(early, w0, p.zero[0]), y, t_early, shared);
+            tangent_score<C>(
+                r, y, t_y, after(early.primal, w0, p.zero[0]),
+                C::kOwnedTangents ? early.tangent : after(early.tangent, w0, p.zero[0]), shared);
             weigh_all<C, 3>(weights, p.zero[1], 1.0f, numbers, r);
-            shared.release(early);
-            shared.release(t_early);
-            score<C>(s, t_x, after(late, r, p.zero[0]), x, t_late, shared);
+            release(early, shared);
+            tangent_score<C>(s, x, t_x, after(late.primal, r, p.zero[0]),
+                             C::kOwnedTangents ? late.tangent : after(late.tangent, r, p.zero[0]),
+                             shared);
         }
         if constexpr (C::kIsValues) {
-            score<C>(s, t_x, early, x, t_early, shared);
-            shared.release(early);
-            shared.release(t_early);
-            late = next_slot(at, shared);
-            t_late = next_slot(at, shared);
+            tangent_score<C>(s, x, t_x, early.primal, early.tangent, shared);
+            release(early, shared);
+            late = next_slots(at, shared);
         }
         // tP, or tP (X0 - D0) = dS0 (tS - mu).
         weigh_all<C, 1>(w0, p.zero[2], p.scale, numbers, s);
@@ -99,12 +98,10 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
         }
         pack_all<T>(s, w1);
         if constexpr (C::kFused) {
-            add_products_to_all<C>(p, w, group, i, tile, query_head, w0, w1, late, t_late, shared,
-                                   a, b);
+            add_products_to_all<C>(p, w, group, i, tile, query_head, w0, w1, late, shared, a, b);
         } else {
-            add_products<C>(w0, w1, late, t_late, shared, a, b);
-            shared.release(late);
-            shared.release(t_late);
+            add_products<C>(w0, w1, late, shared, a, b);
+            release(late, shared);
         }
         if (++tile == w.end) {
             tile = w.begin;
@@ -129,8 +126,8 @@ __device__ void multiply_both(const Params& p, const Work& w, int group, const C
     using T = typename C::T;
     constexpr int kTile = C::kTile;
     const int first_row = w.row + group * kGroupRows;
-    const std::uint64_t k = shared.rows(0, group), t_k = shared.rows(1, group);
-    const std::uint64_t v = shared.rows(2, group), t_v = shared.rows(3, group);
+    const std::uint64_t k = shared.owned_rows(0, group), t_k = shared.owned_rows(1, group);
+    const std::uint64_t v = shared.owned_rows(2, group), t_v = shared.owned_rows(3, group);
     Numbers<C> numbers;
 
     float dt_k[C::kD / 2], d_k[C::kD / 2], dt_v[C::kD / 2], d_v[C::kD / 2];
@@ -142,16 +139,15 @@ __device__ void multiply_both(const Params& p, const Work& w, int group, const C
     int tile = w.begin, head = 0;
 #pragma unroll 1
     for (int i = 0; i < w.tiles(); ++i) {
-        const int dt_o = next_slot(at, shared), d_o = next_slot(at, shared);
-        const int q = next_slot(at, shared), t_q = next_slot(at, shared);
+        const Slots outputs = next_slots(at, shared), queries = next_slots(at, shared);
         numbers.tile = shared.numbers(i) + accumulator_column(threadIdx.x % kGroupThreads, 0);
         std::uint32_t weights[kTile / 4];
         float s[kTile / 2];
-        score<C>(s, k, q, shared);
+        score<C>(s, k, queries.primal, shared);
         scale_and_hide<C>(p, w, w.stream_head + head, first_row, tile * kTile, s);
         exponentiate<C>(s, numbers, weights);
 
-        score<C>(s, t_k, q, k, t_q, shared);
+        tangent_score<C>(s, k, t_k, queries.primal, queries.tangent, shared);
         {
             std::uint32_t t_weights[kTile / 4];
 #pragma unroll
@@ -167,31 +163,29 @@ __device__ void multiply_both(const Params& p, const Work& w, int group, const C
                 }
                 t_weights[j] = pack<T>(product[0], product[1]);
             }
-            add_products<C>(weights, t_weights, dt_o, d_o, shared, dt_v, d_v);
+            add_products<C>(weights, t_weights, outputs, shared, dt_v, d_v);
         }
 
         std::uint32_t w0[kTile / 4];
         {
             float r[kTile / 2];
-            score<C>(r, v, dt_o, shared);
+            score<C>(r, v, outputs.primal, shared);
 #pragma unroll
             for (int j = 0; j < kTile / 2; ++j) s[j] *= r[j] - numbers.template get<2>(j);
             weigh_all<C, 2>(weights, p.zero[1], 1.0f, numbers, r);
             pack_all<T>(r, w0);
         }
-        score<C, true>(s, t_v, dt_o, v, d_o, shared);
-        shared.release(dt_o);
-        shared.release(d_o);
+        tangent_score<C, true>(s, v, t_v, outputs.primal, outputs.tangent, shared);
+        release(outputs, shared);
         weigh_all<C, 3>(weights, p.zero[2], 1.0f, numbers, s);
         std::uint32_t w1[kTile / 4];
         pack_all<T>(s, w1);
         if constexpr (C::kFused) {
-            add_products_to_all<C>(p, w, group, i, tile, w.stream_head + head, w0, w1, q, t_q,
+            add_products_to_all<C>(p, w, group, i, tile, w.stream_head + head, w0, w1, queries,
                                    shared, dt_k, d_k);
         } else {
-            add_products<C>(w0, w1, q, t_q, shared, dt_k, d_k);
-            shared.release(q);
-            shared.release(t_q);
+            add_products<C>(w0, w1, queries, shared, dt_k, d_k);
+            release(queries, shared);
         }
         if (++tile == w.end) {
             tile = w.begin;
