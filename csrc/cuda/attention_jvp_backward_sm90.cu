@@ -89,8 +89,11 @@ void attention_jvp_backward_sm90(
                   "d_o, dt_o, delta0, mu: expected all of them");
     FEWSTEP_CHECK(t_q != nullptr && (t_k == nullptr) == (t_v == nullptr),
                   "t_q, t_k, t_v: expected t_q, and both or none of t_k and t_v");
-    FEWSTEP_CHECK(lse_rest == nullptr && t_attn_mask == nullptr,
+    const bool additive = attn_mask != nullptr && attn_mask->dtype != DType::kBool;
+    FEWSTEP_CHECK(additive || (lse_rest == nullptr && t_attn_mask == nullptr),
                   "lse_rest, t_attn_mask: expected none, they go with an additive mask");
+    FEWSTEP_CHECK(!additive || t_k == nullptr,
+                  "attn_mask: expected a boolean one where t_k and t_v are given");
     if (B * H * G == 0) return;
     FEWSTEP_CHECK(H % G == 0, "k: expected heads that divide ", H, ", got ", G);
     struct Expected {
@@ -115,7 +118,13 @@ void attention_jvp_backward_sm90(
     expect_contiguous(*delta0, "delta0", DType::kFloat32, {B, H, Nq});
     expect_contiguous(delta1, "delta1", DType::kFloat32, {B, H, Nq});
     if (attn_mask != nullptr) {
-        expect_shape(*attn_mask, "attn_mask", DType::kBool, {B, H, Nq, Nk});
+        expect_shape(*attn_mask, "attn_mask", additive ? q.dtype : DType::kBool, {B, H, Nq, Nk});
+    }
+    if (t_attn_mask != nullptr) {
+        expect_shape(*t_attn_mask, "t_attn_mask", q.dtype, {B, H, Nq, Nk});
+    }
+    if (lse_rest != nullptr) {
+        expect_contiguous(*lse_rest, "lse_rest", DType::kFloat32, {B, H, Nq});
     }
     const std::int64_t sequences = count_sequences(cu_seqlens_q, cu_seqlens_k, attn_mask, B);
 
@@ -124,7 +133,12 @@ void attention_jvp_backward_sm90(
     p.mu = mu->ptr<float>();
     p.delta0 = delta0->ptr<float>();
     p.delta1 = delta1.ptr<float>();
+    p.lse_rest = lse_rest == nullptr ? nullptr : lse_rest->ptr<float>();
     if (attn_mask != nullptr) p.mask = {attn_mask->ptr<void>(), Strides::of(*attn_mask, 0)};
+    if (t_attn_mask != nullptr) {
+        p.t_mask = {t_attn_mask->ptr<void>(), Strides::of(*t_attn_mask, 0)};
+    }
+    p.mask_is_bool = attn_mask != nullptr && !additive;
     p.cu_q = cu_seqlens_q == nullptr ? nullptr : cu_seqlens_q->ptr<std::int32_t>();
     p.cu_k = cu_seqlens_k == nullptr ? nullptr : cu_seqlens_k->ptr<std::int32_t>();
     p.is_causal = is_causal;
@@ -164,8 +178,8 @@ void attention_jvp_backward_sm90(
     const bool fused =
         query_sums != nullptr && !how.is_static && wanted(for_queries) && wanted(plans[0]);
     if (fused) {
-        p.queries = sums_of(*query_sums, B, H, Nq, sequences, tile_rows(plans[0].pass, how.width),
-                            how.width);
+        p.queries = sums_of(*query_sums, B, H, Nq, sequences,
+                            tile_rows(plans[0].pass, how.width, false), how.width);
     } else {
         plans.push_back(for_queries);
     }
@@ -184,7 +198,8 @@ void attention_jvp_backward_sm90(
                 }
             };
             describe(plan.owned, p.owned, kRows);
-            describe(plan.streamed, p.streamed, tile_rows(plan.pass, how.width));
+            describe(plan.streamed, p.streamed,
+                     tile_rows(plan.pass, how.width, how.is_static && how.masked));
         }
         if (q.dtype == DType::kBFloat16) {
             launch<__nv_bfloat16>(how, p, as_stream(stream));
@@ -201,7 +216,7 @@ void attention_jvp_backward_sm90(
     round.grid = Grid::of(Nq, sequences, H);
     round.nq = p.nq;
     round.sequences = p.sequences;
-    round.tile = tile_rows(plans[0].pass, how.width);
+    round.tile = tile_rows(plans[0].pass, how.width, false);
     round.width = how.width;
     round.scale = p.scale;
     if (q.dtype == DType::kBFloat16) {

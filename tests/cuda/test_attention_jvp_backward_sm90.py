@@ -35,11 +35,22 @@ def run(library, inputs, cotangents, stats, needs=NAMES, deterministic=True, **k
         for name, x in zip(NAMES, (q, k, v) * 2, strict=True)
     ]
     delta0, delta1, lse, mu = (x.float().contiguous() for x in stats)
-    mask = kw.get("attn_mask")
-    mask = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
-    masking = [mask, None, kw.get("cu_seqlens_q"), kw.get("cu_seqlens_k")]
+    masks = [kw.get("attn_mask"), kw.get("t_attn_mask")]
+    masks = [None if x is None else x.expand(*q.shape[:3], k.shape[2]) for x in masks]
+    masking = [*masks, kw.get("cu_seqlens_q"), kw.get("cu_seqlens_k")]
     sums = None if deterministic else OP._query_sums(q, inputs[2], kw.get("cu_seqlens_q"))
-    tensors = [*cotangents, delta0, delta1, *inputs, lse, mu, None, *masking, *out, sums]
+    tensors = [
+        *cotangents,
+        delta0,
+        delta1,
+        *inputs,
+        lse,
+        mu,
+        kw.get("lse_rest"),
+        *masking,
+        *out,
+        sums,
+    ]
     scale = kw.get("scale", q.shape[-1] ** -0.5)
     call(library, tensors, kw.get("is_causal", False), scale)
     assert all(padding_intact(x, 64) for x in out if x is not None)
@@ -48,13 +59,17 @@ def run(library, inputs, cotangents, stats, needs=NAMES, deterministic=True, **k
 
 def check(library, inputs, cotangents, deterministic=True, **options):
     """Compare with the float64 reference; return the gradients and the statistics."""
+    additive = options.get("attn_mask", torch.tensor(True)).dtype != torch.bool
     wide = [x if x is None else x.double() for x in inputs]
     d_o, dt_o = (x.double() for x in cotangents)
-    o, t_o, lse, mu = ops.attention_jvp(*wide, **options, return_stats=True, impl="reference")
+    exact = {k: x.double() if additive and "mask" in k else x for k, x in options.items()}
+    o, t_o, lse, mu = ops.attention_jvp(*wide, **exact, return_stats=True, impl="reference")
     delta0, delta1 = (dt_o * o).sum(-1), (d_o * o + dt_o * t_o).sum(-1)
     want = ops.attention_jvp_backward(
-        d_o, dt_o, delta0, delta1, *wide, lse, mu, **options, impl="reference"
+        d_o, dt_o, delta0, delta1, *wide, lse, mu, **exact, impl="reference"
     )
+    if additive:  # what the rounding to float32 takes from lse
+        options["lse_rest"] = torch.nan_to_num(lse - lse.float().double()).float()
     stats = (delta0, delta1, lse, mu)
     got = run(library, inputs, cotangents, stats, deterministic=deterministic, **options)
     # The gate's bound: P, tP, dS0, dS1 and the result are rounded once each, and two of them are
@@ -163,6 +178,30 @@ def test_keys_and_values_without_tangents(library, d, dtype):
     check(library, *static(150, 100, d), **cu)
 
 
+@pytest.mark.parametrize(("d", "dtype"), [(64, torch.bfloat16), (104, torch.float16)])
+def test_additive_masks(library, d, dtype):
+    """With static keys and values, where prompts are attended to."""
+    inputs, cotangents = draw(70, 150, d, b=2, h=2, g=1, dtype=dtype)
+    inputs[4:] = None, None
+    mask = torch.randn(2, 1, 1, 150).to(dtype)
+    mask[0, ..., 100:] = -torch.inf
+    check(library, inputs, cotangents, attn_mask=mask)
+    mask = torch.randn(70, 150).to(dtype)
+    mask[3], mask[4, 2:] = -torch.inf, -torch.inf
+    t_mask = torch.randn(2, 2, 70, 150).to(dtype)
+    check(library, inputs, cotangents, attn_mask=mask, t_attn_mask=t_mask)
+    allowed = torch.rand(2, 1, 70, 150) > 0.5
+    check(library, inputs, cotangents, attn_mask=allowed)
+
+
+def test_rows_with_nothing_but_large_masks(library):
+    """lse of -1e6 is a multiple of 1/16: without lse_rest P would be 3 % off."""
+    inputs, cotangents = draw(9, 68, 64)
+    inputs[4:] = None, None
+    inputs[0].zero_()  # scores that no rounding changes
+    check(library, inputs, cotangents, attn_mask=torch.full((9, 68), -1e6).bfloat16())
+
+
 # Both widths: four sums of 64 columns with those of queries, and two of 128.
 @pytest.mark.parametrize(("d", "dtype"), [(40, torch.bfloat16), (128, torch.float16)])
 def test_sums_in_any_order(library, d, dtype):
@@ -209,6 +248,8 @@ def test_what_does_not_fit_is_refused(library):
         run(library, [*inputs[:5], None], cotangents, stats)
     with pytest.raises(ValueError, match="expected t_q, and both or none of t_k and t_v"):
         run(library, [*inputs[:3], None, *inputs[4:]], cotangents, stats)
+    with pytest.raises(ValueError, match="expected a boolean one where t_k and t_v are given"):
+        run(library, inputs, cotangents, stats, attn_mask=torch.zeros(20, 30).bfloat16())
     with pytest.raises(ValueError, match="d_o, dt_o, delta0, mu: expected all of them"):
         run(library, inputs, [None, cotangents[1]], stats)
     with pytest.raises(ValueError, match="head dims up to 128, got 136"):

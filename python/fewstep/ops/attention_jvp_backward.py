@@ -158,11 +158,14 @@ def _refuse_native(*args: Any, **options: Any) -> str | None:
     absent = [name for name, x in inputs.items() if x is None and name not in ("t_k", "t_v")]
     if absent:
         return f"{absent[0]}: expected a tensor, got None"
-    if any(x is not None for x in (*args[len(names) :][:1], options.get("lse_rest"))):
-        return "lse_rest: expected None"
     mask = next((x.attn_mask for x in args if isinstance(x, Masking)), options.get("attn_mask"))
-    if mask is not None and mask.dtype != torch.bool:
-        return f"attn_mask: expected a boolean one, got {mask.dtype}"
+    additive = mask is not None and mask.dtype != torch.bool
+    if additive and inputs["t_k"] is not None:
+        return f"attn_mask: expected a boolean one where t_k and t_v are given, got {mask.dtype}"
+    if not additive and any(
+        x is not None for x in (*args[len(names) :][:1], options.get("lse_rest"))
+    ):
+        return "lse_rest: expected None without an additive attn_mask"
     matrices = {name: x for name, x in inputs.items() if x is not None and x.dim() == 4}
     return refuse_hopper(matrices, max_dim=_MAX_HOPPER_DIM)
 

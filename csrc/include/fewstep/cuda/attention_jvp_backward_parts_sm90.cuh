@@ -12,7 +12,8 @@ namespace fewstep::cuda::attention_jvp_backward_kernel {
 enum class Pass { kQueries, kKeys, kValues, kBoth };
 
 // Rows that are streamed at a time: what leaves a thread's registers nothing to spill, by trial.
-constexpr int tile_rows(Pass pass, int width) {
+constexpr int tile_rows(Pass pass, int width, bool additive) {
+    if (additive && (pass == Pass::kBoth || (pass == Pass::kQueries && width > 64))) return 32;
     return pass == Pass::kValues || (pass == Pass::kQueries && width <= 64) ? 64 : 48;
 }
 
@@ -45,10 +46,10 @@ struct Params {
     TensorMap owned[4], streamed[4];
     Gradient sums[4];
     QuerySums queries;
-    const float *lse, *mu, *delta0, *delta1;
+    const float *lse, *mu, *delta0, *delta1, *lse_rest;
     const std::int32_t *cu_q, *cu_k;
-    Mask mask;  // boolean
-    bool is_causal;
+    Mask mask, t_mask;
+    bool mask_is_bool, is_causal;
     Grid grid;
     int heads, group, nq, nk;  // query heads
     int sequences;             // packed ones, 0 for none
@@ -72,16 +73,19 @@ struct Launch {
 constexpr int kWritten = kStaged + kGroups, kRead = kWritten + 1;
 
 // Numbers of a query: lse in units of exp2 and inf where P is 0 (a query without keys, or none at
-// all), mu, delta0, delta1.
-constexpr int kNumbers = 4;
+// all), mu, delta0, delta1. With an additive mask lse in units of the scores, and lse_rest.
+constexpr int count_numbers(bool additive) {
+    return additive ? 5 : 4;
+}
 // Tiles whose numbers are in shared memory. The ring holds two tiles at most, so when the first
 // slot of the third is free again nobody reads the first any more.
 constexpr int kNumberTiles = 3;
 
 // What shared memory holds behind the barriers: numbers of streamed queries, and where their
 // gradients are summed the weights dS0 and dS1 of the block's 128 keys, as tiles.
-constexpr int numbers_bytes(Pass pass, int tile, bool fused) {
-    const int bytes = pass == Pass::kQueries ? 0 : kNumberTiles * kNumbers * tile * 4;
+constexpr int numbers_bytes(Pass pass, int tile, bool fused, bool additive) {
+    const int bytes =
+        pass == Pass::kQueries ? 0 : kNumberTiles * count_numbers(additive) * tile * 4;
     return fused ? (bytes + 256 + 1023) / 1024 * 1024 - 256 : bytes;  // 256 of barriers before
 }
 constexpr int kWeightsBytes = kRows * kRowBytes;
@@ -92,11 +96,16 @@ constexpr int owned_count(Pass pass, bool is_static) {
 }
 
 template <typename T, int kD, Pass kPass_, bool kMasked_, bool kFused_, bool kStatic_>
-struct Config : Layout<T, kD, owned_count(kPass_, kStatic_), tile_rows(kPass_, kD), 8,
-                       numbers_bytes(kPass_, tile_rows(kPass_, kD), kFused_) +
-                           (kFused_ ? 2 * kWeightsBytes : 0)> {
+struct Config
+    : Layout<T, kD, owned_count(kPass_, kStatic_), tile_rows(kPass_, kD, kStatic_&& kMasked_), 8,
+             numbers_bytes(kPass_, tile_rows(kPass_, kD, kStatic_&& kMasked_), kFused_,
+                           kStatic_&& kMasked_) +
+                 (kFused_ ? 2 * kWeightsBytes : 0)> {
     static constexpr Pass kPass = kPass_;
     static constexpr bool kMasked = kMasked_, kFused = kFused_;
+    // Additive masks are for static keys and values, where text is attended to.
+    static constexpr bool kAdditive = kStatic_ && kMasked;
+    static constexpr int kNumbers = count_numbers(kAdditive);
     static constexpr bool kOwnsQueries = kPass == Pass::kQueries;
     static constexpr bool kIsValues = kPass == Pass::kValues;
     static constexpr int kTile = Config::kTileRows;
@@ -118,7 +127,7 @@ struct Config : Layout<T, kD, owned_count(kPass_, kStatic_), tile_rows(kPass_, k
     }
     // dS0 and dS1: rows are the block's keys, columns the queries of a tile.
     __device__ std::uint8_t* weights(int i) const {
-        constexpr int kBefore = numbers_bytes(kPass, kTile, true);
+        constexpr int kBefore = numbers_bytes(kPass, kTile, true, false);
         static_assert((Config::kBarrierBytes + kBefore) % Config::kAlignment == 0);
         return this->extra() + kBefore + i * kWeightsBytes;
     }
@@ -167,16 +176,21 @@ __device__ Work find_work(const Params& p) {
 }
 
 // A query's numbers; `query` counts from the start of its sequence.
+template <int kNumbers>
 __device__ __forceinline__ void read_numbers(const Params& p, int batch, int head, int first,
                                              int query, int queries, float (&numbers)[kNumbers]) {
+    constexpr bool kAdditive = kNumbers == count_numbers(true);
     const std::int64_t at =
         (static_cast<std::int64_t>(batch) * p.heads + head) * p.nq + first + query;
     const bool exists = query < queries;
     const float lse = exists ? p.lse[at] : -kInfinity;
-    numbers[0] = lse == -kInfinity ? kInfinity : lse * kLog2e;
+    numbers[0] = lse == -kInfinity ? kInfinity : kAdditive ? lse : lse * kLog2e;
     numbers[1] = exists ? p.mu[at] : 0.0f;
     numbers[2] = exists ? p.delta0[at] : 0.0f;
     numbers[3] = exists ? p.delta1[at] : 0.0f;
+    if constexpr (kAdditive) {
+        numbers[4] = exists && p.lse_rest != nullptr ? p.lse_rest[at] : 0.0f;
+    }
 }
 
 // The loading warp.
@@ -200,11 +214,11 @@ __device__ void load_tiles(const Params& p, const Work& w, const C& shared) {
             if constexpr (!C::kOwnsQueries) {
                 shared.empty(at.slot).wait(at.parity ^ 1);
                 for (int column = threadIdx.x; column < C::kTile; column += 32) {
-                    float numbers[kNumbers];
+                    float numbers[C::kNumbers];
                     read_numbers(p, w.batch, head, w.stream_first, first + column, w.stream,
                                  numbers);
 #pragma unroll
-                    for (int i = 0; i < kNumbers; ++i) {
+                    for (int i = 0; i < C::kNumbers; ++i) {
                         shared.numbers(count)[i * C::kTile + column] = numbers[i];
                     }
                 }
@@ -224,7 +238,7 @@ __device__ void load_tiles(const Params& p, const Work& w, const C& shared) {
 // rows and stay in registers, with queries streamed they belong to its columns.
 template <class C>
 struct Numbers {
-    float kept[2][kNumbers];
+    float kept[2][C::kNumbers];
     const float* tile;  // of this thread's first column
 
     template <int kWhich>
@@ -237,25 +251,51 @@ struct Numbers {
     }
 };
 
-// Takes scores to units of exp2 and puts -inf where pairs don't meet: rows from first_row on,
-// columns from first_column on. Queries past the last have lse = inf already.
+// s = scale s + mask: scores or their tangents in natural units. `mask`: additive, or none.
+template <class C>
+__device__ __forceinline__ void add_mask(const Params& p, const Mask& mask, const Work& w,
+                                         int query_head, int first_row, int first_column,
+                                         float (&s)[C::kTile / 2]) {
+    using T = typename C::T;
+    const int thread = threadIdx.x % kGroupThreads;
+    const T* data = mask.at<T>(w.batch, query_head);
+    const std::int64_t to_row = C::kOwnsQueries ? mask.strides.row : mask.strides.column;
+    const std::int64_t to_column = C::kOwnsQueries ? mask.strides.column : mask.strides.row;
+#pragma unroll
+    for (int i = 0; i < C::kTile / 2; ++i) {
+        const int row = first_row + accumulator_row(thread, i);
+        const int column = first_column + accumulator_column(thread, i);
+        s[i] *= p.scale;
+        if (data == nullptr || row >= w.owned || column >= w.stream) continue;
+        s[i] += load(data[row * to_row + column * to_column]);
+    }
+}
+
+// Takes scores to units of exp2 (with an additive mask: adds it) and puts -inf where pairs don't
+// meet: rows from first_row on, columns from first_column on. Queries past the last have lse = inf
+// already.
 template <class C>
 __device__ __forceinline__ void scale_and_hide(const Params& p, const Work& w, int query_head,
                                                int first_row, int first_column,
                                                float (&s)[C::kTile / 2]) {
-    const float unit = p.scale * kLog2e;
+    if constexpr (C::kAdditive) {
+        add_mask<C>(p, p.mask_is_bool ? Mask{} : p.mask, w, query_head, first_row, first_column, s);
+    } else {
+        const float unit = p.scale * kLog2e;
 #pragma unroll
-    for (int i = 0; i < C::kTile / 2; ++i) s[i] *= unit;
+        for (int i = 0; i < C::kTile / 2; ++i) s[i] *= unit;
+    }
     const int end = first_column + C::kTile;
     const int thread = threadIdx.x % kGroupThreads;
     if constexpr (C::kMasked) {
         const int first_query = C::kOwnsQueries ? first_row : first_column;
         const int last_key = C::kOwnsQueries ? end - 1 : first_row + kGroupRows - 1;
         const bool crosses = p.is_causal && last_key > first_query;
-        if (p.mask.data == nullptr && end <= w.stream && !crosses) return;
+        const bool reads = p.mask.data != nullptr && p.mask_is_bool;
+        if (!reads && end <= w.stream && !crosses) return;
         const std::uint64_t bits = meeting_pairs<C::kTile / 2, !C::kOwnsQueries>(
-            p.mask.at<bool>(w.batch, query_head), p.mask.strides, p.is_causal, first_row,
-            first_column, C::kOwnsQueries ? w.owned : w.stream,
+            reads ? p.mask.at<bool>(w.batch, query_head) : nullptr, p.mask.strides, p.is_causal,
+            first_row, first_column, C::kOwnsQueries ? w.owned : w.stream,
             C::kOwnsQueries ? w.stream : w.owned);
 #pragma unroll
         for (int i = 0; i < C::kTile / 2; ++i) s[i] = bits >> i & 1 ? s[i] : -kInfinity;
@@ -312,11 +352,15 @@ template <class C>
 __device__ __forceinline__ void exponentiate(const float (&s)[C::kTile / 2],
                                              const Numbers<C>& numbers,
                                              std::uint32_t (&weights)[C::kTile / 4]) {
+    const auto power = [&](int i) {
+        const float x = s[i] - numbers.template get<0>(i);
+        // The difference is exact where a mask is large; what lse lost to rounding comes off after.
+        if constexpr (C::kAdditive) return fast_exp2((x - numbers.template get<4>(i)) * kLog2e);
+        return fast_exp2(x);
+    };
 #pragma unroll
     for (int j = 0; j < C::kTile / 4; ++j) {
-        weights[j] =
-            pack<typename C::T>(fast_exp2(s[2 * j] - numbers.template get<0>(2 * j)),
-                                fast_exp2(s[2 * j + 1] - numbers.template get<0>(2 * j + 1)));
+        weights[j] = pack<typename C::T>(power(2 * j), power(2 * j + 1));
     }
 }
 

@@ -91,7 +91,10 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
             late = next_slots(at, shared);
         }
         // tP, or tP (X0 - D0) = dS0 (tS - mu).
-        weigh_all<C, 1>(w0, p.zero[2], p.scale, numbers, s);
+        if constexpr (C::kAdditive) {
+            add_mask<C>(p, p.t_mask, w, query_head, first_row, first, s);
+        }
+        weigh_all<C, 1>(w0, p.zero[2], C::kAdditive ? 1.0f : p.scale, numbers, s);
         if constexpr (!C::kIsValues) {
 #pragma unroll
             for (int j = 0; j < kTile / 2; ++j) s[j] += r[j];
@@ -148,6 +151,9 @@ __device__ void multiply_both(const Params& p, const Work& w, int group, const C
         exponentiate<C>(s, numbers, weights);
 
         tangent_score<C>(s, k, t_k, queries.primal, queries.tangent, shared);
+        if constexpr (C::kAdditive) {
+            add_mask<C>(p, p.t_mask, w, w.stream_head + head, first_row, tile * kTile, s);
+        }
         {
             std::uint32_t t_weights[kTile / 4];
 #pragma unroll
@@ -158,7 +164,7 @@ __device__ void multiply_both(const Params& p, const Work& w, int group, const C
                 for (int l = 0; l < 2; ++l) {
                     float& x = s[2 * j + l];
                     const float weight = l == 0 ? pair.x : pair.y;
-                    x = fmaf(p.scale, x, -numbers.template get<1>(2 * j + l));
+                    x = fmaf(C::kAdditive ? 1.0f : p.scale, x, -numbers.template get<1>(2 * j + l));
                     product[l] = C::kMasked && weight == 0.0f ? 0.0f : weight * x;
                 }
                 t_weights[j] = pack<T>(product[0], product[1]);

@@ -34,10 +34,10 @@ void attention_jvp_backward(const TensorView* d_o, const TensorView* dt_o, const
 
 namespace cuda {
 // The same with float16 or bfloat16, D and Dv up to 128, all of d_o, dt_o and t_q, both or none of
-// t_k and t_v, and without an additive mask. query_sums, or null: a workspace in which d_q and dt_q
-// are added up in any order, which saves products. Float32 zeros [2, B, H, rows, columns]: 64 or
-// 128 columns, the first that holds D and Dv, and 64 rows more than Nq for each packed sequence
-// (without any, 64).
+// t_k and t_v, an additive mask only without them. query_sums, or null: a workspace in which d_q
+// and dt_q are added up in any order, which saves products. Float32 zeros [2, B, H, rows, columns]:
+// 64 or 128 columns, the first that holds D and Dv, and 64 rows more than Nq for each packed
+// sequence (without any, 64).
 void attention_jvp_backward_sm90(
     const TensorView* d_o, const TensorView* dt_o, const TensorView* delta0,
     const TensorView& delta1, const TensorView& q, const TensorView& k, const TensorView& v,
