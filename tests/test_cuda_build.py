@@ -59,7 +59,7 @@ def test_hopper_kernels_use_the_chip():
     kernels = hopper_kernels()
     assert kernels or not list(SOURCES[0].parent.glob("*_sm90.cu"))
     for name, text in kernels.items():
-        products = re.findall(r"HGMMA\.\S+ [^\n;]*", text)
+        products = re.findall(r"[HIQ]GMMA\.\S+ [^\n;]*", text)
         assert len(products) >= 12, name
         assert "UTMALDG" in text, name
         assert not re.search(r"\b(LDL|STL)\b", text), name

@@ -1,9 +1,11 @@
 // attention_jvp on Hopper, the host's side: which kernel, and what it is told.
-// The kernels: csrc/include/fewstep/cuda/attention_jvp_sm90.cuh, attention_jvp_wide_sm90.cuh.
+// The kernels: csrc/include/fewstep/cuda/attention_jvp_sm90.cuh, attention_jvp_wide_sm90.cuh,
+// attention_jvp_scores8_sm90.cuh.
 #include <algorithm>
 #include <type_traits>
 
 #include "fewstep/check.h"
+#include "fewstep/cuda/attention_jvp_scores8_sm90.cuh"
 #include "fewstep/cuda/attention_jvp_wide_sm90.cuh"
 #include "fewstep/ops/attention_jvp.h"
 
@@ -69,6 +71,97 @@ void launch(const Launch& how, const Params& p, cudaStream_t stream) {
     }
 }
 
+// The operands in 8 bits, then the kernel.
+template <typename T, typename Format, int kW>
+void launch8(const Launch& how, const Scores8Params& p, const QuantizeParams& operands,
+             cudaStream_t stream) {
+    const int blocks =
+        operands.query_blocks + how.batches * operands.keys.heads * operands.keys.tiles;
+    launch_kernel(attention_jvp_centres_kernel<T, kW>, "attention_jvp_centres",
+                  dim3(how.batches * operands.keys.heads), kW, 0, stream, operands);
+    launch_kernel(attention_jvp_sizes_kernel<T, kW>, "attention_jvp_sizes", dim3(blocks),
+                  kQuantizeThreads, 0, stream, operands);
+    launch_kernel(attention_jvp_rows_kernel<T, Format, kW>, "attention_jvp_rows", dim3(blocks),
+                  kQuantizeThreads, 0, stream, operands);
+    const auto with = [&](auto is_static, auto masked) {
+        using C = Config8<T, Format, kW, decltype(is_static)::value, decltype(masked)::value>;
+        launch_kernel(attention_jvp_scores8_sm90_kernel<C>, "attention_jvp_scores8_sm90",
+                      p.grid.blocks(how.batches), kThreads, C::kSharedBytes, stream, p);
+    };
+    const auto with_static = [&](auto masked) {
+        how.is_static ? with(std::true_type{}, masked) : with(std::false_type{}, masked);
+    };
+    how.masking == Masking::kPairs ? with_static(std::true_type{}) : with_static(std::false_type{});
+}
+
+template <typename T>
+void launch8(const Launch& how, const Scores8Params& p, const QuantizeParams& operands,
+             bool integers, cudaStream_t stream) {
+    dispatch_width<64, 128>(how.width, [&](auto width) {
+        constexpr int kW = decltype(width)::value;
+        if (integers) {
+            launch8<T, std::int8_t, kW>(how, p, operands, stream);
+        } else {
+            launch8<T, Float8, kW>(how, p, operands, stream);
+        }
+    });
+}
+
+// Bytes [B, H, N, C] as half as many 16-bit values, for the copy engine, which moves bits.
+TensorView as_halves(const TensorView& x) {
+    TensorView view = x;
+    view.dtype = DType::kBFloat16;
+    view.sizes[3] /= 2;
+    for (int axis = 0; axis < 3; ++axis) view.strides[axis] /= 2;
+    return view;
+}
+
+// Lays out the memory for 8-bit scores; `p` gets what the kernel reads of it.
+QuantizeParams plan_operands(const TensorView& q, const TensorView& t_q, const TensorView& k,
+                             const TensorView* t_k, const TensorView& q8, const TensorView& k8,
+                             const TensorView& rows8, int width, Scores8Params& p) {
+    const std::int64_t B = q.size(0), H = q.size(1), Nq = q.size(2), G = k.size(1), Nk = k.size(2);
+    FEWSTEP_CHECK(q8.dtype == DType::kInt8 || q8.dtype == DType::kUInt8,
+                  "q8: expected int8 or uint8, got ", name(q8.dtype));
+    expect_contiguous(q8, "q8", q8.dtype, {B, H, Nq, 2 * width});
+    expect_contiguous(k8, "k8", q8.dtype, {B, G, Nk, (t_k == nullptr ? 1 : 2) * width});
+    const std::int64_t rows = B * H * Nq;
+    expect_contiguous(rows8, "rows8", DType::kFloat32, {3 * rows + B * G * (Nk + 2 * width + 4)});
+    float* const scales = rows8.ptr<float>();
+    QuantizeParams operands{};
+    const auto side = [&](Side& s, const TensorView& x, const TensorView* t_x,
+                          const TensorView& bytes, float* scale) {
+        s.x = x.ptr<void>();
+        s.strides = Strides::of(x, 0);
+        if (t_x != nullptr) {
+            s.t_x = t_x->ptr<void>();
+            s.t_strides = Strides::of(*t_x, 0);
+        }
+        s.bytes = bytes.ptr<std::uint8_t>();
+        s.scales = scale;
+        s.heads = static_cast<int>(x.size(1));
+        s.rows = static_cast<int>(x.size(2));
+        s.tiles = (s.rows + kQuantizeRows - 1) / kQuantizeRows;
+    };
+    side(operands.queries, q, &t_q, q8, scales);
+    side(operands.keys, k, t_k, k8, scales + 3 * rows);
+    operands.queries.shift = scales + rows;
+    operands.queries.t_shift = scales + 2 * rows;
+    operands.centres = scales + 3 * rows + B * G * Nk;
+    operands.largest = operands.centres + B * G * 2 * width;
+    operands.head_dim = static_cast<int>(q.size(3));
+    const std::int64_t query_blocks = B * H * operands.queries.tiles;
+    FEWSTEP_CHECK(query_blocks + B * G * operands.keys.tiles < (std::int64_t{1} << 31),
+                  "q, k: expected fewer than 2^31 tiles of rows");
+    operands.query_blocks = static_cast<int>(query_blocks);
+    p.q_scales = operands.queries.scales;
+    p.shift = operands.queries.shift;
+    p.t_shift = operands.queries.t_shift;
+    p.k_scales = operands.keys.scales;
+    p.largest = operands.largest;
+    return operands;
+}
+
 // One direction of a tangent [1, B, H, N, D], as its primal is.
 TensorView direction(const TensorView& x) {
     FEWSTEP_CHECK(x.ndim == 5 && x.size(0) == 1, "tangents: expected one direction, got ",
@@ -90,6 +183,7 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
                         const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k,
                         bool is_causal, const TensorView& o, const TensorView& t_o,
                         const TensorView& lse, const TensorView& mu, const TensorView* lse_rest,
+                        const TensorView* q8, const TensorView* k8, const TensorView* rows8,
                         double scale, std::uintptr_t stream) {
     const std::int64_t B = q.size(0), H = q.size(1), Nq = q.size(2), D = q.size(3);
     const std::int64_t G = k.size(1), Nk = k.size(2), Dv = v.size(3);
@@ -119,7 +213,7 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
     }
     const std::int64_t sequences = count_sequences(cu_seqlens_q, cu_seqlens_k, attn_mask, B);
 
-    Params p{};
+    Scores8Params p{};
     p.scale = static_cast<float>(scale);
     const int columns = static_cast<int>(std::max(D, Dv));
     const bool wide = columns > kMostColumns;
@@ -134,7 +228,16 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
     how.masking = additive || p.scale <= 0 ? Masking::kAdditive
                   : pairs || wide          ? Masking::kPairs
                                            : Masking::kNone;
-    how.width = wide ? wide_width(how.masking, columns) : padded_width(how.masking, columns);
+    const bool bytes = q8 != nullptr;
+    FEWSTEP_CHECK(bytes == (k8 != nullptr) && bytes == (rows8 != nullptr),
+                  "q8, k8, rows8: expected all or none");
+    FEWSTEP_CHECK(!bytes || how.masking != Masking::kAdditive,
+                  "q8: expected no additive mask and a scale above 0 beside 8-bit scores");
+    FEWSTEP_CHECK(!bytes || !wide, "q8: expected head dims up to ", kMostColumns, ", got ",
+                  columns);
+    // Of 8-bit scores the same two as with masks.
+    how.width = wide ? wide_width(how.masking, columns)
+                     : padded_width(bytes ? Masking::kPairs : how.masking, columns);
     TensorView tangent_k = k, tangent_v = v;
     if (t_k != nullptr) {
         tangent_k = direction(*t_k);
@@ -143,10 +246,12 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
         expect_loadable(tangent_v, "t_v", q.dtype, {B, G, Nk, Dv});
     }
     if (Nk > 0) {  // else nothing is loaded
-        const int keys = wide ? kWideKeys : keys_of_tile(how.masking, how.width, how.is_static);
-        p.q = make_tensor_map(q, rows);
+        const int keys = wide    ? kWideKeys
+                         : bytes ? keys_of_tile8(how.width)
+                                 : keys_of_tile(how.masking, how.width, how.is_static);
+        p.q = make_tensor_map(bytes ? as_halves(*q8) : q, rows);
         p.t_q = make_tensor_map(tangent_q, rows);
-        p.k = make_tensor_map(k, keys);
+        p.k = make_tensor_map(bytes ? as_halves(*k8) : k, keys);
         p.v = make_tensor_map(v, keys);
         p.t_k = make_tensor_map(tangent_k, keys);
         p.t_v = make_tensor_map(tangent_v, keys);
@@ -169,7 +274,16 @@ void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorVi
     p.nq = static_cast<int>(Nq);
     p.nk = static_cast<int>(Nk);
     p.dv = static_cast<int>(Dv);
-    if (q.dtype == DType::kBFloat16) {
+    if (bytes && Nk > 0) {
+        const bool integers = q8->dtype == DType::kInt8;
+        const QuantizeParams operands = plan_operands(
+            q, tangent_q, k, how.is_static ? nullptr : &tangent_k, *q8, *k8, *rows8, how.width, p);
+        if (q.dtype == DType::kBFloat16) {
+            launch8<__nv_bfloat16>(how, p, operands, integers, as_stream(stream));
+        } else {
+            launch8<__half>(how, p, operands, integers, as_stream(stream));
+        }
+    } else if (q.dtype == DType::kBFloat16) {
         launch<__nv_bfloat16>(how, p, as_stream(stream));
     } else {
         launch<__half>(how, p, as_stream(stream));

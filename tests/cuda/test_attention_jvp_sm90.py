@@ -9,7 +9,7 @@ import torch
 
 from cuda_emulation import Device, build, call, targets
 from fewstep import ops
-from fewstep.ops._attention import refuse_hopper
+from fewstep.ops._attention import memory_for_scores, refuse_hopper
 from helpers import padded, padding_intact, relative_error
 
 INF = float("inf")
@@ -22,7 +22,17 @@ def library(request, tmp_path_factory):
     return build("attention_jvp", tmp_path_factory.mktemp("emulated"))
 
 
-def run(library, inputs, *, attn_mask=None, t_attn_mask=None, is_causal=False, scale=None, **cu):
+def run(
+    library,
+    inputs,
+    *,
+    attn_mask=None,
+    t_attn_mask=None,
+    is_causal=False,
+    scale=None,
+    score_dtype=None,
+    **cu,
+):
     """Return (o, t_o, lse, mu, lse_rest) as the kernels compute them."""
     q, k, v, *tangents = inputs
     pairs = (*q.shape[:3], k.shape[2])
@@ -37,6 +47,8 @@ def run(library, inputs, *, attn_mask=None, t_attn_mask=None, is_causal=False, s
     tensors += [None if attn_mask is None else attn_mask.expand(pairs)]
     tensors += [None if t_attn_mask is None else t_attn_mask.expand(1, *pairs)]
     tensors += [cu.get("cu_seqlens_q"), cu.get("cu_seqlens_k"), o, t_o, lse, mu, rest]
+    memory = memory_for_scores(q, k, v, tensors[4], score_dtype)
+    tensors += [None if x is None else padded(x, 64) for x in memory]
     call(library, tensors, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
     assert all(padding_intact(x, 64) for x in (o, t_o, lse, mu, rest) if x is not None)
     return o, t_o[0], lse, mu[0], rest
@@ -240,3 +252,97 @@ def test_warpgroups_that_take_turns(library, tmp_path):
         inputs = draw(nq, nk, 64)
         results = [run(kernels, inputs) for kernels in (library, turns)]
         assert all(torch.equal(a, b) for a, b in zip(*(r[:4] for r in results), strict=True))
+
+
+SCORE_DTYPES = [torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("score_dtype", SCORE_DTYPES, ids=str)
+@pytest.mark.parametrize("d", [8, 40, 64, 72, 128])
+def test_scores8_head_dims(library, d, score_dtype):
+    check(library, draw(33, 260, d), score_dtype=score_dtype)
+
+
+@pytest.mark.parametrize("score_dtype", SCORE_DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_scores8_static_keys_and_values(library, d, score_dtype):
+    check(library, [*draw(33, 260, d)[:4], None, None], score_dtype=score_dtype)
+
+
+@pytest.mark.parametrize(("nq", "nk"), [(1, 1), (129, 128), (300, 97), (5, 0), (20, 900)])
+@pytest.mark.parametrize("d", [64, 128])
+def test_scores8_lengths(library, nq, nk, d):
+    # Dv to the other side of 64, where it says how wide the operands are.
+    check(library, draw(nq, nk, d, 128 if nq == 129 else d), score_dtype=torch.int8)
+
+
+def test_scores8_float16(library):
+    check(library, draw(40, 150, 64, dtype=torch.float16), score_dtype=torch.int8)
+    check(library, draw(40, 150, 128, dtype=torch.float16), score_dtype=torch.float8_e4m3fn)
+
+
+def test_scores8_shared_heads_of_any_size(library):
+    """A ratio a for each key head, of all query heads that read it; tokens outside of heads."""
+    inputs = [x.transpose(1, 2).contiguous() for x in draw(20, 150, 64, b=2, h=4, g=2)]
+    for i, sizes in ((0, [1, 3, 0.1, 1]), (3, [1e-3, 1e-2, 5, 1]), (4, [1e-3, 1])):
+        inputs[i] = inputs[i] * torch.tensor(sizes)[:, None]
+    inputs = [x.to(torch.bfloat16).transpose(1, 2) for x in inputs]
+    check(library, inputs, score_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_scores8_masks(library, visible, d):
+    check(library, draw(150, 300, d), is_causal=True, score_dtype=torch.int8)
+    check(library, draw(70, 260, d, b=2, h=2), attn_mask=visible, score_dtype=torch.int8)
+
+
+def test_scores8_packed_sequences(library):
+    cu = {"cu_seqlens_q": [0, 5, 5, 140, 150], "cu_seqlens_k": [0, 70, 80, 80, 300]}
+    cu = {name: torch.tensor(offsets, dtype=torch.int32) for name, offsets in cu.items()}
+    inputs = draw(150, 300, 64, h=2)
+    check(library, inputs, **cu, score_dtype=torch.int8)
+    # The centre and the sizes leave them out, and nobody else sees them.
+    for i in (1, 2, 4, 5):
+        inputs[i][:, :, 70:80] = torch.nan
+    got = run(library, inputs, **cu, score_dtype=torch.int8)
+    assert all(x.isfinite().all() for x in (got[0], got[1]))
+
+
+def test_scores8_rows_of_zeros_and_rows_that_are_not_finite(library):
+    inputs = draw(40, 150, 64)
+    inputs[0][:, :, 3], inputs[3][:, :, 4], inputs[1][:, :, 7], inputs[4] = 0, 0, 0, inputs[4] * 0
+    check(library, inputs, score_dtype=torch.int8)
+    inputs[0][:, :, 5, 2], inputs[3][:, :, 6, 2] = torch.nan, torch.inf
+    got = run(library, inputs, score_dtype=torch.int8)
+    rows = torch.arange(40)
+    for x in got[:2]:
+        assert torch.equal(rows[x[0, 0].isnan().any(-1)], torch.tensor([5, 6]))
+
+
+def test_scores8_bits_do_not_depend_on_the_run(library):
+    inputs = draw(70, 300, 64)
+    first, second = (run(library, inputs, score_dtype=torch.int8) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("size", [0, 3, 10, 30])
+def test_scores8_error_line(library, d, size):
+    """Against the exact result: 1.5 % with int8, whatever all keys and their tangents share."""
+    inputs = draw(64, 300, d)
+    for i in (1, 4):
+        inputs[i] = (inputs[i] + size * torch.randn(1, 1, 1, d)).to(torch.bfloat16)
+    exact = ops.attention_jvp(*(x.double() for x in inputs), impl="reference")
+    for score_dtype, bound in ((torch.int8, 1.5e-2), (torch.float8_e4m3fn, 6e-2)):
+        got = run(library, inputs, score_dtype=score_dtype)
+        errors = [relative_error(a, b) for a, b in zip(got, exact, strict=False)]
+        assert max(errors) < bound, errors
+
+
+def test_scores8_that_do_not_fit_are_refused(library):
+    inputs = draw(20, 30, 64)
+    with pytest.raises(ValueError, match="q8: expected no additive mask and a scale above 0"):
+        run(library, inputs, scale=-0.2, score_dtype=torch.int8)
+    mask = torch.zeros(20, 30, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="q8: expected no additive mask"):
+        run(library, inputs, attn_mask=mask, score_dtype=torch.int8)

@@ -357,7 +357,7 @@ def test_opcheck(name):
         offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
         args[1:3] = [x[..., :9, :] for x in args[1:3]]
         args[4:] = [x[..., :9, :] for x in args[4:]]
-    raw = (*args, mask, t_mask, offsets, offsets, name == "causal", 0.3, "native")
+    raw = (*args, mask, t_mask, offsets, offsets, name == "causal", 0.3, None, "native")
     torch.library.opcheck(torch.ops.fewstep.attention_jvp.default, raw)
 
 

@@ -393,7 +393,7 @@ def test_threads_do_not_change_a_bit():
 def raw_arguments(args):
     """The arguments of the registered op: tangents have an axis of directions, masks follow."""
     directed = [None if x is None else x[None] for x in args[3:]]
-    return (*args[:3], *directed, None, None, None, None, False, 0.3, "native")
+    return (*args[:3], *directed, None, None, None, None, False, 0.3, None, "native")
 
 
 @pytest.mark.parametrize("tangents", [(3, 4, 5), (3,), ()])

@@ -69,6 +69,22 @@ def refuse_hopper(inputs: dict[str, Tensor], max_dim: int = HEAD_DIMS[-1]) -> st
     return None
 
 
+def memory_for_scores(
+    q: Tensor, k: Tensor, v: Tensor, t_k: Tensor | None, score_dtype: torch.dtype | None
+) -> tuple[Tensor | None, ...]:
+    """Allocate (q8, k8, rows8) of csrc/include/fewstep/ops/attention_jvp.h, or three None."""
+    if score_dtype is None:
+        return None, None, None
+    (b, h, nq, d), (g, nk) = q.shape, k.shape[1:3]
+    width = 64 if max(d, v.shape[-1]) <= 64 else 128
+    dtype = torch.int8 if score_dtype == torch.int8 else torch.uint8
+    return (
+        q.new_empty((b, h, nq, 2 * width), dtype=dtype),
+        q.new_empty((b, g, nk, width if t_k is None else 2 * width), dtype=dtype),
+        q.new_empty(3 * b * h * nq + b * g * (nk + 2 * width + 4), dtype=torch.float32),
+    )
+
+
 def unit_stride(x: Tensor | None) -> Tensor | None:
     """Return x with unit stride in its last axis, which every kernel wants."""
     if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:

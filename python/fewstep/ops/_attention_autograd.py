@@ -19,7 +19,9 @@ B of the plain backward is the transpose J^T of attention's Jacobian, applied to
 So Hessians and their products with vectors run on the fused kernels, forward over reverse and
 reverse over reverse. Derivatives of a B with tangents (third order) differentiate the reference,
 which stores Nq x Nk matrices. So does a forward derivative of attention_jvp along tangents of its
-own tangents. o, t_o, lse, mu and lse_rest (what rounding took from lse; None without an additive
+own tangents. Where the scores were rounded to 8 bits (`score_dtype`) the rounding counts as the
+identity: B takes exact scores, beside the o, t_o, lse and mu of the rounded ones; only the first
+forward derivative of a forward is rounded as it is. o, t_o, lse, mu and lse_rest (what rounding took from lse; None without an additive
 mask) are values that B is handed to save work: its derivatives are those of B as a function of the
 cotangents, primals and tangents, and no gradient goes into the former.
 """
@@ -287,13 +289,14 @@ def _attention(*args: Any) -> tuple[Tensor, ...]:
     """Call the forward op on other tensors than those that `impl` was chosen for."""
     from .attention_jvp import IMPLEMENTATIONS, _op
 
-    *tensors, is_causal, scale, impl = args
-    asked = ("attention_jvp", IMPLEMENTATIONS, *tensors[:6], Masking(*tensors[6:], is_causal))
+    *tensors, is_causal, scale, score_dtype, impl = args
+    asked = (IMPLEMENTATIONS, *tensors[:6], Masking(*tensors[6:], is_causal))
+    kinds = {"scale": scale, "score_dtype": score_dtype}
     try:
-        impl = select(asked[0], impl, *asked[1:])
+        impl = select("attention_jvp", impl, *asked, **kinds)
     except UnsupportedError:
-        impl = select(asked[0], "auto", *asked[1:])
-    return _op(*tensors, is_causal, scale, impl)
+        impl = select("attention_jvp", "auto", *asked, **kinds)
+    return _op(*tensors, is_causal, scale, score_dtype, impl)
 
 
 def _attention_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -327,18 +330,18 @@ gradient = differentiable(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, is_causal, scale, impl = inputs
+    *tensors, is_causal, scale, score_dtype, impl = inputs
     *outputs, rest = output
     # Without an additive mask there is none.
     ctx.save_for_backward(*tensors, *outputs, rest if rest.dim() > 1 else None)
     ctx.save_for_forward(*tensors)
     ctx.mark_non_differentiable(rest)
-    ctx.settings = is_causal, scale, impl
+    ctx.settings = is_causal, scale, score_dtype, impl
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-    is_causal, scale, impl = ctx.settings
+    is_causal, scale, _, impl = ctx.settings
     saved = list(ctx.saved_tensors)  # asked once: a checkpoint hands them out once
     tensors, outputs = saved[:10], saved[10:]
     if any(ctx.needs_input_grad[6:8]):
@@ -357,13 +360,14 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
 
 
 def _jvp(ctx: Any, saved: Sequence[Tensor | None], *tangents: Tensor | None) -> tuple[Any, ...]:
-    is_causal, scale, impl = ctx.settings
+    is_causal, scale, score_dtype, impl = ctx.settings
     t = tuple(None if x is None or x._is_zerotensor() else x for x in tangents[:10])
     has_directions = any(x is not None for x in (*saved[3:6], saved[7]))
     if has_directions:
         return (*push_forward(_formula, (*saved, is_causal, scale), (*t, None, None)), None)
     masks = (saved[6], t[6], *saved[8:])
-    _, t_o, lse, mu = _along(saved[:3], t[:3], _masking(masks, is_causal, scale), impl)
+    options = _masking(masks, is_causal, scale) | {"score_dtype": score_dtype}
+    _, t_o, lse, mu = _along(saved[:3], t[:3], options, impl)
     return t_o, t_o.new_empty((0, *t_o.shape)), mu, lse.new_empty((0, *lse.shape)), None
 
 

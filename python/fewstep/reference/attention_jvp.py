@@ -13,6 +13,8 @@ h // (H / G). Tangents have the shape of their primal, or one axis more in front
 directions. Masked pairs have P = tP = 0, and a row without any key o = t_o = mu = 0, lse = -inf.
 o [B, H, Nq, Dv]; lse [B, H, Nq]; t_o and mu the same, with R in front if the tangents have it.
 
+With a score dtype the operands of S and tS are rounded to 8 bits first (`_scores8.py`).
+
 A tangent that is None is zero. Nothing here is taken from torch's own forward mode, so it checks
 that independently; everything is differentiable to any order by torch. Runs in float64 for float64
 inputs, else in float32.
@@ -22,6 +24,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ._scores8 import rounded_scores
 
 
 def allowed_pairs(
@@ -73,6 +77,7 @@ def attention_jvp(
     cu_seqlens_k: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    score_dtype: torch.dtype | None = None,
     return_rest: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return (o, t_o, lse, mu) in the accumulation dtype; lse_rest too if asked."""
@@ -82,10 +87,21 @@ def attention_jvp(
     allowed = allowed_pairs(
         q, k, is_causal=is_causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
     )
-    q = q.to(dtype)
+    operands = tuple(None if x is None else x.to(dtype) for x in (q, k, t_q, t_k))
+    q = operands[0]
     k, v = (share_heads(x.to(dtype), heads) for x in (k, v))
 
     s = scale * q @ k.mT
+    t_s = torch.zeros_like(s)
+    if t_q is not None:
+        t_s = t_s + scale * t_q.to(dtype) @ k.mT
+    if t_k is not None:
+        t_s = t_s + scale * q @ share_heads(t_k.to(dtype), heads).mT
+    if score_dtype is not None:
+        s, t_s = rounded_scores(s, t_s, operands, scale, score_dtype)
+    if t_attn_mask is not None:
+        t_s = t_s + t_attn_mask.to(dtype)
+
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         allowed = attn_mask if allowed is None else allowed & attn_mask
     elif attn_mask is not None:
@@ -95,14 +111,6 @@ def attention_jvp(
         allowed = meets if allowed is None else allowed & meets
     if allowed is not None:
         s = s.masked_fill(~allowed, -torch.inf)
-
-    t_s = torch.zeros_like(s)
-    if t_q is not None:
-        t_s = t_s + scale * t_q.to(dtype) @ k.mT
-    if t_k is not None:
-        t_s = t_s + scale * q @ share_heads(t_k.to(dtype), heads).mT
-    if t_attn_mask is not None:
-        t_s = t_s + t_attn_mask.to(dtype)
 
     m = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros((*s.shape[:-1], 1))
     m = m.masked_fill(m == -torch.inf, 0)

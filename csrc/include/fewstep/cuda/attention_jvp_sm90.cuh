@@ -215,16 +215,16 @@ struct State {
 };
 
 // Takes scores into m and l and returns exp(S - m), rounded and packed; the sums are to be rescaled
-// by alpha.
+// by alpha. `unit`: what a score of a row is multiplied by for a power of 2.
 template <class C, int kColumns>
 __device__ __forceinline__ void exponentiate(State<kColumns>& state, const float (&s)[C::kKeys / 2],
-                                             float unit, std::uint32_t (&p)[C::kKeys / 4],
-                                             float (&alpha)[2]) {
+                                             const float (&unit)[2],
+                                             std::uint32_t (&p)[C::kKeys / 4], float (&alpha)[2]) {
     float top[2] = {state.m[0], state.m[1]}, origin[2] = {0, 0};
     // Of the two, the first is one instruction. Large values of a mask need the second: the product
     // of a fused multiply-add is not rounded, but origin is.
     const auto power = [&](float x, int r) {
-        return fast_exp2(C::kAdditive ? (x - origin[r]) * unit : fmaf(x, unit, -origin[r]));
+        return fast_exp2(C::kAdditive ? (x - origin[r]) * unit[r] : fmaf(x, unit[r], -origin[r]));
     };
 #pragma unroll
     for (int i = 0; i < C::kKeys / 2; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
@@ -232,7 +232,8 @@ __device__ __forceinline__ void exponentiate(State<kColumns>& state, const float
     for (int r = 0; r < 2; ++r) {
         top[r] = quad_max(top[r]);
         // A row that met no key so far: P must come out 0, not NaN.
-        origin[r] = C::kMasked && top[r] == -kInfinity ? 0.0f : top[r] * (C::kAdditive ? 1 : unit);
+        const bool nowhere = C::kMasked && top[r] == -kInfinity;
+        origin[r] = nowhere ? 0.0f : top[r] * (C::kAdditive ? 1 : unit[r]);
         alpha[r] = power(state.m[r], r);
         state.m[r] = top[r];
     }
@@ -248,16 +249,17 @@ __device__ __forceinline__ void exponentiate(State<kColumns>& state, const float
 }
 
 // Takes tS into c, which moves by `shift`, and returns H = P (tS - c), rounded and packed in place;
-// s is destroyed.
+// s is destroyed. `unit`: what tS of a row is multiplied by to be in natural units.
 template <class C, int kColumns>
-__device__ __forceinline__ void center(const Params& params, State<kColumns>& state,
+__device__ __forceinline__ void center(const Params& params, const float (&unit)[2],
+                                       State<kColumns>& state,
                                        const std::uint32_t (&p)[C::kKeys / 4],
                                        float (&s)[C::kKeys / 2], std::uint32_t (&h)[C::kKeys / 4],
                                        float (&shift)[2]) {
     float off[2] = {0, 0};
     // tS is scaled already where it met a mask.
     const auto weigh = [&](float weight, float t_s, int r) {
-        const float x = C::kAdditive ? t_s - state.c[r] : fmaf(t_s, params.scale, -state.c[r]);
+        const float x = C::kAdditive ? t_s - state.c[r] : fmaf(t_s, unit[r], -state.c[r]);
         // Behind a mask tS may be anything.
         const float product = C::kMasked && weight == 0.0f ? 0.0f : weight * x;
         off[r] += product;
@@ -282,6 +284,39 @@ __device__ __forceinline__ void center(const Params& params, State<kColumns>& st
         h[i] = pack<typename C::T>(fmaf(-shift[i % 2], weights.x, s[2 * i]),
                                    fmaf(-shift[i % 2], weights.y, s[2 * i + 1]));
     }
+}
+
+// T += P t_v + H v and O += P v with the tile's t_v and v, whose slots are next.
+template <class C>
+__device__ __forceinline__ void add_values(const C& shared, RingPosition<C::kSlots>& at,
+                                           State<C::kD>& state,
+                                           std::uint32_t (&weights)[C::kKeys / 4],
+                                           std::uint32_t (&h)[C::kKeys / 4]) {
+    using T = typename C::T;
+    const int t_v_slot = at.slot;
+    if constexpr (!C::kStatic) {
+        shared.full(at.slot).wait(at.parity);
+        at.advance();
+    }
+    const int v_slot = at.slot;
+    shared.full(at.slot).wait(at.parity);
+    at.advance();
+    fence_registers(weights);
+    fence_registers(h);
+    fence_registers(state.o);
+    fence_registers(state.t_o);
+    begin_products();
+    if constexpr (!C::kStatic) {
+        multiply_values<T, C::kD, C::kKeys>(weights, shared.values(t_v_slot), state.t_o);
+    }
+    multiply_values<T, C::kD, C::kKeys>(weights, shared.values(v_slot), state.o);
+    multiply_values<T, C::kD, C::kKeys>(h, shared.values(v_slot), state.t_o);
+    commit_products();
+    wait_products<0>();
+    fence_registers(state.o);
+    fence_registers(state.t_o);
+    if constexpr (!C::kStatic) shared.release(t_v_slot);
+    shared.release(v_slot);
 }
 
 // Writes results: statistics, and columns from first_column on (of a block of 64 the first) of
@@ -320,7 +355,8 @@ __device__ void finish(const Params& p, const Work& w, int first_row, int first_
                                      w.queries - w.row, p.dv - first_column);
     };
     store(0, state.o, p.o, p.o_strides);
-    store(1, state.t_o, p.t_o, p.t_o_strides);
+    __syncwarp();  // one matrix may serve both
+    store(C::kOwned - 1, state.t_o, p.t_o, p.t_o_strides);
 }
 
 template <class C>
@@ -330,6 +366,7 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
     const std::uint64_t q = shared.rows(0, group), t_q = shared.rows(1, group);
     // Masked scores are in natural units already.
     const float unit = (C::kAdditive ? 1.0f : p.scale) * kLog2e;
+    const float units[2] = {unit, unit}, t_units[2] = {p.scale, p.scale};
 
     State<C::kD> state;
     float s[C::kKeys / 2];
@@ -358,7 +395,7 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
         }
         hide<C>(p, w, first_row, first_key, s);
         float alpha[2], shift[2];
-        exponentiate<C>(state, s, unit, weights, alpha);
+        exponentiate<C>(state, s, units, weights, alpha);
         state.rescale(alpha);
 
         if constexpr (kTurns) sync_named(kTurn + group, kGroups * kGroupThreads);
@@ -379,32 +416,9 @@ __device__ void multiply_tiles(const Params& p, const Work& w, int group, const 
         shared.release(k_slot);
         if constexpr (!C::kStatic) shared.release(t_k_slot);
         if constexpr (C::kAdditive) add_mask<C>(p, p.t_mask, w, first_row, first_key, s);
-        center<C>(p, state, weights, s, h, shift);
+        center<C>(p, t_units, state, weights, s, h, shift);
 
-        const int t_v_slot = at.slot;
-        if constexpr (!C::kStatic) {
-            wait(at);
-            at.advance();
-        }
-        const int v_slot = at.slot;
-        wait(at);
-        at.advance();
-        fence_registers(weights);
-        fence_registers(h);
-        fence_registers(state.o);
-        fence_registers(state.t_o);
-        begin_products();
-        if constexpr (!C::kStatic) {
-            multiply_values<T, C::kD, C::kKeys>(weights, shared.values(t_v_slot), state.t_o);
-        }
-        multiply_values<T, C::kD, C::kKeys>(weights, shared.values(v_slot), state.o);
-        multiply_values<T, C::kD, C::kKeys>(h, shared.values(v_slot), state.t_o);
-        commit_products();
-        wait_products<0>();
-        fence_registers(state.o);
-        fence_registers(state.t_o);
-        if constexpr (!C::kStatic) shared.release(t_v_slot);
-        shared.release(v_slot);
+        add_values(shared, at, state, weights, h);
         // The second group's last turn is nobody's to take.
         if (kTurns && (tile + 1 < w.tiles || group == 0)) {
             arrive_named(kTurn + 1 - group, kGroups * kGroupThreads);

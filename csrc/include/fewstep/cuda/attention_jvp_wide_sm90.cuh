@@ -98,7 +98,7 @@ __device__ void weigh_tiles(const Params& p, const Work& w, const C& shared) {
     using T = typename C::T;
     const std::uint64_t q = shared.rows(0, 0);
     // Masked scores are in natural units already.
-    const float unit = (C::kAdditive ? 1.0f : p.scale) * kLog2e;
+    const float unit = (C::kAdditive ? 1.0f : p.scale) * kLog2e, units[2] = {unit, unit};
     State<kWeighingColumns> state;
     float s[C::kKeys / 2], alpha[2];
     std::uint32_t weights[C::kKeys / 4];
@@ -119,7 +119,7 @@ __device__ void weigh_tiles(const Params& p, const Work& w, const C& shared) {
             add_mask<C>(p, p.mask_is_bool ? Mask{} : p.mask, w, w.row, tile * C::kKeys, s);
         }
         hide<C>(p, w, w.row, tile * C::kKeys, s);
-        exponentiate<C>(state, s, unit, out, alpha);
+        exponentiate<C>(state, s, units, out, alpha);
         leave(shared, out);
         leave(shared.numbers(0), alpha);
         leave(shared.numbers(1), state.l);
@@ -259,7 +259,8 @@ __device__ void center_tiles(const Params& p, const Work& w, const C& shared) {
         std::uint32_t h[C::kKeys / 4];
         float shift[2];
         if constexpr (C::kAdditive) add_mask<C>(p, p.t_mask, w, w.row, tile * C::kKeys, s);
-        center<C>(p, state, weights, s, h, shift);
+        const float t_units[2] = {p.scale, p.scale};
+        center<C>(p, t_units, state, weights, s, h, shift);
         leave(shared, h);
         leave(shared.numbers(0), shift);
         arrive_named(kCentered, kGroups * kGroupThreads);

@@ -6,11 +6,13 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
 #include "cute/arch/copy_sm90_desc.hpp"
@@ -177,11 +179,18 @@ __device__ __forceinline__ void load_tile(const TensorMap& source, TileIndex at,
 
 // ---- matrix products on arrays of registers ----------------------------------------------------
 
-// The instructions for 64 x kN products with float32 sums. "Scores": both operands K-major in
-// shared memory. "Values": the left one in registers, the right one MN-major in shared memory.
-// "Transposed": both MN-major in shared memory.
+// Bits of an 8-bit float: 4 of exponent, 3 of mantissa, no infinity.
+struct Float8 {
+    std::uint8_t bits;
+};
+
+// The instructions for 64 x kN products with 32-bit sums: integers (in two's complement) of int8,
+// else floats. "Scores": both operands K-major in shared memory. "Values": the left one in
+// registers, the right one MN-major in shared memory. "Transposed": both MN-major in shared memory.
 template <typename T, int kN>
 struct MatrixInstruction;
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, std::int8_t>, std::uint32_t, float>;
 
 #define FEWSTEP_MATRIX_INSTRUCTION(T, TYPES, N)                                             \
     template <>                                                                             \
@@ -196,9 +205,16 @@ struct MatrixInstruction;
             cute::SM90::GMMA::MMA_64x##N##x16_F32##TYPES##_SS<cute::SM90::GMMA::Major::MN,  \
                                                               cute::SM90::GMMA::Major::MN>; \
     };
-#define FEWSTEP_MATRIX_INSTRUCTIONS(N)                     \
-    FEWSTEP_MATRIX_INSTRUCTION(__nv_bfloat16, BF16BF16, N) \
-    FEWSTEP_MATRIX_INSTRUCTION(__half, F16F16, N)
+#define FEWSTEP_MATRIX_INSTRUCTION_8(T, TYPES, N, ARGUMENTS)                        \
+    template <>                                                                     \
+    struct MatrixInstruction<T, N> {                                                \
+        using Scores = cute::SM90::GMMA::MMA_64x##N##x32_##TYPES##_SS_TN ARGUMENTS; \
+    };
+#define FEWSTEP_MATRIX_INSTRUCTIONS(N)                      \
+    FEWSTEP_MATRIX_INSTRUCTION(__nv_bfloat16, BF16BF16, N)  \
+    FEWSTEP_MATRIX_INSTRUCTION(__half, F16F16, N)           \
+    FEWSTEP_MATRIX_INSTRUCTION_8(std::int8_t, S32S8S8, N, ) \
+    FEWSTEP_MATRIX_INSTRUCTION_8(Float8, F32E4M3E4M3, N, <>)
 FEWSTEP_MATRIX_INSTRUCTIONS(32)
 FEWSTEP_MATRIX_INSTRUCTIONS(48)
 FEWSTEP_MATRIX_INSTRUCTIONS(64)
@@ -207,6 +223,7 @@ FEWSTEP_MATRIX_INSTRUCTIONS(96)
 FEWSTEP_MATRIX_INSTRUCTIONS(112)
 FEWSTEP_MATRIX_INSTRUCTIONS(128)
 #undef FEWSTEP_MATRIX_INSTRUCTIONS
+#undef FEWSTEP_MATRIX_INSTRUCTION_8
 #undef FEWSTEP_MATRIX_INSTRUCTION
 
 // Products are asynchronous: `begin` once registers that they read or add to are written, `commit`
@@ -230,8 +247,8 @@ __device__ __forceinline__ void fence_registers(T (&values)[kCount]) {
 }
 
 namespace registers {
-template <typename Instruction, int kCount, std::size_t... kI>
-__device__ __forceinline__ void issue_scores(std::uint64_t a, std::uint64_t b, float (&acc)[kCount],
+template <typename Instruction, typename Sum, int kCount, std::size_t... kI>
+__device__ __forceinline__ void issue_scores(std::uint64_t a, std::uint64_t b, Sum (&acc)[kCount],
                                              cute::SM90::GMMA::ScaleOut keep,
                                              std::index_sequence<kI...>) {
     Instruction::fma(a, b, acc[kI]..., keep);
@@ -243,11 +260,12 @@ __device__ __forceinline__ void issue_values(const std::uint32_t* a, std::uint64
 }
 }  // namespace registers
 
-// acc (+)= A B^T over 16 kSteps columns: A is 64 rows of a tile of a_rows rows, B a tile of kN
-// rows, both by the descriptor of their first row. Asynchronous; kAdd: onto what acc holds.
+// acc (+)= A B^T over kSteps times 32 bytes of columns: A is 64 rows of a tile of a_rows rows, B a
+// tile of kN rows, both by the descriptor of their first row. Asynchronous; kAdd: onto what acc
+// holds.
 template <typename T, int kN, int kSteps, bool kAdd>
 __device__ __forceinline__ void multiply_scores(std::uint64_t a, int a_rows, std::uint64_t b,
-                                                float (&acc)[kN / 2]) {
+                                                Sum<T> (&acc)[kN / 2]) {
     using Instruction = typename MatrixInstruction<T, kN>::Scores;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -337,6 +355,37 @@ __device__ __forceinline__ float2 unpack<__half>(std::uint32_t pair) {
     return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
+// ---- 8-bit values
+// --------------------------------------------------------------------------------
+
+// Four values in a register, rounded to nearest; they are in range.
+template <typename T>
+__device__ __forceinline__ std::uint32_t pack_bytes(const float* x);
+template <>
+__device__ __forceinline__ std::uint32_t pack_bytes<std::int8_t>(const float* x) {
+    std::uint32_t bytes = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bytes |= (__float2int_rn(x[i]) & 0xff) << 8 * i;
+    return bytes;
+}
+template <>
+__device__ __forceinline__ std::uint32_t pack_bytes<Float8>(const float* x) {
+    const auto pair = [](float low, float high) -> std::uint32_t {
+        return __nv_cvt_float2_to_fp8x2({low, high}, __NV_SATFINITE, __NV_E4M3);
+    };
+    return pair(x[0], x[1]) | pair(x[2], x[3]) << 16;
+}
+
+// A sum of products of 8-bit values, of less than 2^22 in absolute value if it is an integer: then
+// two ordinary operations convert it, where the instruction for it has a fraction of their rate.
+__device__ __forceinline__ float widen(float sum) {
+    return sum;
+}
+__device__ __forceinline__ float widen(std::uint32_t sum) {
+    constexpr std::uint32_t kBits = 0x4b400000;  // of 1.5 * 2^23, the float whose unit is 1
+    return __uint_as_float(sum + kBits) - 12582912.0f;
+}
+
 // ---- reductions over the four threads that share a row of an accumulator ------------------------
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -346,6 +395,15 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(0xffffffff, x, 1);
     return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// Another thread's x, of this warp; all take part.
+__device__ __forceinline__ float shuffle_xor(float x, int distance) {
+    return __shfl_xor_sync(0xffffffff, x, distance);
+}
+// Of values that are not negative: their bits have their order.
+__device__ __forceinline__ void atomic_max(float* target, float x) {
+    atomicMax(reinterpret_cast<int*>(target), __float_as_int(x));
 }
 
 __device__ __forceinline__ float fast_exp2(float x) {

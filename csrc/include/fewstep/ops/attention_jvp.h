@@ -36,12 +36,18 @@ void attention_jvp(const TensorView& q, const TensorView& k, const TensorView& v
 
 namespace cuda {
 // The same with float16 or bfloat16, R = 1, t_q, D and Dv up to 128, and t_k and t_v both or none.
+// q8, k8, rows8: null, or memory for scores from 8-bit operands (docs/ops/attention_jvp.md),
+// without an additive mask and with scale > 0. With W = 64 or 128, the least that D and Dv fit: q8
+// [B, H, Nq, 2 W], k8 [B, G, Nk, 2 W] ([..., W] without t_k), int8, or uint8 for the bits of e4m3,
+// which says what the operands are rounded to; rows8: float32 [3 B H Nq + B G (Nk + 2 W + 4)],
+// scales and sums. All contiguous; what they hold is nobody's.
 void attention_jvp_sm90(const TensorView& q, const TensorView& k, const TensorView& v,
                         const TensorView* t_q, const TensorView* t_k, const TensorView* t_v,
                         const TensorView* attn_mask, const TensorView* t_attn_mask,
                         const TensorView* cu_seqlens_q, const TensorView* cu_seqlens_k,
                         bool is_causal, const TensorView& o, const TensorView& t_o,
                         const TensorView& lse, const TensorView& mu, const TensorView* lse_rest,
+                        const TensorView* q8, const TensorView* k8, const TensorView* rows8,
                         double scale, std::uintptr_t stream);
 }  // namespace cuda
 

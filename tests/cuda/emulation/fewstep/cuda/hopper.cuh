@@ -23,6 +23,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -50,6 +51,9 @@ using std::min;
 struct float2 {
     float x, y;
 };
+struct uint2 {
+    std::uint32_t x = 0, y = 0;
+};
 struct uint4 {
     std::uint32_t x = 0, y = 0, z = 0, w = 0;
 };
@@ -59,7 +63,19 @@ struct dim3 {
         : x(static_cast<unsigned>(a)), y(static_cast<unsigned>(b)), z(static_cast<unsigned>(c)) {}
 };
 
+namespace fewstep::cuda {
+
+struct Float8 {
+    std::uint8_t bits;
+};
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, std::int8_t>, std::uint32_t, float>;
+
+}  // namespace fewstep::cuda
+
 namespace fewstep::emulation {
+
+using cuda::Float8;
 
 constexpr std::size_t kStackBytes = 512 << 10;
 constexpr std::size_t kSharedBytes = 256 << 10;  // addresses fit the 18 bits of a descriptor
@@ -203,9 +219,38 @@ inline void run_block(int threads) {
     if (!m.loads.empty()) throw std::runtime_error("emulation: a load outlived its block");
 }
 
+// An 8-bit float: 4 bits of exponent with bias 7, 3 of mantissa, 0x7f is NaN.
+inline float from_e4m3(std::uint8_t bits) {
+    const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+    const float size = exponent == 15 && mantissa == 7 ? std::numeric_limits<float>::quiet_NaN()
+                       : exponent == 0                 ? std::ldexp(mantissa, -9)
+                                                       : std::ldexp(8 + mantissa, exponent - 10);
+    return bits & 0x80 ? -size : size;
+}
+inline std::uint8_t to_e4m3(float x) {
+    const std::uint8_t sign = std::signbit(x) ? 0x80 : 0;
+    if (x != x) return sign | 0x7f;
+    // A unit in the last place is 2^-9 or more, so the rounded value is a whole number of them.
+    const float size = std::min(std::fabs(x), 448.0f);
+    const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
+    const int units = static_cast<int>(std::nearbyint(std::ldexp(size, 3 - exponent)));
+    return sign | static_cast<std::uint8_t>((exponent + 6) * 8 + units);
+}
+
 // The byte that the hardware reads for address `at` of a 128-byte swizzled operand.
 inline std::uint32_t swizzled(std::uint32_t at) {
     return at ^ (at >> 7 & 7) << 4;
+}
+
+inline std::uint32_t widened(std::int8_t value) {
+    return static_cast<std::uint32_t>(std::int32_t{value});
+}
+inline float widened(Float8 value) {
+    return from_e4m3(value.bits);
+}
+template <typename T>
+float widened(T value) {
+    return static_cast<float>(to_acc(value));
 }
 
 struct Descriptor {
@@ -219,19 +264,20 @@ struct Descriptor {
         FEWSTEP_CHECK((bits >> 49 & 7) == 0, "emulation: expected base offset 0");
     }
     template <typename T>
-    float read(std::uint32_t at) const {
+    auto read(std::uint32_t at) const {
         Machine& m = machine();
         const std::uint32_t from = swizzled(at);
         T value;
         std::memcpy(&value, m.shared() + from, sizeof value);
         FEWSTEP_CHECK(std::memcmp(&value, m.seen.data() + from, sizeof value) == 0,
                       "emulation: a product reads a store that was not fenced, offset ", from);
-        return static_cast<float>(to_acc(value));
+        return widened(value);
     }
-    // Element (row, column) of 16 columns; sums run over columns.
+    // Element (row, column) of 32 bytes of columns; sums run over columns.
     template <typename T>
-    float k_major(int row, int column) const {
-        return read<T>(start + row / 8 * stride + row % 8 * 128 + column * 2);
+    auto k_major(int row, int column) const {
+        return read<T>(start + row / 8 * stride + row % 8 * 128 +
+                       column * static_cast<int>(sizeof(T)));
     }
     // Element (row, column) of 16 rows; sums run over rows.
     template <typename T>
@@ -402,16 +448,17 @@ template <typename T, int kCount>
 void fence_registers(T (&)[kCount]) {}
 
 template <typename T, int kN, int kSteps, bool kAdd>
-void multiply_scores(std::uint64_t a, int a_rows, std::uint64_t b, float (&acc)[kN / 2]) {
+void multiply_scores(std::uint64_t a, int a_rows, std::uint64_t b, Sum<T> (&acc)[kN / 2]) {
+    constexpr int kColumns = 32 / sizeof(T);
     const int thread = emulation::machine().running % kGroupThreads;
     emulation::machine().thread().issued.push_back([=, &acc] {
         for (int k = 0; k < kSteps; ++k) {
             const emulation::Descriptor left(a + (columns_step(k, a_rows) >> 4));
             const emulation::Descriptor right(b + (columns_step(k, kN) >> 4));
             for (int i = 0; i < kN / 2; ++i) {
-                float sum = kAdd || k > 0 ? acc[i] : 0.0f;
+                Sum<T> sum = kAdd || k > 0 ? acc[i] : Sum<T>{0};
                 const int row = accumulator_row(thread, i), column = accumulator_column(thread, i);
-                for (int j = 0; j < kStepK; ++j) {
+                for (int j = 0; j < kColumns; ++j) {
                     sum += left.k_major<T>(row, j) * right.k_major<T>(column, j);
                 }
                 acc[i] = sum;
@@ -486,7 +533,34 @@ void add_to_global(float* target, const float (&values)[kCount]) {
     for (int i = 0; i < kCount; ++i) target[i / 4 * kStride + i % 4] += values[i];
 }
 
-inline float shuffled(float x, int distance) {
+template <typename T>
+std::uint32_t pack_bytes(const float* x) {
+    std::uint32_t bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+        std::uint8_t byte;
+        if constexpr (std::is_same_v<T, std::int8_t>) {
+            FEWSTEP_CHECK(!(std::fabs(x[i]) > 127.5f), "emulation: ", x[i], " is not in range");
+            byte = x[i] == x[i] ? static_cast<std::uint8_t>(std::lrint(x[i])) : 0;
+        } else {
+            byte = emulation::to_e4m3(x[i]);
+        }
+        bytes |= static_cast<std::uint32_t>(byte) << 8 * i;
+    }
+    return bytes;
+}
+inline float widen(float sum) {
+    return sum;
+}
+inline float widen(std::uint32_t sum) {
+    const auto value = static_cast<std::int32_t>(sum);
+    FEWSTEP_CHECK(std::abs(value) < 1 << 22, "emulation: the sum ", value, " is not in range");
+    return static_cast<float>(value);
+}
+inline void atomic_max(float* target, float x) {
+    *target = std::max(*target, x);
+}
+
+inline float shuffle_xor(float x, int distance) {
     emulation::Machine& m = emulation::machine();
     std::memcpy(&m.thread().exchanged, &x, sizeof x);
     __syncwarp();
@@ -496,12 +570,12 @@ inline float shuffled(float x, int distance) {
     return other;
 }
 inline float quad_max(float x) {
-    x = fmaxf(x, shuffled(x, 1));
-    return fmaxf(x, shuffled(x, 2));
+    x = fmaxf(x, shuffle_xor(x, 1));
+    return fmaxf(x, shuffle_xor(x, 2));
 }
 inline float quad_sum(float x) {
-    x += shuffled(x, 1);
-    return x + shuffled(x, 2);
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
 }
 inline float fast_exp2(float x) {
     return std::exp2(x);
