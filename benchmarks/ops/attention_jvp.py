@@ -5,10 +5,13 @@ of these with a static k and v; under a causal mask, of the pairs that meet. A r
 primal only` does the primal's. Baselines are what trainers use: forward mode
 through unfused SDPA, and a central finite difference with the fused one (primal and two more
 evaluations; its truncation and rounding errors are another matter, see docs/ops/attention_jvp.md).
+`int8 scores` and `e4m3 scores` are the native kernel with `score_dtype`, which loses accuracy as
+that page says; their FLOPs are counted as the others', the time holds the pass that rounds.
 Options of a case: `static` (k and v have no tangent), `directions`, `keys` (N unless given), and
 the keywords of SDPA.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +24,7 @@ from fewstep import ops
 from fewstep.bench import (
     Benchmark,
     Case,
+    Provider,
     baseline,
     copy_limit,
     implementations,
@@ -120,6 +124,17 @@ def with_keywords(case: Case, *tensors: Any) -> tuple[Any, ...]:
 
 def fused(keywords: dict[str, Any], *tensors: Tensor, impl: str) -> tuple[Tensor, ...]:
     return ops.attention_jvp(*tensors, impl=impl, **keywords)
+
+
+def with_scores(name: str, score_dtype: torch.dtype) -> Provider:
+    def make(case: Case, *tensors: Any) -> Callable[[], Any] | str:
+        if tensors[0].device.type != "cuda":
+            return "8-bit scores are a kernel for Hopper"
+        keywords, *inputs = with_keywords(case, *tensors)
+        keywords["score_dtype"] = score_dtype
+        return functools.partial(fused, keywords, *inputs, impl="native")
+
+    return Provider(f"fewstep native, {name} scores", make, "op", "native")
 
 
 def unfused_jvp(keywords: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,6 +239,8 @@ BENCHMARK = Benchmark(
     inputs,
     [
         *implementations("attention_jvp", fused, with_keywords),
+        with_scores("int8", torch.int8),
+        with_scores("e4m3", torch.float8_e4m3fn),
         baseline("torch.func.jvp, math SDPA", unfused_jvp, with_keywords, memory_refuses),
         baseline("finite difference, fused SDPA", finite_difference, with_keywords),
         baseline("torch SDPA, primal only", primal, with_keywords),

@@ -21,7 +21,9 @@ reverse over reverse. Derivatives of a B with tangents (third order) differentia
 which stores Nq x Nk matrices. So does a forward derivative of attention_jvp along tangents of its
 own tangents. Where the scores were rounded to 8 bits (`score_dtype`) the rounding counts as the
 identity: B takes exact scores, beside the o, t_o, lse and mu of the rounded ones; only the first
-forward derivative of a forward is rounded as it is. o, t_o, lse, mu and lse_rest (what rounding took from lse; None without an additive
+forward derivative of a forward is rounded as it is.
+
+o, t_o, lse, mu and lse_rest (what rounding took from lse; None without an additive
 mask) are values that B is handed to save work: its derivatives are those of B as a function of the
 cotangents, primals and tangents, and no gradient goes into the former.
 """

@@ -9,10 +9,10 @@ z, t_z  means of k, t_k over at most 128 keys at equal distances: a vector that 
         a mean leaves little to round
 R       int8: the orthogonal Hadamard matrix, which cancels in the product and spreads what is large
         in a few channels over all; e4m3 keeps its own exponents, there R = 1
-u, w    a scale per row, so that the largest of the row and of its tangent over a is 127 (int8) or at
-        most 448 (e4m3): the two products of tS have one scale, a u_i w_j, and one sum
-a       per key head and direction: the larger of max |t_q_i| / max |q_i| and max |t_k_j| / max |k_j|
-        over the rows (1-norms), so that the largest row sets no scale but its own
+u, w    a scale per row, so that the largest of the row and of its tangent over a is 127 (int8) or
+        at most 448 (e4m3): the two products of tS have one scale, a u_i w_j, and one sum
+a       per key head and direction: the larger of max |t_q_i| / max |q_i| and
+        max |t_k_j - t_z| / max |k_j - z| over the rows (1-norms)
         e4m3: u, w, a are rounded up to powers of 2, which costs nothing there; dividing by them is
         exact, and what lies halfway between two values is rounded alike everywhere
 
