@@ -76,3 +76,6 @@ def test_hopper_kernels_use_the_chip():
         if wide:
             batches = 6 if wide[1] == "1" else 7
         assert len(waited) == batches, (name, len(waited), len(products))
+        # S and tS of bytes, the sums of 16-bit values.
+        eight = [product for product in waited if product[0] in "IQ"]
+        assert len(eight) == (2 if "scores8" in name else 0), name

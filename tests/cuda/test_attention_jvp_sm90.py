@@ -341,6 +341,8 @@ def test_scores8_error_line(library, d, size):
 
 def test_scores8_that_do_not_fit_are_refused(library):
     inputs = draw(20, 30, 64)
+    with pytest.raises(ValueError, match="q8: expected head dims up to 128, got 136"):
+        run(library, draw(20, 30, 136), score_dtype=torch.int8)
     with pytest.raises(ValueError, match="q8: expected no additive mask and a scale above 0"):
         run(library, inputs, scale=-0.2, score_dtype=torch.int8)
     mask = torch.zeros(20, 30, dtype=torch.bfloat16)

@@ -165,7 +165,8 @@ def _refuse_native(
         if reason is not None:
             return reason
     inputs = {"q": q, "k": k, "v": v, "t_q": t_q, "t_k": t_k, "t_v": t_v}
-    return refuse_hopper({name: x for name, x in inputs.items() if x is not None})
+    most = HEAD_DIMS[-1] if score_dtype is None else MAX_SCORES_DIM
+    return refuse_hopper({name: x for name, x in inputs.items() if x is not None}, most)
 
 
 def _refuse_scores(masking: Sequence[Any], options: dict[str, Any]) -> str | None:
@@ -186,6 +187,8 @@ def _refuse_triton(
         return f"score_dtype: expected None, got {score_dtype}"
     return refuse_triton([q], triton_dtypes(q))
 
+
+MAX_SCORES_DIM = 128  # head dims of Hopper's 8-bit scores
 
 IMPLEMENTATIONS = (
     Implementation(
