@@ -167,12 +167,12 @@ def test_keys_and_values_without_tangents(library, d, dtype):
         inputs, cotangents = draw(*shape, dtype=dtype, **kw)
         return [*inputs[:4], None, None], cotangents
 
-    got, stats = check(library, *static(131, 150, d, b=2, h=4, g=2))
+    inputs, cotangents = static(70, 130, d, h=2, g=1)
+    got, stats = check(library, inputs, cotangents)
     # The form with sums in any order is for tangents of keys.
-    inputs, cotangents = static(131, 150, d, b=2, h=4, g=2)
     again = run(library, inputs, cotangents, stats, deterministic=False)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    check(library, *static(150, 100, d), is_causal=True)
+    check(library, *static(100, 70, d), is_causal=True)
     cu = {"cu_seqlens_q": [0, 5, 5, 140, 150], "cu_seqlens_k": [0, 70, 80, 80, 100]}
     cu = {name: torch.tensor(offsets, dtype=torch.int32) for name, offsets in cu.items()}
     check(library, *static(150, 100, d), **cu)
@@ -181,16 +181,16 @@ def test_keys_and_values_without_tangents(library, d, dtype):
 @pytest.mark.parametrize(("d", "dtype"), [(64, torch.bfloat16), (104, torch.float16)])
 def test_additive_masks(library, d, dtype):
     """With static keys and values, where prompts are attended to."""
-    inputs, cotangents = draw(70, 150, d, b=2, h=2, g=1, dtype=dtype)
+    inputs, cotangents = draw(70, 80, d, b=2, dtype=dtype)
     inputs[4:] = None, None
-    mask = torch.randn(2, 1, 1, 150).to(dtype)
-    mask[0, ..., 100:] = -torch.inf
+    mask = torch.randn(2, 1, 1, 80).to(dtype)
+    mask[0, ..., 60:] = -torch.inf
     check(library, inputs, cotangents, attn_mask=mask)
-    mask = torch.randn(70, 150).to(dtype)
+    mask = torch.randn(70, 80).to(dtype)
     mask[3], mask[4, 2:] = -torch.inf, -torch.inf
-    t_mask = torch.randn(2, 2, 70, 150).to(dtype)
+    t_mask = torch.randn(2, 1, 70, 80).to(dtype)
     check(library, inputs, cotangents, attn_mask=mask, t_attn_mask=t_mask)
-    allowed = torch.rand(2, 1, 70, 150) > 0.5
+    allowed = torch.rand(2, 1, 70, 80) > 0.5
     check(library, inputs, cotangents, attn_mask=allowed)
 
 
@@ -206,7 +206,7 @@ def test_rows_with_nothing_but_large_masks(library):
 @pytest.mark.parametrize(("d", "dtype"), [(40, torch.bfloat16), (128, torch.float16)])
 def test_sums_in_any_order(library, d, dtype):
     """Queries' gradients added up by the passes over keys; the keys' own do not change by it."""
-    inputs, cotangents = draw(131, 150, d, b=2, h=4, g=2, dtype=dtype)
+    inputs, cotangents = draw(100, 130, d, h=2, g=1, dtype=dtype)
     fused, stats = check(library, inputs, cotangents, deterministic=False)
     got = run(library, inputs, cotangents, stats)
     assert all(torch.equal(fused[i], got[i]) for i in (1, 2, 4, 5))
@@ -221,24 +221,23 @@ def test_sums_in_any_order(library, d, dtype):
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_sums_in_any_order_under_masks(library, d):
-    check(library, *draw(150, 300, d), deterministic=False, is_causal=True)
+    check(library, *draw(100, 140, d), deterministic=False, is_causal=True)
     torch.manual_seed(1)
-    mask = torch.rand(2, 1, 70, 260) > 0.5
-    mask[0, :, 3], mask[:, :, 4, :250] = False, False
-    check(library, *draw(70, 260, d, b=2), deterministic=False, attn_mask=mask)
+    mask = torch.rand(70, 140) > 0.5
+    mask[3], mask[4, :130] = False, False
+    check(library, *draw(70, 140, d), deterministic=False, attn_mask=mask)
 
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_sums_in_any_order_of_packed_sequences(library, d):
     cu = {"cu_seqlens_q": [0, 5, 5, 140, 150], "cu_seqlens_k": [0, 70, 80, 80, 300]}
     cu = {name: torch.tensor(offsets, dtype=torch.int32) for name, offsets in cu.items()}
-    inputs, cotangents = draw(150, 300, d, h=2)
-    check(library, inputs, cotangents, deterministic=False, **cu, is_causal=True)
+    check(library, *draw(150, 300, d), deterministic=False, **cu, is_causal=True)
 
 
 @pytest.mark.parametrize(("nq", "nk"), [(5, 0), (0, 5), (1, 3)])
 def test_few_sums_in_any_order(library, nq, nk):
-    check(library, *draw(nq, nk, 64), deterministic=False)
+    check(library, *draw(nq, nk, 64, b=2, h=2), deterministic=False)
 
 
 def test_what_does_not_fit_is_refused(library):
