@@ -1,9 +1,10 @@
 """Oracle of `fewstep.ops.gemm_w8a8`.
 
     acc_mn = sum_k a_mk w_nk                              exact
-    out_mn = acc_mn * a_scale_m * w_scale_n + bias_n      rounded once to out_dtype
+    out_mn = acc_mn * a_scale_m * w_scale_n + bias_n + sum_r low_mr up_nr
 
-Without a_scale, a is floating and quantised first (`reference.quantize_int8`).
+rounded once to out_dtype. Without a_scale, a is floating and quantised first
+(`reference.quantize_int8`); low is then a down^T, rounded to a's dtype.
 The sums are exact in float64: |acc| < 2^31 for K < 2^17.
 """
 
@@ -22,13 +23,20 @@ def gemm_w8a8(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    low: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the scaled product; float64 throughout."""
+    if down is not None:
+        low = (a.double() @ down.double().mT).to(a.dtype)
     if a_scale is None:
         a, a_scale = quantize_int8(a)
     acc = a.double() @ w.double().mT
     out = acc * a_scale.double()[..., None] * w_scale.double()
     if bias is not None:
         out = out + bias.double()
+    if up is not None and low is not None:
+        out = out + low.double() @ up.double().mT
     return out.to(out_dtype)

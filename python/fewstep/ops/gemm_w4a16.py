@@ -1,0 +1,183 @@
+"""Activations as they are x 4-bit weights: for few rows, where reading the weight is all the work.
+
+    out_mn = sum_k x_mk q_nk s_ng(k) + bias_n + sum_r low_mr up_nr        rounded once to x's dtype
+
+x        [..., M, K]  float32, bfloat16 or float16
+w        [N, K / 2]   uint8            w_scale  [N, K / G]   bfloat16 or float16, as `quantize_int4`
+bias     [N]          float32, bfloat16 or float16
+out      [..., M, N]  x's dtype
+down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
+
+q s is exact in float32 (4 + 11 bits). Sums are float32 in any order and grouping, so without a
+branch and before the rounding to x's dtype
+
+    |out - exact| <= (K + 2) 2^-24 sum_k |x_mk q_nk s_ng| + 2^-24 |exact|;
+
+Triton multiplies q s rounded to x's dtype where x has 16 bits, as tensor cores want: 2^-8
+(bfloat16) or 2^-11 (float16) of each term more. Modulation layers (adaLN), time and text embeddings
+have one row per image; for many rows `gemm_w4a8` has eight times the arithmetic rate of float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..reference.gemm_w4a16 import dequantize_int4
+from ..reference.gemm_w4a16 import gemm_w4a16 as _reference
+from ._gemm import (
+    FLOATS,
+    contiguous,
+    differentiate,
+    expect,
+    expect_branch,
+    matrix,
+    project,
+    unit_stride,
+)
+from ._register import register
+from ._select import Implementation, refuse_native, refuse_triton, select
+from .quantize_int4 import expect_int4
+
+__all__ = ["dequantize_int4", "gemm_w4a16"]
+
+
+class _Operands(NamedTuple):
+    """What an implementation gets, in the order of the op's schema."""
+
+    x: Tensor
+    w: Tensor
+    w_scale: Tensor
+    bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    low: Tensor | None
+
+    def new_output(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.w.shape[0]))
+
+
+def _run_reference(*args: Any) -> Tensor:
+    p = _Operands(*args)
+    return _reference(
+        p.x, p.w, p.w_scale, bias=p.bias, down=p.down, up=p.up, low=p.low
+    ).contiguous()
+
+
+def _run_kernel(launch: Any, p: _Operands) -> Tensor:
+    out = p.new_output()
+    if out.numel():
+        low = None
+        if p.up is not None:
+            low = matrix(project(p.x, p.down, p.low)).contiguous()
+        weight = (p.w.contiguous(), p.w_scale.contiguous())
+        x, bias, up = unit_stride(matrix(p.x)), contiguous(p.bias), contiguous(p.up)
+        launch(x, *weight, bias, low, up, matrix(out))
+    return out
+
+
+def _run_native(*args: Any) -> Tensor:
+    return _run_kernel(lambda *views: _native.call("gemm_w4a16", *views), _Operands(*args))
+
+
+def _run_triton(*args: Any) -> Tensor:
+    from ..kernels.gemm_w4a16 import launch_gemm_w4a16
+
+    return _run_kernel(launch_gemm_w4a16, _Operands(*args))
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "native",
+        _run_native,
+        lambda x, *args, **kwargs: refuse_native("gemm_w4a16", [x], FLOATS),
+    ),
+    Implementation("triton", _run_triton, lambda x, *args, **kwargs: refuse_triton([x], FLOATS)),
+    Implementation("reference", _run_reference, lambda *args, **kwargs: None),
+)
+
+
+def _fake(*args: Any) -> Tensor:
+    return _Operands(*args[:-1]).new_output()
+
+
+def _weight(*inputs: Any) -> Tensor:
+    p = _Operands._make(inputs[: len(_Operands._fields)])
+    return dequantize_int4(p.w, p.w_scale).float()
+
+
+_op = register(
+    "gemm_w4a16",
+    "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, Tensor? down, Tensor? up, Tensor? low,"
+    " str impl) -> Tensor",
+    IMPLEMENTATIONS,
+    _fake,
+    differentiate(" ".join(_Operands._fields), _weight, lambda: _op),
+)
+
+
+def gemm_w4a16(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    low: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Return x @ W.T + bias + low @ up.T for a 4-bit weight W.
+
+    Args:
+        x: floating [..., M, K].
+        w: uint8 [N, K / 2], as from `quantize_int4`.
+        w_scale: bfloat16 or float16 [N, K / G] with G 32, 64 or 128.
+        bias: floating [N], added in float32.
+        down: [R, K] in x's dtype: low is x @ down.T.
+        up: floating [N, R]: the low-rank branch, with down or low.
+        low: floating [..., M, R], instead of down.
+        impl: "auto", "reference", "native" or "triton".
+
+    Returns:
+        [..., M, N] in x's dtype. Differentiable with respect to x, bias, down, up and low, in both
+        modes.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        UnsupportedError: `impl` can't serve these tensors.
+        DerivativeError: a scale carries a tangent or requires grad.
+    """
+    if not x.shape or x.dtype not in FLOATS:
+        raise ValueError(f"x: expected floating [..., M, K], got {x.dtype} {list(x.shape)}")
+    expect_int4(w, w_scale)
+    (*_, K), N = x.shape, w.shape[0]
+    if K % 2:
+        raise ValueError(f"x: expected an even K, got {K}")
+    expect("w", w, (N, K // 2), (torch.uint8,), x.device)
+    expect("bias", bias, (N,), FLOATS, x.device)
+    expect_branch(x, N, down, up, low)
+    impl = select("gemm_w4a16", impl, IMPLEMENTATIONS, x)
+    return _op(x, w, w_scale, bias, down, up, low, impl)
+
+
+def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return (args, kwargs, rtol, atol) for the gate on a new machine; see `_gate.check`."""
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    for dtype in FLOATS:
+        for M, N, K, group in ((1, 64, 64, 32), (5, 130, 192, 64), (70, 257, 1024, 128)):
+            x = torch.randn((M, K), generator=generator).to(device, dtype)
+            w = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=torch.uint8)
+            w_scale = torch.rand((N, K // group), generator=generator).bfloat16().to(device)
+            bias = torch.randn(N, generator=generator).to(device, dtype)
+            low, up = (torch.randn((n, 8), generator=generator).to(device, dtype) for n in (M, N))
+            kwargs = {"bias": bias, "low": low, "up": up}
+            # Each term to a unit of the dtype, as a random walk over K of them with |q s| up to 8.
+            unit = torch.finfo(dtype).eps
+            atol = unit * 8 * (K**0.5 + 8)
+            cases.append(((x, w.to(device), w_scale), kwargs, 2 * unit, atol))
+    return cases

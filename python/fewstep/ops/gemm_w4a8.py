@@ -1,0 +1,207 @@
+"""int8 activations x 4-bit weights with exact integer accumulation: 4-bit storage, 8-bit sums.
+
+    top_n  = max_g s_ng      f_ng = round(4096 (s_ng / top_n))     w8_nk = (q_nk f_ng + 128) >> 8
+    acc_mn = sum_k a_mk w8_nk                                         exact in int32, K < 131,072
+    out_mn = float(acc_mn) * a_scale_m * (top_n / 16) + bias_n + sum_r low_mr up_nr
+                                                                      rounded once to out_dtype
+
+a        [..., M, K]  int8             a_scale  [..., M]     float32
+w        [N, K / 2]   uint8            w_scale  [N, K / G]   bfloat16 or float16, as `quantize_int4`
+bias     [N]          float32, bfloat16 or float16
+out      [..., M, N]  float32, bfloat16 or float16
+down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
+
+The scales of the groups are folded into an int8 weight with one scale per column, so the product is
+`gemm_w8a8`'s, on any machine that has one: no promotion of sums group by group. f is taken with one
+float32 division and rounded to nearest, ties to even; q f fits 16 bits, the shift rounds down, and
+|w8| <= 128: every implementation makes the same integers. Against q s the fold rounds by at most
+1/2 + 7/512 of 1/112 of the row's largest weight; docs/ops/gemm_w4a8.md measures it.
+
+Without `a_scale`, `a` is floating and is quantised first, as by `quantize_int8`, in the same call.
+Sums, scaling and their error are `gemm_w8a8`'s. `pack_w4(w, w_scale)` rearranges a weight once for
+the CPU kernel (csrc/include/fewstep/ops/gemm_w4a8.h has the layout), still in 4 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..reference.gemm_w4a8 import fold_factors, fold_int4
+from ..reference.gemm_w4a8 import gemm_w4a8 as _reference
+from ._gemm import INPUTS, SCHEMA, Operands, contiguous, differentiate, expect_operands
+from ._register import register
+from ._select import Implementation, refuse_native, refuse_triton, select
+from .quantize_int4 import expect_int4, unpack_nibbles
+from .quantize_int8 import run_triton as _quantize_triton
+
+__all__ = ["fold_int4", "gemm_w4a8", "pack_w4"]
+
+PANEL = 64
+
+
+def packed_shape(w: Tensor, w_scale: Tensor) -> tuple[int, int]:
+    """Return the shape of `pack_w4(w, w_scale)`: N padded to 16, values and factors of a row."""
+    return -(-w.shape[0] // 16) * 16, w.shape[1] + 2 * w_scale.shape[1]
+
+
+def pack_w4(w: Tensor, w_scale: Tensor) -> Tensor:
+    """Return the weight as the CPU kernel reads it, uint8; opaque otherwise.
+
+    Panels of 64 columns of the product, the last one only as wide as N needs in steps of 16. One of
+    width W holds q + 8 as [K / 8][W][4] bytes, k 0-3 of an eight in the low halves and k 4-7 in the
+    high ones, and then f as int16 [K / G][W].
+
+    Raises:
+        ValueError: w is not uint8 [N, K / 2], or w_scale does not fit it.
+    """
+    expect_int4(w, w_scale)
+    rows, columns = packed_shape(w, w_scale)
+    q = torch.zeros((rows, 2 * w.shape[1]), dtype=torch.int8, device=w.device)
+    q[: w.shape[0]] = unpack_nibbles(w)
+    eights = (q + 8).view(torch.uint8).unflatten(1, (-1, 2, 4))
+    values = eights[:, :, 0] | (eights[:, :, 1] << 4)  # [rows, K / 8, 4]
+    factors = torch.zeros((rows, w_scale.shape[1]), dtype=torch.int16, device=w.device)
+    factors[: w.shape[0]] = fold_factors(w_scale)
+    packed = torch.empty(rows * columns, dtype=torch.uint8, device=w.device)
+    for start in range(0, rows, PANEL):
+        stop = min(start + PANEL, rows)
+        panel = [values[start:stop].transpose(0, 1), factors[start:stop].t().contiguous()]
+        parts = [x.reshape(-1).view(torch.uint8) for x in panel]
+        torch.cat(parts, out=packed[start * columns : stop * columns])
+    return packed.view(rows, columns)
+
+
+def _run_reference(*args: Any) -> Tensor:
+    p = Operands(*args)
+    return _reference(
+        *(p.a, p.a_scale, p.w, p.w_scale),
+        bias=p.bias,
+        down=p.down,
+        up=p.up,
+        low=p.low,
+        out_dtype=p.out_dtype,
+    )
+
+
+def _run_native(*args: Any) -> Tensor:
+    p = Operands(*args)
+    a, a_scale, out, rows = p.flat()
+    packed = pack_w4(p.w, p.w_scale) if p.packed is None else p.packed.contiguous()
+    bias, w_scale = contiguous(p.bias), p.w_scale.contiguous()
+    _native.call("gemm_w4a8", a, a_scale, packed, w_scale, bias, *p.branch(), rows)
+    return out
+
+
+def _run_triton(*args: Any) -> Tensor:
+    from ..kernels.gemm_w4a8 import launch_gemm_w4a8
+
+    p = Operands(*args)
+    branch = p.branch()
+    if p.a_scale is None:
+        a, a_scale = _quantize_triton(p.a)
+        p = p._replace(a=a, a_scale=a_scale)
+    a, a_scale, out, rows = p.flat()
+    if out.numel():
+        w, w_scale, bias = p.w.contiguous(), p.w_scale.contiguous(), contiguous(p.bias)
+        launch_gemm_w4a8(a, a_scale, w, w_scale, bias, *branch, rows)
+    return out
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "native",
+        _run_native,
+        lambda a, *args, **kwargs: refuse_native("gemm_w4a8", [a], INPUTS),
+    ),
+    Implementation("triton", _run_triton, lambda a, *args, **kwargs: refuse_triton([a], INPUTS)),
+    Implementation("reference", _run_reference, lambda *args, **kwargs: None),
+)
+
+
+def _fake(*args: Any) -> Tensor:
+    return Operands(*args[:-1]).new_output()
+
+
+def _weight(*inputs: Any) -> Tensor:
+    p = Operands._make(inputs[: len(Operands._fields)])
+    w8, scale = fold_int4(p.w, p.w_scale)
+    return w8.float() * scale[:, None]
+
+
+_op = register(
+    "gemm_w4a8",
+    SCHEMA,
+    IMPLEMENTATIONS,
+    _fake,
+    differentiate(" ".join(Operands._fields[:-1]), _weight, lambda: _op),
+)
+
+
+def gemm_w4a8(
+    a: Tensor,
+    a_scale: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    packed: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    low: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Return (a * a_scale) @ W.T + bias + low @ up.T for int8 a and a 4-bit weight W.
+
+    Args:
+        a: int8 [..., M, K], as from `quantize_int8`; K < 131,072. Floating without `a_scale`.
+        a_scale: float32 [..., M], or None to quantise `a` here.
+        w: uint8 [N, K / 2], as from `quantize_int4`.
+        w_scale: bfloat16 or float16 [N, K / G] with G 32, 64 or 128; not negative.
+        bias: floating [N], added in float32.
+        packed: `pack_w4(w, w_scale)`, to save packing in every call on the CPU.
+        down: [R, K] of floating a, in its dtype: low is a @ down.T.
+        up: floating [N, R]: the low-rank branch, with down or low.
+        low: floating [..., M, R], instead of down.
+        out_dtype: float32, bfloat16 or float16; a's dtype if floating, else float32 by default.
+        impl: "auto", "reference", "native" or "triton".
+
+    Returns:
+        [..., M, N] in out_dtype. Differentiable with respect to floating a, bias, down, up and
+        low, in both modes.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        UnsupportedError: `impl` can't serve these tensors.
+        DerivativeError: a scale carries a tangent or requires grad.
+    """
+    if out_dtype is None:
+        out_dtype = a.dtype if a.is_floating_point() else torch.float32
+    operands = Operands(a, a_scale, w, w_scale, bias, packed, down, up, low, out_dtype)
+    expect_int4(w, w_scale)
+    K = a.shape[-1] if a.shape else 0
+    if K % 2:
+        raise ValueError(f"a: expected an even K, got {K}")
+    expect_operands(operands, (w.shape[0], K // 2), packed_shape(w, w_scale))
+    return _op(*operands, select("gemm_w4a8", impl, IMPLEMENTATIONS, a))
+
+
+def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return (args, kwargs, rtol, atol) for the gate on a new machine; see `_gate.check`."""
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    for M, N, K, group in ((1, 64, 64, 32), (77, 130, 192, 64), (300, 257, 1024, 128)):
+        a = torch.randint(-128, 128, (M, K), generator=generator, dtype=torch.int8).to(device)
+        w = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=torch.uint8).to(device)
+        w_scale = torch.rand((N, K // group), generator=generator).bfloat16().to(device)
+        a_scale, bias = (torch.rand(n, generator=generator).to(device) for n in (M, N))
+        low, up = (torch.randn((n, 8), generator=generator).to(device) for n in (M, N))
+        kwargs = {"bias": bias, "low": low, "up": up}
+        # Four roundings and the branch's ten, relative to the largest |acc| of these shapes.
+        atol = 14 * 2.0**-24 * 2**14 * K / 16
+        cases.append(((a, a_scale, w, w_scale), kwargs, 2.0**-22, atol))
+    return cases
