@@ -93,10 +93,10 @@ void quantize_rows(const TensorView& w, const TensorView& q, const TensorView& s
 void quantize_int4(const TensorView& w, const TensorView& q, const TensorView& scale) {
     const std::int64_t N = w.size(0), K = w.size(1), groups = scale.size(1);
     const std::int64_t group = groups > 0 ? K / groups : 0;
-    FEWSTEP_CHECK(groups > 0 && group * groups == K && group % 2 == 0 &&
-                      group <= kQuantizeInt4MaxGroup,
-                  "scale: expected [N, K / G] for an even G <= ", kQuantizeInt4MaxGroup,
-                  " that divides K = ", K, ", got ", groups, " groups");
+    FEWSTEP_CHECK(
+        groups > 0 && group * groups == K && group % 2 == 0 && group <= kQuantizeInt4MaxGroup,
+        "scale: expected [N, K / G] for an even G <= ", kQuantizeInt4MaxGroup,
+        " that divides K = ", K, ", got ", groups, " groups");
     expect_rows(w, "w", w.dtype, {N, K});
     expect_contiguous(q, "q", DType::kUInt8, {N, K / 2});
     expect_contiguous(scale, "scale", DType::kBFloat16, {N, groups});

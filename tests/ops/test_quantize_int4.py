@@ -206,7 +206,9 @@ def test_tangents_and_gradients_are_refused():
 def test_bad_input_names_the_argument():
     with pytest.raises(ValueError, match=r"w: expected floating \[N, K\], got torch\.int32"):
         ops.quantize_int4(torch.zeros(3, 64, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"w: expected floating \[N, K\], got torch.float32 \[64\]"):
+    with pytest.raises(
+        ValueError, match=r"w: expected floating \[N, K\], got torch.float32 \[64\]"
+    ):
         ops.quantize_int4(torch.zeros(64))
     with pytest.raises(ValueError, match="w: expected K that is a multiple of group 64, got 96"):
         ops.quantize_int4(torch.zeros(3, 96))
