@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         sampling,
         tangent,
     )
-    from .patching import Patch, patch
+    from .patching import Patch, QuantizationConfig, patch, quantize
     from .tangent import forward_mode, jvp, scaled_dot_product_attention
 
 __version__ = "0.1.0"
@@ -49,11 +49,14 @@ _FROM = {
     "Patch": "patching",
     "forward_mode": "tangent",
     "jvp": "tangent",
+    "quantize": "patching",
+    "QuantizationConfig": "patching",
     "scaled_dot_product_attention": "tangent",
 }
 
 __all__ = [
     "Patch",
+    "QuantizationConfig",
     "__version__",
     "assets",
     "caching",
@@ -64,6 +67,7 @@ __all__ = [
     "ops",
     "patch",
     "quantization",
+    "quantize",
     "reference",
     "sampling",
     "scaled_dot_product_attention",

@@ -8,15 +8,22 @@ import torch
 from torch import nn
 
 from fewstep import ops
-from fewstep.ops._register import DerivativeError
 from fewstep.quantization import QuantLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make(dtype=torch.float32, bias=True, inputs=192, outputs=100):
+SCHEMES = ["w8a8", "w4a8-g32-r8", "w4a16"]
+
+
+@pytest.fixture(params=SCHEMES)
+def scheme(request):
+    return request.param
+
+
+def make(dtype=torch.float32, bias=True, inputs=192, outputs=100, scheme="w8a8"):
     linear = nn.Linear(inputs, outputs, bias=bias).to(dtype)
-    return linear, QuantLinear.from_linear(linear)
+    return linear, QuantLinear.from_linear(linear, scheme)
 
 
 def sqnr(got, want):
@@ -69,16 +76,18 @@ def test_is_the_two_ops_in_sequence():
         lambda m: nn.Sequential(m).to(torch.bfloat16)[0],
     ],
 )
-def test_casts_keep_int8_and_the_float32_scale(cast):
-    linear, quantized = make()
-    scale, weight = quantized.weight_scale.clone(), quantized.weight_int8.clone()
+def test_casts_keep_the_weight_and_its_scale(cast, scheme):
+    linear, quantized = make(scheme=scheme)
+    scale, weight = quantized.weight_scale.clone(), quantized.quantized.clone()
     quantized = cast(quantized)
+    assert quantized.weight_scale.dtype == scale.dtype
     assert torch.equal(quantized.weight_scale, scale)
-    assert torch.equal(quantized.weight_int8, weight)
+    assert torch.equal(quantized.quantized, weight)
     assert quantized.bias.dtype == torch.bfloat16
     assert quantized.weight.dtype == torch.bfloat16
     x = torch.randn(5, 192).bfloat16()
-    assert sqnr(quantized(x), linear(x.float())) > 30
+    weight, bias = quantized.weight.double(), quantized.bias.double()
+    assert sqnr(quantized(x), nn.functional.linear(x.double(), weight, bias)) > 35
 
 
 def test_weight_reads_like_a_linear_layers():
@@ -94,34 +103,45 @@ def test_weight_reads_like_a_linear_layers():
     assert "in_features=192, out_features=100, bias=True, scheme=w8a8" in repr(quantized)
 
 
-def test_state_dict_round_trip():
-    _, quantized = make(torch.bfloat16)
+STATE = {
+    "w8a8": {"weight_int8": torch.int8, "weight_scale": torch.float32},
+    "w4a8-g32-r8": {
+        "weight_int4": torch.uint8,
+        "weight_scale": torch.bfloat16,
+        "down": torch.bfloat16,
+        "up": torch.bfloat16,
+    },
+    "w4a16": {"weight_int4": torch.uint8, "weight_scale": torch.bfloat16},
+}
+
+
+def test_state_dict_round_trip(scheme):
+    _, quantized = make(torch.bfloat16, scheme=scheme)
     x = torch.randn(4, 192).bfloat16()
     state = quantized.state_dict()
-    assert {name: value.dtype for name, value in state.items()} == {
-        "weight_int8": torch.int8,
-        "weight_scale": torch.float32,
-        "bias": torch.bfloat16,
-    }
+    dtypes = {name: value.dtype for name, value in state.items()}
+    assert dtypes == STATE[scheme] | {"bias": torch.bfloat16}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
     for assign in (False, True):
-        _, other = make(torch.bfloat16)
+        _, other = make(torch.bfloat16, scheme=scheme)
         assert not torch.equal(other(x), quantized(x))
         other.load_state_dict(torch.load(buffer), assign=assign)
         buffer.seek(0)
         assert torch.equal(other(x), quantized(x))
 
 
-def test_deepcopy_is_independent():
-    _, quantized = make()
+def test_deepcopy_is_independent(scheme):
+    _, quantized = make(scheme=scheme)
     x = torch.randn(4, 192)
     want = quantized(x)
     twin = copy.deepcopy(quantized)
     assert torch.equal(twin(x), want)
-    twin.weight_int8.zero_()
+    twin.weight_scale.zero_()
     twin.bias.zero_()
+    if twin.up is not None:
+        twin.up.zero_()
     assert (twin(x) == 0).all()
     assert torch.equal(quantized(x), want)
 
@@ -156,11 +176,11 @@ def test_the_packed_copy_is_made_when_it_is_needed():
     assert (quantized._packed is None) == (packed is None)
 
 
-def test_meta_and_back():
-    linear, quantized = make()
+def test_meta_and_back(scheme):
+    linear, quantized = make(scheme=scheme)
     x = torch.randn(4, 192)
     want, state = quantized(x), quantized.state_dict()
-    empty = QuantLinear.from_linear(nn.Linear(192, 100, device="meta"))
+    empty = QuantLinear.empty(192, 100, scheme, device="meta")
     assert empty(x.to("meta")).shape == (4, 100)
     empty = empty.to_empty(device="cpu")
     empty.load_state_dict(state)
@@ -172,43 +192,85 @@ def test_meta_and_back():
     assert linear.weight.device.type == "cpu"
 
 
-def test_inference_mode():
+def test_is_a_linear_layer_whose_weight_is_read_only(scheme):
+    linear, quantized = make(torch.bfloat16, scheme=scheme)
+    assert isinstance(quantized, nn.Linear)
+    assert not list(quantized.parameters())
+    assert quantized.weight.dtype == torch.bfloat16
+    assert type(quantized.weight + 1) is torch.Tensor
+    assert sqnr(quantized.weight, linear.weight) > (40 if scheme == "w8a8" else 18)
+    with pytest.raises(RuntimeError, match="weight: expected to be read only"):
+        quantized.weight.data += 1
+    plain = quantized.dequantize()
+    x = torch.randn(5, 192).bfloat16()
+    assert sqnr(quantized(x), plain(x)) > 30
+    assert str(quantized.scheme) == {"w4a16": "w4a16-g64"}.get(scheme, scheme)
+    assert f"scheme={quantized.scheme}" in repr(quantized)
+
+
+def test_the_low_rank_branch_takes_the_largest_directions():
+    # A few directions hold nearly all of the weight: with them out, the groups have small scales.
+    linear = nn.Linear(256, 192)
+    linear.weight.copy_(torch.randn(192, 4) @ torch.randn(4, 256) + 0.05 * torch.randn(192, 256))
+    plain = QuantLinear.from_linear(linear, "w4a8")
+    branch = QuantLinear.from_linear(linear, "w4a8-r4")
+    assert sqnr(branch.weight, linear.weight) > sqnr(plain.weight, linear.weight) + 20
+    again = QuantLinear.from_linear(linear, "w4a8-r4")
+    assert all(torch.equal(branch.state_dict()[n], t) for n, t in again.state_dict().items())
+
+
+def test_refining_the_branch_does_not_hurt(monkeypatch):
+    linear = nn.Linear(256, 192)
+    nn.init.normal_(linear.weight)
+    refined = sqnr(QuantLinear.from_linear(linear, "w4a8-r16").weight, linear.weight)
+    monkeypatch.setattr("fewstep.quantization.low_rank.ROUNDS", 0)
+    once = sqnr(QuantLinear.from_linear(linear, "w4a8-r16").weight, linear.weight)
+    assert refined > once + 0.1
+
+
+def test_inference_mode(scheme):
     with torch.inference_mode():
-        _, quantized = make()
+        _, quantized = make(scheme=scheme)
         x = torch.randn(4, 192)
         assert torch.equal(quantized(x), copy.deepcopy(quantized)(x))
 
 
-def test_autocast_decides_the_dtype():
-    _, quantized = make()
+def test_autocast_decides_the_dtype(scheme):
+    _, quantized = make(scheme=scheme)
     x = torch.randn(4, 192)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(quantized(x), quantized(x.bfloat16()))
         assert quantized(x).dtype == torch.bfloat16
 
 
-def test_compiles_without_graph_break():
-    _, quantized = make(torch.bfloat16)
+def test_compiles_without_graph_break(scheme):
+    _, quantized = make(torch.bfloat16, scheme=scheme)
     x = torch.randn(2, 5, 192).bfloat16()
     compiled = torch.compile(quantized, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), quantized(x))
-    quantized.load_state_dict(make(torch.bfloat16)[1].state_dict())
+    quantized.load_state_dict(make(torch.bfloat16, scheme=scheme)[1].state_dict())
     assert torch.equal(compiled(x), quantized(x))
 
 
-def test_derivatives_are_refused():
-    _, quantized = make()
-    x = torch.randn(4, 192)
-    with torch.enable_grad(), pytest.raises(DerivativeError, match="gradient"):
-        quantized(x.clone().requires_grad_())
+def test_gradients_and_tangents_are_those_of_the_dequantised_layer(scheme):
+    _, quantized = make(scheme=scheme)
+    exact = nn.Linear(192, 100).double().requires_grad_(False)
+    exact.weight.copy_(quantized.weight)
+    x, t_x, d_y = torch.randn(4, 192), torch.randn(4, 192), torch.randn(4, 100)
     with torch.enable_grad():
-        assert not quantized(x).requires_grad
-    with pytest.raises(DerivativeError, match="tangent"):
-        torch.func.jvp(quantized, (x,), (x,))
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(quantized(leaf), leaf, d_y)
+    y, t_y = torch.func.jvp(quantized, (x,), (t_x,))
+    assert torch.equal(y, quantized(x))
+    for got, want in (
+        (gradient, d_y.double() @ exact.weight),
+        (t_y, t_x.double() @ exact.weight.T),
+    ):
+        assert (got.double() - want).norm() < 2e-6 * want.norm()
 
 
-def test_a_row_that_is_not_finite_stays_visible():
-    _, quantized = make()
+def test_a_row_that_is_not_finite_stays_visible(scheme):
+    _, quantized = make(scheme=scheme)
     x = torch.randn(4, 192)
     x[1, 7] = float("nan")
     out = quantized(x)
@@ -226,6 +288,14 @@ def test_bad_input_names_the_argument():
         QuantLinear.from_linear(nn.Conv2d(1, 1, 1))
     with pytest.raises(ValueError, match=r"linear: expected float32.*got torch.float64"):
         QuantLinear.from_linear(nn.Linear(4, 4).double())
+    with pytest.raises(ValueError, match="linear: expected weights, got a layer on the meta"):
+        QuantLinear.from_linear(nn.Linear(4, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"expected a layer that is not quantised, got .* w8a8"):
+        QuantLinear.from_linear(quantized)
+    with pytest.raises(ValueError, match="inputs that are a multiple of group 64, got 96"):
+        QuantLinear.from_linear(nn.Linear(96, 4), "w4a16")
+    with pytest.raises(ValueError, match="expected a rank below 4 for its shape, got 4"):
+        QuantLinear.from_linear(nn.Linear(96, 4), "w8a8-r4")
     bad = nn.Linear(4, 4)
     bad.weight[2, 1] = float("inf")
     with pytest.raises(ValueError, match="expected finite weights, got inf or NaN in row 2"):

@@ -1,10 +1,12 @@
-"""quantize_linears: what it replaces, what it leaves alone and why, and that undo is exact."""
+"""quantize: what it replaces, what it leaves alone and why, and that undo is exact."""
+
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from fewstep.quantization import QuantLinear, default_skip, quantize_linears
+from fewstep.quantization import Plan, QuantLinear, Scheme, default_skip, quantize
 
 
 class Scaled(nn.Linear):
@@ -48,7 +50,7 @@ def structure(model):
 
 def test_replaces_and_says_what_it_left_alone():
     model = Model()
-    handle = quantize_linears(model)
+    handle = quantize(model, "w8a8")
     names = ["blocks.0.ff1", "blocks.0.ff2", "blocks.1.ff1", "blocks.1.ff2"]
     assert list(handle.replaced) == names
     assert all(isinstance(model.get_submodule(name), QuantLinear) for name in names)
@@ -74,7 +76,7 @@ def test_output_is_close_and_undo_is_exact():
     with torch.no_grad():
         before, want = structure(model), model(x)
         state = {name: value.clone() for name, value in model.state_dict().items()}
-        handle = quantize_linears(model)
+        handle = quantize(model, "w8a8")
         got = model(x)
         assert not torch.equal(got, want)
         assert (got - want).norm() / want.norm() < 0.02
@@ -93,7 +95,7 @@ def test_context_manager_undoes_after_an_exception():
     inside = []
 
     def fail():
-        with quantize_linears(model):
+        with quantize(model, "w8a8"):
             inside.append(model.blocks[0].ff1)
             raise KeyError
 
@@ -107,7 +109,7 @@ def test_one_layer_in_two_places_stays_one():
     model = Model()
     model.blocks[1].ff1 = model.blocks[0].ff1
     before = structure(model)
-    handle = quantize_linears(model)
+    handle = quantize(model, "w8a8")
     assert model.blocks[1].ff1 is model.blocks[0].ff1
     assert handle.replaced["blocks.1.ff1"] is handle.replaced["blocks.0.ff1"]
     handle.undo()
@@ -117,8 +119,8 @@ def test_one_layer_in_two_places_stays_one():
 def test_one_layer_with_a_reason_in_one_of_its_places_is_left_in_all():
     model = Model()
     model.blocks[1].ff1 = model.blocks[0].ff1
-    handle = quantize_linears(
-        model, skip=lambda name, linear: "asked" if name == "blocks.1.ff1" else None
+    handle = quantize(
+        model, "w8a8", skip=lambda name, linear: "asked" if name == "blocks.1.ff1" else None
     )
     assert handle.skipped["blocks.0.ff1"] == handle.skipped["blocks.1.ff1"] == "asked"
 
@@ -126,7 +128,7 @@ def test_one_layer_with_a_reason_in_one_of_its_places_is_left_in_all():
 def test_a_shared_parent_is_visited_once():
     model = nn.Sequential(Block(), nn.ReLU())
     model.append(model[0])
-    assert list(quantize_linears(model).replaced) == ["0.ff1", "0.ff2"]
+    assert list(quantize(model, "w8a8").replaced) == ["0.ff1", "0.ff2"]
     assert model[2].ff1 is model[0].ff1
 
 
@@ -140,7 +142,7 @@ def test_shared_weights_hooks_and_replaced_forwards_are_left_alone():
     model.blocks[1].ff1.forward = lambda x: x
     nn.utils.parametrizations.weight_norm(model.blocks[1].ff2)
     model.extra = nn.Linear(128, 128)
-    handle = quantize_linears(model)
+    handle = quantize(model, "w8a8")
     assert list(handle.replaced) == ["extra"]
     assert "shared with another module" in handle.skipped["blocks.0.ff1"]
     assert "hooks" in handle.skipped["blocks.0.ff2"]
@@ -157,7 +159,7 @@ def test_lora_layers_are_left_alone():
 
     model = Model()
     model.blocks[0].ff1 = LoraLayer(model.blocks[0].ff1)
-    handle = quantize_linears(model)
+    handle = quantize(model, "w8a8")
     assert "LoRA" in handle.skipped["blocks.0.ff1.base_layer"]
     assert "LoRA" in handle.skipped["blocks.0.ff1.lora_A.default"]
     assert "blocks.0.ff2" in handle.replaced
@@ -165,18 +167,19 @@ def test_lora_layers_are_left_alone():
 
 def test_attention_that_bypasses_its_projection_is_left_alone():
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(128, 4), "ff": nn.Linear(128, 128)})
-    handle = quantize_linears(model)
+    handle = quantize(model, "w8a8")
     assert list(handle.replaced) == ["ff"]
     assert "NonDynamicallyQuantizableLinear" in handle.skipped["attn.out_proj"]
 
 
 def test_own_skip_replaces_the_default():
     model = Model()
-    handle = quantize_linears(model, skip=lambda name, linear: None)
+    handle = quantize(model, "w8a8", skip=lambda name, linear: None)
     assert set(handle.skipped) == {"scaled"}
     handle.undo()
-    only = quantize_linears(
+    only = quantize(
         model,
+        "w8a8",
         skip=lambda name, linear: default_skip(name, linear) or ("no" if "0" in name else None),
     )
     assert list(only.replaced) == ["blocks.1.ff1", "blocks.1.ff2"]
@@ -188,13 +191,13 @@ def test_a_failure_changes_nothing():
         model.blocks[1].ff2.weight[3, 3] = float("nan")
     before = structure(model)
     with pytest.raises(ValueError, match=r"blocks\.1\.ff2: linear: expected finite weights"):
-        quantize_linears(model)
+        quantize(model, "w8a8")
     assert structure(model) == before
 
 
 def test_undo_refuses_to_overwrite_someone_elses_change():
     model = Model()
-    handle = quantize_linears(model)
+    handle = quantize(model, "w8a8")
     mine, model.blocks[0].ff1 = model.blocks[0].ff1, nn.Identity()
     with pytest.raises(RuntimeError, match=r"blocks\.0\.ff1: expected the QuantLinear.*Identity"):
         handle.undo()
@@ -206,7 +209,7 @@ def test_undo_refuses_to_overwrite_someone_elses_change():
 
 def test_training_flag_is_kept():
     model = Model().eval()
-    quantize_linears(model)
+    quantize(model, "w8a8")
     assert not any(module.training for module in model.modules())
 
 
@@ -214,21 +217,88 @@ def test_state_dict_loads_into_another_quantised_model():
     first, second = Model(), Model()
     x = torch.randn(3, 128)
     for model in (first, second):
-        quantize_linears(model)
+        quantize(model, "w8a8")
         model.requires_grad_(False)
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(x), second(x))
 
 
 def test_errors_say_what_was_expected():
-    with pytest.raises(ValueError, match="scheme: expected one of w8a8, got 'w4a4'"):
-        quantize_linears(Model(), scheme="w4a4")
+    with pytest.raises(ValueError, match="scheme: expected one of w8a8, w4a8, w4a16, got 'w4a4'"):
+        quantize(Model(), "w4a4")
     with pytest.raises(ValueError, match=r"model: expected .*got a linear layer itself"):
-        quantize_linears(nn.Linear(256, 256))
+        quantize(nn.Linear(256, 256), "w8a8")
     with pytest.raises(ValueError, match=r"expected at least one nn\.Linear.*Conv2d, got none"):
-        quantize_linears(nn.Conv2d(1, 1, 1))
+        quantize(nn.Conv2d(1, 1, 1), "w8a8")
     with pytest.raises(ValueError, match="got 1 linear layer, too small to gain: 8 -> 8: 0"):
-        quantize_linears(nn.Sequential(nn.Linear(8, 8)))
+        quantize(nn.Sequential(nn.Linear(8, 8)), "w8a8")
+
+
+def test_bad_layers_are_named_and_nothing_is_changed():
+    for spoil, message in (
+        (lambda m: m.blocks[1].ff2.weight[3, 5].fill_(float("nan")), "finite weights, got inf or"),
+        (lambda m: m.blocks[1].ff2.to("meta"), "got a layer on the meta device"),
+        (lambda m: quantize(m.blocks[1], "w8a8"), "not quantised, got one in w8a8"),
+        (
+            lambda m: setattr(m.blocks[1], "ff2", nn.Linear(250, 128)),
+            "multiple of group 64, got 250",
+        ),
+    ):
+        for keep in (True, False):
+            model = Model()
+            with torch.no_grad():
+                spoil(model)
+            before = structure(model)
+            with pytest.raises(ValueError, match=rf"^blocks\.1\.ff\d: .*{message}"):
+                quantize(model, "w4a8", keep_originals=keep)
+            assert structure(model) == before
+
+
+def test_without_originals_their_memory_is_free_at_once():
+    model = Model()
+    weights = [weakref.ref(block.ff1.weight) for block in model.blocks]
+    handle = quantize(model, "w4a8", rank=4, keep_originals=False)
+    assert [w() for w in weights] == [None, None]
+    assert {str(layer.scheme) for layer in handle.replaced.values()} == {"w4a8-g64-r4"}
+    with pytest.raises(RuntimeError, match="keep_originals was False"):
+        handle.undo()
+    other = Model()
+    kept = quantize(other, "w4a8-r4")
+    assert handle.plan() == kept.plan()
+
+
+def test_a_plan_gives_each_layer_its_scheme(tmp_path):
+    model = Model()
+    plan = Plan.of(model, {"blocks.0.ff1": "w8a8", "blocks.1.ff2": "w4a16-g32", "scaled": "w8a8"})
+    plan.save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    handle = quantize(model, plan=plan)
+    schemes = {name: str(layer.scheme) for name, layer in handle.replaced.items()}
+    assert schemes == {"blocks.0.ff1": "w8a8", "blocks.1.ff2": "w4a16-g32"}
+    assert "subclass" in handle.skipped["scaled"] or "Scaled" in handle.skipped["scaled"]
+    assert handle.skipped["proj_out"] == "the plan leaves it alone"
+    assert handle.plan().layers["blocks.1.ff2"] == Scheme("w4a16", 32)
+    handle.undo()
+    with pytest.raises(RuntimeError, match="undone handle"):
+        handle.plan()
+
+
+def test_a_plan_for_another_model_is_refused():
+    plan = Plan.of(Model(), {"proj_out": "w8a8"})
+    other = Model()
+    other.proj_out = nn.Linear(128, 64)
+    with pytest.raises(ValueError, match=r"layer proj_out of \[128, 128\], got .* \[64, 128\]"):
+        quantize(other, plan=plan)
+    other = Model()
+    other.more = nn.Linear(128, 64)
+    with pytest.raises(ValueError, match="got a Model with more besides"):
+        quantize(other, plan=plan)
+    with pytest.raises(ValueError, match="expected linear layers of Model, got 'ff'"):
+        Plan.of(Model(), {"ff": "w8a8"})
+    with pytest.raises(ValueError, match="plan: expected model, layers and shapes"):
+        Plan.from_dict({"layers": {}})
+    with pytest.raises(ValueError, match="plan: expected no scheme"):
+        quantize(Model(), "w8a8", plan=plan)
 
 
 def test_a_diffusers_transformer():
@@ -243,7 +313,7 @@ def test_a_diffusers_transformer():
     }
     with torch.no_grad():
         want = model(**inputs).sample
-        handle = quantize_linears(model)
+        handle = quantize(model, "w8a8")
         got = model(**inputs).sample
         handle.undo()
         assert torch.equal(model(**inputs).sample, want)
@@ -257,14 +327,14 @@ def test_undo_follows_moves_casts_and_the_training_flag():
     model = Model().eval()
     linear = model.blocks[0].ff1
     weight = linear.weight
-    handle = quantize_linears(model)
+    handle = quantize(model, "w8a8")
     model.to(torch.bfloat16).train()
     handle.undo()
     assert model.blocks[0].ff1 is linear
     assert linear.weight is weight
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(module.training for module in model.modules())
-    handle = quantize_linears(model)
+    handle = quantize(model, "w8a8")
     model.to("meta")  # as offloading hooks do: the weights are elsewhere
     handle.undo()
     assert not linear.weight.is_meta
@@ -273,7 +343,7 @@ def test_undo_follows_moves_casts_and_the_training_flag():
 def test_memory_counts_each_layer_once():
     model = Model()
     model.blocks[1] = model.blocks[0]
-    handle = quantize_linears(model, skip=lambda name, _: None if "ff" in name else "no")
+    handle = quantize(model, "w8a8", skip=lambda name, _: None if "ff" in name else "no")
     before = 4 * (2 * 128 * 256 + 256 + 128) / 2**20
     assert f"took {before:.1f} MiB" in handle.explain()
     handle.undo()

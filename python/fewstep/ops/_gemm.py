@@ -147,7 +147,7 @@ def expect_operands(
     p: Operands, weight_shape: tuple[int, ...], packed_shape: tuple[int, ...]
 ) -> None:
     """Check everything but w itself: its op does."""
-    a, a_scale, w, w_scale, bias, packed, down, up, low, out_dtype = p
+    a, a_scale, w, _, bias, packed, down, up, low, out_dtype = p
     if not a.shape or a.dtype not in (FLOATS if a_scale is None else (torch.int8,)):
         wanted = "floating" if a_scale is None else "torch.int8"
         raise ValueError(f"a: expected {wanted} [..., M, K], got {a.dtype} {list(a.shape)}")

@@ -1,10 +1,12 @@
 """One call that makes a diffusers pipeline fast, and takes everything back.
 
-The one place that composes the areas: steps from `sampling`, int8 layers from `quantization`,
+The one place that composes the areas: steps from `sampling`, low-bit layers from `quantization`,
 reuse across steps from `caching`.
 """
 
 from .patch import Patch, active_patches, patch
+from .quantize import quantize
+from .quantizer import QuantizationConfig
 from .undo import PatchError
 
-__all__ = ["Patch", "PatchError", "active_patches", "patch"]
+__all__ = ["Patch", "PatchError", "QuantizationConfig", "active_patches", "patch", "quantize"]

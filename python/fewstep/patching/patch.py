@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from ..quantization import Scheme
 from .cache import plan_cache
 from .grid import fixed_steps
 from .guidance import plan_guidance
@@ -186,7 +187,7 @@ def patch(
     pipe: Any,
     *,
     steps: int | None = None,
-    quantize: str | None = None,
+    quantize: str | Scheme | None = None,
     cache: Any = None,
     guidance: str | float | None = None,
 ) -> Patch:
@@ -196,8 +197,9 @@ def patch(
         pipe: a `DiffusionPipeline` object. Only this object and its components change, the latter
             also for other pipelines that share them.
         steps: every call takes this many, with the scheduler and grid that fit the checkpoint.
-        quantize: "w8a8" gives the denoiser int8 linear layers. Memory rises meanwhile: the original
-            ones are kept for `undo`.
+        quantize: a scheme for the denoiser's linear layers: "w8a8", "w4a8", "w4a16", or with
+            options as in "w4a8-g64-r32" (`fewstep.quantization.Scheme`). Memory rises meanwhile:
+            the original layers are kept for `undo`.
         cache: "first-block", "interval", or a policy of `fewstep.caching`: skip the middle blocks
             on steps that barely differ from the last one that ran in full.
         guidance: "off" or a scale for calls that give none, on pipelines that keep that in their

@@ -1,24 +1,39 @@
-"""`quantize="w8a8"`: int8 linear layers in the denoiser."""
+"""`quantize="w8a8"` of patch(), and `fewstep.quantize` for one model."""
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 from torch import nn
 
-from ..quantization import SCHEMES, QuantizedModules, quantize_linears
+from .. import quantization
+from ..quantization import QuantizedModules, Scheme
 from .recognise import Target
 from .saving import RefuseModel
 from .undo import Change, Slot
 
-__all__ = ["plan_quantize"]
+__all__ = ["plan_quantize", "quantize"]
+
+
+@functools.wraps(quantization.quantize)
+def quantize(model: nn.Module, *args: Any, **kwargs: Any) -> QuantizedModules:  # noqa: D103
+    handle = quantization.quantize(model, *args, **kwargs)
+    # A model of diffusers is here only if diffusers was imported.
+    models = sys.modules.get("diffusers.models.modeling_utils")
+    if models is not None and isinstance(model, models.ModelMixin):
+        from .quantizer import make_savable
+
+        make_savable(model, handle)
+    return handle
 
 
 class _QuantizeChange(Change):
     """Replaces linear layers through `fewstep.quantization`, whose handle knows the way back."""
 
-    def __init__(self, target: Target, scheme: str) -> None:
-        super().__init__("quantize", scheme)
+    def __init__(self, target: Target, scheme: Scheme) -> None:
+        super().__init__("quantize", str(scheme))
         self._target, self._scheme = target, scheme
         self._handle: QuantizedModules | None = None
         if hasattr(target.denoiser, "save_pretrained"):
@@ -27,11 +42,8 @@ class _QuantizeChange(Change):
             self.slots.append(Slot(target.denoiser, "save_pretrained", refuse, where))
 
     def apply(self) -> None:
-        self._handle = quantize_linears(self._target.denoiser, scheme=self._scheme)
-        self.done.append(
-            f"{self._handle.count()} of {self._target.model} in int8 (activations per row, weights "
-            "per output channel)"
-        )
+        self._handle = quantization.quantize(self._target.denoiser, self._scheme)
+        self.done.append(f"{self._handle.count()} of {self._target.model} in {self._scheme}")
         self.done.append(self._handle.memory())
         self.left += self._handle.left_alone()
         super().apply()
@@ -53,18 +65,17 @@ class _QuantizeChange(Change):
 
 
 def plan_quantize(target: Target, scheme: Any) -> Change:
-    """Plan the int8 layers; nothing is changed yet.
+    """Plan the low-bit layers; nothing is changed yet.
 
     Raises:
         TypeError, ValueError: not a scheme, or a model without linear layers to replace.
     """
-    known = ", ".join(repr(name) for name in SCHEMES)
-    if not isinstance(scheme, str):
-        raise TypeError(f"quantize: expected {known}, got {type(scheme).__name__} {scheme!r}")
-    if scheme not in SCHEMES:
-        raise ValueError(f"quantize: expected {known}, got {scheme!r}")
+    try:
+        parsed = Scheme.parse(scheme)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"quantize: {error}") from error
     target.require_eager("quantize")
     target.require_alone("quantize")
     if not any(isinstance(module, nn.Linear) for module in target.denoiser.modules()):
         raise ValueError(f"quantize: expected a model with nn.Linear layers, got {target.model}")
-    return _QuantizeChange(target, scheme)
+    return _QuantizeChange(target, parsed)

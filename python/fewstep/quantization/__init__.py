@@ -1,13 +1,27 @@
 """Quantised modules and the call that puts them into a model.
 
-handle = fewstep.quantization.quantize_linears(transformer)
+handle = fewstep.quantize(transformer, "w4a8", rank=32)
 print(handle.explain())
 handle.undo()
 """
 
 from __future__ import annotations
 
-from .linear import QuantLinear
-from .replace import SCHEMES, QuantizedModules, default_skip, quantize_linears
+from .linear import QuantLinear, W4A8Linear, W4A16Linear, W8A8Linear
+from .plan import Plan
+from .replace import QuantizedModules, choose_layers, default_skip, quantize
+from .scheme import KINDS, Scheme
 
-__all__ = ["SCHEMES", "QuantLinear", "QuantizedModules", "default_skip", "quantize_linears"]
+__all__ = [
+    "KINDS",
+    "Plan",
+    "QuantLinear",
+    "QuantizedModules",
+    "Scheme",
+    "W4A8Linear",
+    "W4A16Linear",
+    "W8A8Linear",
+    "choose_layers",
+    "default_skip",
+    "quantize",
+]

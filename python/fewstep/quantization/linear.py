@@ -1,82 +1,201 @@
-"""A linear layer with int8 weights and activations quantised as they come (W8A8).
+"""Linear layers with low-bit weights, drop-in for `nn.Linear`.
 
-    q, s = quantize_int8(x)                        one scale per row of x
-    y = (q * s) @ (W * S).T + bias                 exact integer sums, in x's dtype
+    y = x @ W.T + bias + (x @ down.T) @ up.T       the low-rank branch where the scheme has a rank
 
-weight_int8   [out, in]  int8       weight_scale  [out]  float32, whatever the module is cast to
-bias          [out]      as in the source layer
+    W8A8Linear     weight_int8  [out, in]      int8    weight_scale  [out]          float32
+    W4A8Linear     weight_int4  [out, in / 2]  uint8   weight_scale  [out, in / G]  16-bit
+    W4A16Linear    likewise; activations are not quantised
 
-Inference only: an input that requires grad or carries a tangent is refused by the ops.
+bias [out], down [R, in], up [out, R] are in the dtype that the module is cast to; the quantised
+weight and its scale keep theirs. All are plain buffers of a plain module: state dicts, safetensors,
+deepcopy, moves, offloading and torch.compile need nothing special.
+
+The layers are subclasses of nn.Linear, so what looks for linear layers (peft's LoRA, diffusers'
+loaders) finds them. They take gradients through to x (the rounding of x counts as the identity), so
+a LoRA on top of them, or before them, trains; the quantised weight itself does not.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import _native, ops
-from ..ops.gemm_w8a8 import MAX_K, pack_w8
+from ..ops._gemm import MAX_K
+from ..ops.gemm_w4a8 import fold_int4
+from ..ops.gemm_w4a16 import dequantize_int4
+from ..ops.gemm_w8a8 import pack_w8
+from .low_rank import split
+from .scheme import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class QuantLinear(nn.Module):
-    """Drop-in for `nn.Linear`, made by `from_linear`.
+class ComputedWeight(Tensor):
+    """The dequantised weight, for reading. Assigning to `.data`, as merging a LoRA does, raises."""
 
-    `weight` reads as the dequantised weight in the dtype that the module was cast to, so code that
-    asks for `layer.weight.dtype` or `.device`, or multiplies with it, gets what it expects. It is
-    computed at every read; the state dict holds `weight_int8`, `weight_scale` and `bias`.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what it computes is plain again
 
-    On the CPU a rearranged copy of the int8 weight (`ops.gemm_w8a8.pack_w8`) is kept beside it, so
-    the weight takes two bytes per element there. It is derived: never saved, dropped by a move, and
-    made again by the first call on the CPU that finds none or an old one. (Such a call must be an
-    eager one: a compiled graph can't keep it, and packs in every call instead.)
+    @property
+    def data(self) -> Tensor:
+        """The values."""
+        return self.as_subclass(Tensor).detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError(
+            "weight: expected to be read only, got an assignment: the weight of a quantised layer "
+            "is computed from its low-bit values. A LoRA stays beside it: load it without fusing, "
+            "or fuse it before the model is quantised"
+        )
+
+
+class QuantLinear(nn.Linear):
+    """Base of the quantised layers; `QuantLinear.from_linear(linear, "w8a8")` makes one.
+
+    `weight` reads as the dequantised weight with the low-rank branch in the dtype that the module
+    was cast to, so code that asks for `layer.weight.dtype` or `.device`, or multiplies with it,
+    gets what it expects. It is computed at every read and can't be written.
     """
 
-    weight_int8: Tensor
+    kind: ClassVar[str]
+    storage: ClassVar[str]  # name of the buffer with the low-bit values
+
     weight_scale: Tensor
     bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
 
-    def __init__(self, weight_int8: Tensor, weight_scale: Tensor, bias: Tensor | None = None):
-        """Take a quantised weight as it is; `bias` also tells the dtype that `weight` reads in."""
-        super().__init__()
-        self.out_features, self.in_features = weight_int8.shape
-        self.register_buffer("weight_int8", weight_int8)
+    def __init__(
+        self,
+        quantized: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None = None,
+        down: Tensor | None = None,
+        up: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ):
+        """Take a quantised weight as it is; `dtype` is what `weight` reads in (bias's if None)."""
+        nn.Module.__init__(self)  # nn.Linear's would make a weight
+        self.register_buffer(self.storage, quantized)
         self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("bias", bias)
+        for name, value in (("bias", bias), ("down", down), ("up", up)):
+            self.register_buffer(name, value)
+        self.out_features, self.in_features = self._shape()
+        if dtype is None:
+            dtype = torch.float32 if bias is None else bias.dtype
         # Empty; follows .to(dtype) and .to(device) as a floating weight would.
-        dtype = torch.float32 if bias is None else bias.dtype
-        like = torch.empty(0, dtype=dtype, device=weight_int8.device)
+        like = torch.empty(0, dtype=dtype, device=quantized.device)
         self.register_buffer("_like", like, persistent=False)
         self.register_buffer("_packed", None, persistent=False)
         self._packed_from: tuple[Tensor, int] | None = None
         self._pack()
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear) -> QuantLinear:
+    @staticmethod
+    def from_linear(linear: nn.Linear, scheme: str | Scheme = "w8a8") -> QuantLinear:
         """Return the quantised form of a linear layer; the layer is left as it is.
 
         Raises:
             TypeError: not an `nn.Linear`.
-            ValueError: its dtype, its size or a weight that is not finite rules it out.
+            ValueError: its dtype, its size, a weight that is not finite or not there (meta), or
+                that it is quantised already rules it out.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        reason = refuse_linear(linear)
+        scheme = Scheme.parse(scheme)
+        reason = refuse_linear(linear, scheme)
         if reason is not None:
             raise ValueError(f"linear: {reason}")
+        layer_type = LAYERS[scheme.kind]
+        dtype = linear.weight.dtype
         with torch.no_grad():
-            weight_int8, weight_scale = ops.quantize_int8(linear.weight.detach())
-            if not weight_scale.is_meta and not weight_scale.isfinite().all():
-                row = int(weight_scale.isfinite().logical_not().nonzero()[0])
+            weight, down, up = linear.weight.detach(), None, None
+            if scheme.rank:
+
+                def requantized(rest: Tensor) -> Tensor:
+                    return layer_type.dequantize_weight(*layer_type.quantize_weight(rest, scheme))
+
+                weight, down, up = split(weight.float(), scheme.rank, dtype, requantized)
+            quantized, scale = layer_type.quantize_weight(weight, scheme)
+            finite = scale.isfinite().reshape(scale.shape[0], -1).all(1)
+            if not finite.all():
+                row = int(finite.logical_not().nonzero()[0])
                 raise ValueError(f"linear: expected finite weights, got inf or NaN in row {row}")
             bias = None if linear.bias is None else linear.bias.detach()
-            quantized = cls(weight_int8, weight_scale, bias)
-            quantized._like = quantized._like.to(linear.weight.dtype)
-        return quantized.train(linear.training)
+            layer = layer_type(quantized, scale, bias, down, up, dtype=dtype)
+        return layer.train(linear.training)
+
+    @staticmethod
+    def empty(
+        in_features: int,
+        out_features: int,
+        scheme: str | Scheme,
+        *,
+        bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> QuantLinear:
+        """Return a layer with memory for a state dict to fill."""
+        scheme = Scheme.parse(scheme)
+        layer_type, rank = LAYERS[scheme.kind], scheme.rank
+
+        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        return layer_type(
+            *layer_type.empty_weight(in_features, out_features, scheme, device),
+            new(out_features) if bias else None,
+            new(rank, in_features) if rank else None,
+            new(out_features, rank) if rank else None,
+            dtype=dtype,
+        )
+
+    @staticmethod
+    @abstractmethod
+    def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the low-bit values and scales of a floating weight."""
+
+    @staticmethod
+    @abstractmethod
+    def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
+        """Return the weight that these stand for, float32 [out, in]."""
+
+    @staticmethod
+    @abstractmethod
+    def empty_weight(
+        in_features: int, out_features: int, scheme: Scheme, device: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return uninitialised values and scales."""
+
+    @abstractmethod
+    def _multiply(self, x: Tensor, packed: Tensor | None, down: Tensor | None) -> Tensor:
+        """Return the layer's output."""
+
+    def _pack_weight(self) -> Tensor | None:
+        """Return a rearranged copy for the CPU kernel, None where it takes the weight as it is."""
+        return None
+
+    @property
+    def quantized(self) -> Tensor:
+        """The low-bit values."""
+        return self._buffers[self.storage]
+
+    @property
+    def scheme(self) -> Scheme:
+        """How this layer is quantised."""
+        rank = 0 if self.down is None else self.down.shape[0]
+        return Scheme(self.kind, self._group(), rank)
+
+    def _group(self) -> int | None:
+        return None
+
+    def _shape(self) -> tuple[int, int]:
+        return tuple(self.quantized.shape)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -86,14 +205,18 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantised weight [out, in], in the dtype the module was cast to."""
-        return (self.weight_int8.float() * self.weight_scale[:, None]).to(self._like.dtype)
+        with torch.no_grad():
+            weight = self.dequantize_weight(self.quantized, self.weight_scale)
+            if self.up is not None:
+                weight = weight + self.up.float() @ self.down.float()
+            return weight.to(self._like.dtype).as_subclass(ComputedWeight)
 
     def dequantize(self) -> nn.Linear:
         """Return a plain `nn.Linear` with the dequantised weight."""
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta"
         )
-        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.weight = nn.Parameter(self.weight.as_subclass(Tensor), requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return linear.train(self.training)
@@ -107,8 +230,10 @@ class QuantLinear(nn.Module):
             raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
-        weight, scale, packed = self.weight_int8, self.weight_scale, self._current_pack(x)
-        return ops.gemm_w8a8(x, None, weight, scale, bias=self.bias, packed=packed)
+        down = self.down
+        if down is not None and down.dtype != x.dtype:
+            down = down.to(x.dtype)
+        return self._multiply(x, self._current_pack(x), down)
 
     def _current_pack(self, x: Tensor) -> Tensor | None:
         if x.device.type != "cpu":
@@ -116,55 +241,170 @@ class QuantLinear(nn.Module):
         if not torch.compiler.is_compiling():
             weight, version = self._packed_from or (None, 0)
             # Offloading hooks replace buffers without telling the module.
-            if weight is not self.weight_int8 or _version(weight) != version:
+            if weight is not self.quantized or _version(weight) != version:
                 self._pack()
         return self._packed
 
     def _pack(self) -> None:
         """Rebuild what is derived from the weight."""
-        weight = self.weight_int8
-        native = _native.unavailable("gemm_w8a8", weight.device) is None
-        self._packed = pack_w8(weight) if native and weight.device.type == "cpu" else None
+        weight = self.quantized
+        self._packed = self._pack_weight() if weight.device.type == "cpu" else None
         self._packed_from = (weight, _version(weight))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Move or cast, but keep the weight int8 and its scale float32 to the last bit."""
-        weight_int8, weight_scale = self.weight_int8, self.weight_scale
+        """Move or cast, but keep the weight and its scale to the last bit."""
+        kept = {name: self._buffers[name] for name in (self.storage, "weight_scale")}
         packed, packed_from = self._packed, self._packed_from
         self._packed = self._packed_from = None  # moving it too would be a transfer for nothing
         super()._apply(fn, recurse)
-        if self.weight_int8.dtype != torch.int8:
-            self.weight_int8 = weight_int8.to(self.weight_int8.device)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = weight_scale.to(self.weight_scale.device)
-        if self.weight_int8 is weight_int8:  # a cast, or a move to where it is
+        for name, before in kept.items():
+            now = self._buffers[name]
+            if now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
+        if self.quantized is kept[self.storage]:  # a cast, or a move to where it is
             self._packed, self._packed_from = packed, packed_from
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        dtype = self.weight_scale.dtype
         super()._load_from_state_dict(*args, **kwargs)
-        if self.weight_scale.dtype != torch.float32:  # load_state_dict(assign=True)
-            self.weight_scale = self.weight_scale.float()
+        if self.weight_scale.dtype != dtype:  # load_state_dict(assign=True)
+            self.weight_scale = self.weight_scale.to(dtype)
         self._pack()
 
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, scheme=w8a8"
+            f"bias={self.bias is not None}, scheme={self.scheme}"
         )
+
+
+class W8A8Linear(QuantLinear):
+    """int8 weights, activations quantised to int8 as they come (`ops.gemm_w8a8`).
+
+    On the CPU a rearranged copy of the weight (`ops.gemm_w8a8.pack_w8`) is kept beside it, so the
+    weight takes two bytes per element there. It is derived: never saved, dropped by a move, and
+    made again by the first call on the CPU that finds none or an old one. (Such a call must be an
+    eager one: a compiled graph can't keep it, and packs in every call instead.)
+    """
+
+    kind, storage = "w8a8", "weight_int8"
+
+    @staticmethod
+    def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the low-bit values and scales of a floating weight."""
+        return ops.quantize_int8(weight)
+
+    @staticmethod
+    def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
+        """Return the weight that these stand for, float32 [out, in]."""
+        return quantized.float() * scale[:, None]
+
+    @staticmethod
+    def empty_weight(
+        in_features: int, out_features: int, scheme: Scheme, device: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return uninitialised values and scales."""
+        return (
+            torch.empty((out_features, in_features), dtype=torch.int8, device=device),
+            torch.empty(out_features, dtype=torch.float32, device=device),
+        )
+
+    def _multiply(self, x: Tensor, packed: Tensor | None, down: Tensor | None) -> Tensor:
+        weight = (self.quantized, self.weight_scale)
+        return ops.gemm_w8a8(x, None, *weight, bias=self.bias, packed=packed, down=down, up=self.up)
+
+    def _pack_weight(self) -> Tensor | None:
+        native = _native.unavailable("gemm_w8a8", self.quantized.device) is None
+        return pack_w8(self.quantized) if native else None
+
+
+class _Int4Linear(QuantLinear):
+    """4-bit weights in groups; `ops.quantize_int4` has the format."""
+
+    storage = "weight_int4"
+
+    @staticmethod
+    def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the low-bit values and scales of a floating weight."""
+        assert scheme.group is not None
+        return ops.quantize_int4(weight, group=scheme.group)
+
+    @staticmethod
+    def empty_weight(
+        in_features: int, out_features: int, scheme: Scheme, device: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return uninitialised values and scales."""
+        assert scheme.group is not None
+        groups = in_features // scheme.group
+        return (
+            torch.empty((out_features, in_features // 2), dtype=torch.uint8, device=device),
+            torch.empty((out_features, groups), dtype=torch.bfloat16, device=device),
+        )
+
+    def _group(self) -> int | None:
+        return 2 * self.quantized.shape[1] // self.weight_scale.shape[1]
+
+    def _shape(self) -> tuple[int, int]:
+        return self.quantized.shape[0], 2 * self.quantized.shape[1]
+
+
+class W4A8Linear(_Int4Linear):
+    """4-bit weights, activations quantised to int8 as they come (`ops.gemm_w4a8`)."""
+
+    kind = "w4a8"
+
+    @staticmethod
+    def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
+        """Return the weight that these stand for, float32 [out, in]: as the product folds it."""
+        folded, row_scale = fold_int4(quantized, scale)
+        return folded.float() * row_scale[:, None]
+
+    def _multiply(self, x: Tensor, packed: Tensor | None, down: Tensor | None) -> Tensor:
+        weight = (self.quantized, self.weight_scale)
+        return ops.gemm_w4a8(x, None, *weight, bias=self.bias, packed=packed, down=down, up=self.up)
+
+
+class W4A16Linear(_Int4Linear):
+    """4-bit weights, activations as they are (`ops.gemm_w4a16`): for layers that see few rows."""
+
+    kind = "w4a16"
+
+    @staticmethod
+    def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
+        """Return the weight that these stand for, float32 [out, in]."""
+        return dequantize_int4(quantized, scale).float()
+
+    def _multiply(self, x: Tensor, packed: Tensor | None, down: Tensor | None) -> Tensor:
+        weight = (self.quantized, self.weight_scale)
+        return ops.gemm_w4a16(x, *weight, bias=self.bias, down=down, up=self.up)
+
+
+LAYERS: dict[str, type[QuantLinear]] = {
+    layer.kind: layer for layer in (W8A8Linear, W4A8Linear, W4A16Linear)
+}
 
 
 def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def refuse_linear(linear: nn.Linear) -> str | None:
-    """Return why this layer's numbers can't be quantised, or None."""
-    if linear.weight.dtype not in DTYPES:
-        return f"expected float32, bfloat16 or float16 weights, got {linear.weight.dtype}"
-    if linear.weight.numel() == 0:
-        return f"expected weights, got an empty {list(linear.weight.shape)}"
-    if linear.in_features >= MAX_K:
-        return f"expected fewer than {MAX_K} inputs for exact sums, got {linear.in_features}"
+def refuse_linear(linear: nn.Linear, scheme: Scheme) -> str | None:
+    """Return why this layer can't be quantised so, or None."""
+    if isinstance(linear, QuantLinear):
+        return f"expected a layer that is not quantised, got one in {linear.scheme}"
+    weight, inputs = linear.weight, linear.in_features
+    if weight.dtype not in DTYPES:
+        return f"expected float32, bfloat16 or float16 weights, got {weight.dtype}"
+    if weight.numel() == 0:
+        return f"expected weights, got an empty {list(weight.shape)}"
+    if weight.is_meta:
+        return "expected weights, got a layer on the meta device, which has none"
+    if inputs >= MAX_K:
+        return f"expected fewer than {MAX_K} inputs for exact sums, got {inputs}"
+    if scheme.group is not None and inputs % scheme.group:
+        return f"expected inputs that are a multiple of group {scheme.group}, got {inputs}"
+    if scheme.rank >= min(weight.shape):
+        return f"expected a rank below {min(weight.shape)} for its shape, got {scheme.rank}"
     return None

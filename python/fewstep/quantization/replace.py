@@ -1,4 +1,4 @@
-"""Puts quantised modules in the place of a model's linear layers, and takes them out again.
+"""quantize(model, scheme): quantised modules in the place of a model's linear layers, and back.
 
 Instances are replaced (`parent._modules[name]`), never classes or code. What is left alone is
 recorded with the reason in words.
@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from .linear import QuantLinear, refuse_linear
+from .linear import DTYPES, QuantLinear, refuse_linear
+from .plan import Plan
+from .scheme import Scheme
 
-SCHEMES = ("w8a8",)
 MIB = 2**20
 # At 1,024 rows a bfloat16 layer of 128 x 128 breaks even: quantising and dispatch, about 0.1 ms,
 # cost what int8 saves (docs/ops/gemm_w8a8.md).
@@ -60,7 +61,7 @@ class _Slot:
 
 @dataclass
 class QuantizedModules:
-    """What `quantize_linears` did. `with quantize_linears(model): ...` undoes it at the end.
+    """What `quantize` did. `with quantize(model, "w8a8"): ...` undoes it at the end.
 
     replaced    name -> the QuantLinear there
     skipped     name -> why the layer was left alone
@@ -68,7 +69,14 @@ class QuantizedModules:
 
     replaced: dict[str, QuantLinear] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    _model: nn.Module | None = field(default=None, repr=False)
     _slots: list[_Slot] = field(default_factory=list, repr=False)
+    _undone: bool = field(default=False, repr=False)
+    _at_undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def at_undo(self, call: Callable[[], None]) -> None:
+        """Have `undo` call this once the layers are back."""
+        self._at_undo.append(call)
 
     def undo(self) -> None:
         """Put the very layers back that were there, with the weights they had. Idempotent.
@@ -77,28 +85,49 @@ class QuantizedModules:
         training flag.
 
         Raises:
-            RuntimeError: something else has taken a place since; nothing is changed then.
+            RuntimeError: the originals were not kept, or something else has taken a place since;
+                nothing is changed then.
         """
+        if self.replaced and not self._slots and not self._undone:
+            raise RuntimeError("undo: expected original layers, got none: keep_originals was False")
         for slot in self._slots:
             found = slot.parent._modules.get(slot.key)
             if found is not self.replaced[slot.name]:
                 raise RuntimeError(
-                    f"{slot.name}: expected the QuantLinear put there by quantize_linears, got "
+                    f"{slot.name}: expected the QuantLinear put there by quantize, got "
                     f"{type(found).__name__}; undo that change first"
                 )
         for slot in self._slots:
             _follow(slot.linear, self.replaced[slot.name])
             slot.parent._modules[slot.key] = slot.linear
         self._slots.clear()
+        self._undone = True
+        while self._at_undo:
+            self._at_undo.pop()()
 
     def explain(self) -> str:
         """Return what was replaced and what was left alone, with the reasons."""
         left = [f"left alone: {line}" for line in self.left_alone()]
-        return "\n".join([f"{self.count()} in w8a8", *left, *([self.memory()] * bool(self._slots))])
+        return "\n".join([*self.schemes(), *left, *([self.memory()] * bool(self._slots))])
 
     def count(self) -> str:
         """Say how many layers were replaced."""
         return _layers(len(self.replaced))
+
+    def schemes(self) -> list[str]:
+        """Say how many layers have which scheme, one line each."""
+        found = Counter(str(layer.scheme) for layer in self.replaced.values())
+        return [f"{_layers(count)} in {scheme}" for scheme, count in found.most_common()]
+
+    def plan(self) -> Plan:
+        """Return what was done as a plan for other models of the same kind.
+
+        Raises:
+            RuntimeError: it was undone.
+        """
+        if self._undone or self._model is None:
+            raise RuntimeError("plan: expected layers that are in the model, got an undone handle")
+        return Plan.of(self._model, {n: layer.scheme for n, layer in self.replaced.items()})
 
     def left_alone(self) -> list[str]:
         """Say what was left alone, one line per reason."""
@@ -136,7 +165,7 @@ def _bytes(module: nn.Module) -> int:
 
 def _follow(linear: nn.Linear, layer: QuantLinear) -> None:
     """Put a layer that was outside the model into the state that the model is in now."""
-    dtype, device = layer.weight_dtype, layer.weight_int8.device
+    dtype, device = layer.weight_dtype, layer.quantized.device
     # A model on the meta device has its weights with an offloading hook: nothing to follow.
     if device.type != "meta" and (dtype, device) != (linear.weight.dtype, linear.weight.device):
         linear.to(device=device, dtype=dtype)
@@ -168,10 +197,29 @@ def _refuse_structure(slot: _Slot, adapters: list[str], users: Counter[int]) -> 
         return "it has hooks, which a new module would lose"
     if users[id(linear.weight)] > 1:
         return "its weight is shared with another module"
-    return refuse_linear(linear)
+    if linear.weight.dtype not in DTYPES:
+        return f"its weights are {linear.weight.dtype}"
+    return None
 
 
-def _plan(model: nn.Module, skip: Skip) -> tuple[list[_Slot], dict[str, str]]:
+def choose_layers(
+    model: nn.Module, scheme: Scheme | None, skip: Skip | None = None, plan: Plan | None = None
+) -> tuple[dict[str, Scheme], dict[str, str]]:
+    """Return the scheme of each layer to replace, and the reason for each that is left alone.
+
+    Raises:
+        ValueError: a layer is quantised already, or the plan is for another model.
+    """
+    if plan is not None:
+        plan.check(model)
+    reason = default_skip if skip is None else skip
+
+    def decide(name: str, linear: nn.Linear) -> Scheme | str:
+        if plan is not None:
+            return plan.layers[name] or "the plan leaves it alone"
+        assert scheme is not None
+        return reason(name, linear) or scheme
+
     slots = list(_slots(model))
     adapters = [
         f"{name}." if name else ""
@@ -181,23 +229,32 @@ def _plan(model: nn.Module, skip: Skip) -> tuple[list[_Slot], dict[str, str]]:
     users = Counter(
         id(p) for module in model.modules() for p in module._parameters.values() if p is not None
     )
-    skipped: dict[str, str] = {}
+    schemes: dict[str, Scheme] = {}
     refused: dict[int, str] = {}  # one layer in several places is replaced in all or in none
     for slot in slots:
-        reason = _refuse_structure(slot, adapters, users) or skip(slot.name, slot.linear)
-        if reason is not None:
-            refused.setdefault(id(slot.linear), reason)
-    kept = []
-    for slot in slots:
-        if id(slot.linear) in refused:
-            skipped[slot.name] = refused[id(slot.linear)]
+        if isinstance(slot.linear, QuantLinear):
+            raise ValueError(
+                f"{slot.name}: expected a layer that is not quantised, got one in "
+                f"{slot.linear.scheme}; undo that first"
+            )
+        made = _refuse_structure(slot, adapters, users) or decide(slot.name, slot.linear)
+        if isinstance(made, str):
+            refused.setdefault(id(slot.linear), made)
         else:
-            kept.append(slot)
-    return kept, skipped
+            schemes[slot.name] = made
+    skipped = {slot.name: refused[id(slot.linear)] for slot in slots if id(slot.linear) in refused}
+    return {name: s for name, s in schemes.items() if name not in skipped}, skipped
 
 
-def quantize_linears(
-    model: nn.Module, *, scheme: str = "w8a8", skip: Skip | None = None
+def quantize(
+    model: nn.Module,
+    scheme: str | Scheme | None = None,
+    *,
+    rank: int | None = None,
+    group: int | None = None,
+    skip: Skip | None = None,
+    plan: Plan | None = None,
+    keep_originals: bool = True,
 ) -> QuantizedModules:
     """Replace the `nn.Linear` modules inside `model` by quantised ones, in place.
 
@@ -206,41 +263,80 @@ def quantize_linears(
 
     Args:
         model: the module that contains the layers.
-        scheme: "w8a8".
+        scheme: "w8a8", "w4a8" or "w4a16", or with options as in "w4a8-g64-r32" (`Scheme`).
+        rank: of the low-rank branch; 0 by default.
+        group: neighbours that share a scale of a 4-bit weight: 32, 64 (default) or 128.
         skip: (name, layer) -> why to leave the layer alone, or None; `default_skip` if not given.
+        plan: a scheme for each layer, instead of all the above.
+        keep_originals: for `undo`. Without them a layer's memory is freed as soon as it is
+            replaced, so the peak is the model and one layer.
 
     Returns:
-        The handle: `replaced`, `skipped` with reasons, `explain()`, `undo()`. It keeps the original
-        layers for `undo`; their memory is freed with the handle.
+        The handle: `replaced`, `skipped` with reasons, `explain()`, `undo()`, `plan()`. It keeps
+        the original layers for `undo`; their memory is freed with the handle.
 
     Raises:
-        ValueError: an unknown scheme, nothing to quantise, or a weight that is not finite. The
-            model is unchanged then.
+        TypeError: a scheme or plan of another type.
+        ValueError: an unknown scheme, nothing to quantise, a plan for another model, or a layer
+            that can't be quantised so: its inputs are no multiple of the group, its weight is not
+            finite, on the meta device, or quantised already. The message names the layer, and the
+            model is unchanged.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
+    if plan is not None:
+        if any(value is not None for value in (scheme, rank, group, skip)):
+            raise ValueError("plan: expected no scheme, rank, group or skip beside it, got one")
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
+    elif scheme is None:
+        raise ValueError("scheme: expected a scheme or a plan, got neither")
+    asked = None if scheme is None else Scheme.parse(scheme, rank=rank, group=group)
     if isinstance(model, nn.Linear):
         raise ValueError(
             "model: expected a module that contains linear layers, got a linear layer itself; "
             "QuantLinear.from_linear returns its quantised form"
         )
-    slots, skipped = _plan(model, default_skip if skip is None else skip)
-    handle = QuantizedModules(skipped=skipped)
-    if not slots:
+    schemes, skipped = choose_layers(model, asked, skip, plan)
+    handle = QuantizedModules(skipped=skipped, _model=model)
+    if not schemes:
         detail = "; ".join(handle.left_alone()) or "none at all"
         raise ValueError(
             f"model: expected at least one nn.Linear that can be quantised in "
             f"{type(model).__name__}, got {detail}"
         )
+    slots = [slot for slot in _slots(model) if slot.name in schemes]
+    for slot in slots:  # what can be seen at once comes before the first singular value
+        reason = refuse_linear(slot.linear, schemes[slot.name])
+        if reason is not None:
+            raise ValueError(f"{slot.name}: {reason}")
+    if not keep_originals:
+        return _replace_for_good(handle, slots, schemes)
     made: dict[int, QuantLinear] = {}
     for slot in slots:  # everything that can fail comes before the first change
         try:
             if id(slot.linear) not in made:
-                made[id(slot.linear)] = QuantLinear.from_linear(slot.linear)
+                made[id(slot.linear)] = QuantLinear.from_linear(slot.linear, schemes[slot.name])
         except ValueError as error:
             raise ValueError(f"{slot.name}: {error}") from error
         handle.replaced[slot.name] = made[id(slot.linear)]
     for slot in slots:
         slot.parent._modules[slot.key] = handle.replaced[slot.name]
         handle._slots.append(slot)
+    return handle
+
+
+def _replace_for_good(
+    handle: QuantizedModules, slots: list[_Slot], schemes: dict[str, Scheme]
+) -> QuantizedModules:
+    """Replace layer by layer and let go of each original at once."""
+    for slot in slots:  # the only thing left that can fail
+        if not slot.linear.weight.isfinite().all():
+            raise ValueError(f"{slot.name}: expected finite weights, got inf or NaN")
+    while slots:
+        linear = slots[0].linear
+        here = [slot for slot in slots if slot.linear is linear]
+        slots = [slot for slot in slots if slot.linear is not linear]
+        layer = QuantLinear.from_linear(linear, schemes[here[0].name])
+        for slot in here:
+            slot.parent._modules[slot.key] = handle.replaced[slot.name] = layer
+        del linear, here, slot
     return handle

@@ -1,0 +1,248 @@
+"""fewstep's schemes as a diffusers quantisation config: quantise while loading, save, load again.
+
+    config = fewstep.QuantizationConfig("w4a8", rank=32)
+    model = FluxTransformer2DModel.from_pretrained(path, quantization_config=config)
+    model.save_pretrained(folder)              # low-bit values as they are, in safetensors
+    model = FluxTransformer2DModel.from_pretrained(folder)
+
+A layer is quantised when its weight arrives, so the peak is the quantised model and one shard.
+diffusers keeps its quantisers in two dictionaries and has no function to register another; the
+entries are made when this module is imported, which `fewstep.QuantizationConfig` does. A program
+that only loads saved models imports it too: `import fewstep; fewstep.QuantizationConfig`.
+
+The names that diffusers looks up (`quant_method`, `check_if_quantized_param`, ...) are its own; see
+`diffusers.quantizers.base.DiffusersQuantizer`.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from ..quantization import QuantizedModules, QuantLinear, Scheme, choose_layers, default_skip
+
+__all__ = ["QuantizationConfig"]
+
+
+class _Method(str, enum.Enum):
+    FEWSTEP = "fewstep"
+
+
+class QuantizationConfig(QuantizationConfigMixin):
+    """What `from_pretrained(..., quantization_config=)` does to a model's linear layers.
+
+    Args:
+        scheme: "w8a8", "w4a8" or "w4a16", or with options as in "w4a8-g64-r32".
+        rank: of the low-rank branch.
+        group: neighbours that share a scale of a 4-bit weight: 32, 64 or 128.
+        modules_to_not_convert: names, or parts of names between dots, of layers to leave alone
+            besides those of `fewstep.quantization.default_skip`.
+        layers: scheme -> names of a model that is quantised already; written by save_pretrained.
+
+    Raises:
+        TypeError, ValueError: no scheme; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme = "w8a8",
+        rank: int | None = None,
+        group: int | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        layers: dict[str, list[str]] | None = None,
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        if unknown:
+            raise TypeError(f"QuantizationConfig: unknown arguments {', '.join(sorted(unknown))}")
+        self.quant_method = _Method.FEWSTEP
+        self.scheme = str(Scheme.parse(scheme, rank=rank, group=group))
+        self.modules_to_not_convert = list(modules_to_not_convert or ())
+        self.layers = layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what goes into config.json."""
+        return super().to_dict() | {"quant_method": self.quant_method.value}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what is shown."""
+        return {name: value for name, value in self.to_dict().items() if value}
+
+    def skip(self, name: str, linear: nn.Linear) -> str | None:
+        """Return why a layer is left alone, or None."""
+        for part in self.modules_to_not_convert:
+            if re.search(rf"(^|\.){re.escape(part)}(\.|$)", name):
+                return f"{part} is not to be converted"
+        return default_skip(name, linear)
+
+
+class FewstepQuantizer(DiffusersQuantizer):
+    """Replaces linear layers while diffusers loads a model."""
+
+    use_keep_in_fp32_modules = True
+    required_packages = ["accelerate"]
+
+    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._schemes: dict[str, Scheme] = {}  # of the layers to quantise as they arrive
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
+        """Tell accelerate how much memory a weight takes."""
+        if self.quantization_config.scheme.startswith("w8"):
+            return torch.int8
+        from accelerate.utils import CustomDtype
+
+        return CustomDtype.INT4
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        self.modules_to_not_convert = [*config.modules_to_not_convert, *keep_in_fp32_modules]
+        if self.pre_quantized:
+            for name, scheme in _by_name(config.layers or {}):
+                linear = _linear(model, name)
+                sizes = linear.in_features, linear.out_features
+                _put(model, name, _empty(sizes, scheme, linear))
+        else:
+            config.modules_to_not_convert = self.modules_to_not_convert
+            self._schemes, _ = choose_layers(model, Scheme.parse(config.scheme), config.skip)
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kwargs: Any
+    ) -> bool:
+        """Return whether `create_quantized_param` takes this one."""
+        owner, _, name = param_name.rpartition(".")
+        if not self.pre_quantized:
+            return name == "weight" and owner in self._schemes
+        layer = model.get_submodule(owner)
+        return isinstance(layer, QuantLinear) and name in (layer.storage, "weight_scale")
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Put a low-bit tensor in its place, or the quantised layer of a weight that arrives."""
+        owner, _, name = param_name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if isinstance(layer, QuantLinear):
+            # As saved: diffusers has cast what it hands over to the model's dtype.
+            layer._buffers[name] = state_dict[param_name].to(target_device)
+            return
+        # Its bias may be here already, or come later.
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
+        try:
+            quantized = QuantLinear.from_linear(linear, self._schemes[owner])
+        except ValueError as error:
+            raise ValueError(f"{owner}: {error}") from error
+        if layer.bias is not None:
+            quantized.register_buffer("bias", layer.bias.detach())
+        _put(model, owner, quantized.train(layer.training))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        describe(model, self.quantization_config)
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for name, layer in list(_quantized(model)):
+            _put(model, name, layer.dequantize())
+        model.register_to_config(quantization_config=None)
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        """Low-bit values are plain tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through to inputs and adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The layers are ordinary modules over registered ops."""
+        return True
+
+
+def make_savable(model: nn.Module, handle: QuantizedModules) -> None:
+    """Let save_pretrained of a model that `quantize` changed write what from_pretrained reads."""
+    schemes = sorted({str(layer.scheme) for layer in handle.replaced.values()})
+    config, before = QuantizationConfig(schemes[0]), model.config
+    describe(model, config)
+    model.hf_quantizer = FewstepQuantizer(config)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+
+    def forget() -> None:
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            del model.__dict__[name]
+        now = {k: v for k, v in model.config.items() if k != "quantization_config"}
+        model._internal_dict = before if now == dict(before) else FrozenDict(now)
+
+    handle.at_undo(forget)
+
+
+def describe(model: nn.Module, config: QuantizationConfig) -> None:
+    """Write into a model's config which layers are quantised, and how."""
+    layers: dict[str, list[str]] = {}
+    for name, layer in _quantized(model):
+        layers.setdefault(str(layer.scheme), []).append(name)
+    config.layers = layers
+    model.register_to_config(quantization_config=config)
+
+
+def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            yield name, module
+
+
+def _by_name(layers: dict[str, list[str]]) -> Iterator[tuple[str, Scheme]]:
+    for scheme, names in layers.items():
+        for name in names:
+            yield name, Scheme.parse(scheme)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"quantization_config: expected a linear layer {name} in {type(model).__name__}, got "
+            f"{'none' if module is None else type(module).__name__}"
+        )
+    return module
+
+
+def _empty(sizes: tuple[int, int], scheme: Scheme, linear: nn.Linear) -> QuantLinear:
+    weight = linear.weight
+    return QuantLinear.empty(
+        *sizes, scheme, bias=linear.bias is not None, dtype=weight.dtype, device=weight.device
+    )
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, key = name.rpartition(".")
+    model.get_submodule(parent)._modules[key] = layer
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[_Method.FEWSTEP.value] = QuantizationConfig
+AUTO_QUANTIZER_MAPPING[_Method.FEWSTEP.value] = FewstepQuantizer

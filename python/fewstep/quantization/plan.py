@@ -1,0 +1,116 @@
+"""A plan: the scheme of every linear layer of a model, as data.
+
+    {"model": "DiT", "layers": {"blocks.0.ff.net.2": "w4a8-g64-r16", "proj_out": null, ...}}
+
+null leaves a layer in its precision. A plan names all linear layers of its model with their shapes,
+so that one made for another model is noticed before anything is changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layer gets which scheme.
+
+    model     class name of the model that it was made for
+    layers    name -> scheme, or None to leave the layer alone
+    shapes    name -> [out, in]
+    """
+
+    model: str
+    layers: Mapping[str, Scheme | None]
+    shapes: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Mapping[str, Scheme | str | None]) -> Plan:
+        """Return the plan that gives some layers of `model` a scheme and leaves the others.
+
+        Raises:
+            ValueError: a name that is no linear layer of the model, or an unknown scheme.
+        """
+        shapes = linear_shapes(model)
+        for name in layers:
+            if name not in shapes:
+                raise ValueError(
+                    f"plan: expected linear layers of {type(model).__name__}, got {name!r}"
+                )
+        parsed = {
+            name: None if layers.get(name) is None else Scheme.parse(layers[name])
+            for name in shapes
+        }
+        return cls(type(model).__name__, parsed, shapes)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError unless this plan is for a model with these layers."""
+        shapes = linear_shapes(model)
+        for name, shape in self.shapes.items():
+            if shapes.get(name) != tuple(shape):
+                found = f"one of {list(shapes[name])}" if name in shapes else "none"
+                raise ValueError(
+                    f"plan: expected a {self.model} with a linear layer {name} of {list(shape)}, "
+                    f"got a {type(model).__name__} with {found}"
+                )
+        extra = [name for name in shapes if name not in self.shapes]
+        if extra:
+            raise ValueError(
+                f"plan: expected the linear layers of the {self.model} it was made for, got a "
+                f"{type(model).__name__} with {extra[0]} besides"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-ready data."""
+        return {
+            "model": self.model,
+            "layers": {n: None if s is None else str(s) for n, s in self.layers.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """Return the plan in JSON data.
+
+        Raises:
+            ValueError: something is missing or no scheme.
+        """
+        try:
+            layers, shapes = data["layers"], data["shapes"]
+            if layers.keys() != shapes.keys():
+                raise ValueError("its layers and shapes differ")
+            return cls(
+                str(data["model"]),
+                {n: None if s is None else Scheme.parse(s) for n, s in layers.items()},
+                {name: (int(out), int(inputs)) for name, (out, inputs) in shapes.items()},
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"plan: expected model, layers and shapes as Plan.save writes them, got {error}"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what `save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return name -> (out, in) of every linear layer, quantised ones too."""
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear)
+    }

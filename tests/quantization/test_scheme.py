@@ -1,0 +1,44 @@
+"""Schemes as text and back, and what is refused."""
+
+import pytest
+
+from fewstep.quantization import Scheme
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "want"),
+    [
+        ("w8a8", {}, Scheme("w8a8")),
+        ("w8a8-r16", {}, Scheme("w8a8", rank=16)),
+        ("w4a8", {}, Scheme("w4a8", 64)),
+        ("w4a8", {"group": 128, "rank": 32}, Scheme("w4a8", 128, 32)),
+        ("w4a16-g32-r8", {"rank": 8}, Scheme("w4a16", 32, 8)),
+        (Scheme("w4a8", 32), {"rank": 4}, Scheme("w4a8", 32, 4)),
+    ],
+)
+def test_parse(text, options, want):
+    scheme = Scheme.parse(text, **options)
+    assert scheme == want
+    assert Scheme.parse(str(scheme)) == scheme
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("w4a4", {}, "scheme: expected one of w8a8, w4a8, w4a16, got 'w4a4'"),
+        ("w8a8-", {}, "scheme: expected one of"),
+        ("w8a8-g64", {}, "group: expected none for w8a8, got 64"),
+        ("w4a8-g48", {}, r"group: expected one of \(32, 64, 128\), got 48"),
+        ("w4a8-g64", {"group": 32}, "group: expected 64 as in 'w4a8-g64', got 32"),
+        ("w4a8", {"rank": -1}, "rank: expected an integer of at least 0, got -1"),
+        ("w4a8", {"rank": 1.5}, "rank: expected an integer"),
+    ],
+)
+def test_what_is_refused_is_named(text, options, message):
+    with pytest.raises(ValueError, match=message):
+        Scheme.parse(text, **options)
+
+
+def test_another_type_is_refused():
+    with pytest.raises(TypeError, match="scheme: expected a text, got int 8"):
+        Scheme.parse(8)
