@@ -77,7 +77,7 @@ def test_is_the_two_ops_in_sequence():
     ],
 )
 def test_casts_keep_the_weight_and_its_scale(cast, scheme):
-    linear, quantized = make(scheme=scheme)
+    _, quantized = make(scheme=scheme)
     scale, weight = quantized.weight_scale.clone(), quantized.quantized.clone()
     quantized = cast(quantized)
     assert quantized.weight_scale.dtype == scale.dtype

@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -33,7 +33,7 @@ from ..quantization import QuantizedModules, QuantLinear, Scheme, choose_layers,
 __all__ = ["QuantizationConfig"]
 
 
-class _Method(str, enum.Enum):
+class _Method(enum.StrEnum):
     FEWSTEP = "fewstep"
 
 
@@ -89,7 +89,7 @@ class FewstepQuantizer(DiffusersQuantizer):
     """Replaces linear layers while diffusers loads a model."""
 
     use_keep_in_fp32_modules = True
-    required_packages = ["accelerate"]
+    required_packages: ClassVar[list[str]] = ["accelerate"]
 
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -162,7 +162,7 @@ class FewstepQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for name, layer in list(_quantized(model)):
             _put(model, name, layer.dequantize())
-        model.register_to_config(quantization_config=None)
+        model._internal_dict = _without_config(model)
         return model
 
     @property
@@ -192,8 +192,8 @@ def make_savable(model: nn.Module, handle: QuantizedModules) -> None:
     def forget() -> None:
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             del model.__dict__[name]
-        now = {k: v for k, v in model.config.items() if k != "quantization_config"}
-        model._internal_dict = before if now == dict(before) else FrozenDict(now)
+        now = _without_config(model)
+        model._internal_dict = before if now == before else now
 
     handle.at_undo(forget)
 
@@ -205,6 +205,10 @@ def describe(model: nn.Module, config: QuantizationConfig) -> None:
         layers.setdefault(str(layer.scheme), []).append(name)
     config.layers = layers
     model.register_to_config(quantization_config=config)
+
+
+def _without_config(model: nn.Module) -> FrozenDict:
+    return FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
 
 
 def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
