@@ -1,8 +1,9 @@
 """gemm_w8a8 in Triton: one program per BLOCK_M x BLOCK_N tile of out, int8 dots into int32.
 
 a [M, K] int8 with unit stride in K, w [N, K] int8 with any strides, a_scale [M] and w_scale [N]
-fp32, bias [N] floating or none, out [M, N] contiguous. Programs walk GROUP tiles of M before the
-next tile of N, so that neighbours share both operands in the second-level cache.
+fp32, bias [N] floating or none, out [M, N] contiguous. low [M, R] and up [N, R], contiguous or both
+none: the branch is added to the scaled sums in their registers, by tensor cores if both have one
+16-bit dtype.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import narrow
-
-GROUP = 8
+from ._common import narrow, present
+from ._gemm import GROUP, add_branch, branch_block, find_tile
 
 
 @triton.jit
@@ -24,29 +24,26 @@ def _gemm_w8a8_kernel(
     w_ptr,
     w_scale_ptr,
     bias_ptr,
+    low_ptr,
+    up_ptr,
     out_ptr,
     M,
     N,
     K,
+    R,
     stride_am,
     stride_wn,
     stride_wk,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    group = program // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    within = program % (GROUP * tiles_n)
-    offs_m = (group * GROUP + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (within // height) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m, offs_n = find_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     offs_k = tl.arange(0, BLOCK_K)
-    # Rows and columns past the end are clamped: they are computed and not stored.
     rows = tl.minimum(offs_m, M - 1).to(tl.int64)
     columns = tl.minimum(offs_n, N - 1).to(tl.int64)
     a_ptrs = a_ptr + rows[:, None] * stride_am + offs_k[None, :]
@@ -67,13 +64,22 @@ def _gemm_w8a8_kernel(
     out = acc.to(tl.float32) * a_scale[:, None] * w_scale[None, :]
     if HAS_BIAS:
         out += tl.load(bias_ptr + columns).to(tl.float32)[None, :]
+    if BLOCK_R > 0:
+        out = add_branch(out, low_ptr, rows, up_ptr, columns, R, BLOCK_R)
     ptrs = out_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(ptrs, narrow(out, out_ptr.dtype.element_ty), mask=mask)
 
 
 def launch_gemm_w8a8(
-    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    out: Tensor,
 ) -> None:
     """Fill `out`; shapes as in the module docstring, none of M and N zero."""
     (M, K), N = a.shape, w.shape[0]
@@ -84,16 +90,18 @@ def launch_gemm_w8a8(
         a_scale,
         w,
         w_scale,
-        w_scale if bias is None else bias,
+        *present(w_scale, bias, low, up),
         out,
         M,
         N,
         K,
+        0 if up is None else up.shape[1],
         a.stride(0),
         *w.stride(),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        BLOCK_R=branch_block(low, up),
         GROUP=GROUP,
         EVEN_K=K % block_k == 0,
         HAS_BIAS=bias is not None,

@@ -1,0 +1,195 @@
+"""gemm_w4a16 in Triton: for up to 8 rows one pass over the weight without dots, else tiles of dots.
+
+x [M, K] with unit stride in K, w [N, K / 2] uint8 and w_scale [N, K / G] 16-bit contiguous, bias
+[N] floating or none, low [M, R] and up [N, R] contiguous or both none, out [M, N] contiguous.
+
+Few rows: a program takes BLOCK_N columns of out over all of K, STEP bytes of each row of the weight
+at a time. A thread multiplies the 16 bytes of one load by their 32 x, which never straddle a group,
+in float32, and scales the sum; threads meet once, at the end. The order is fixed, so are the bits.
+
+More rows: out transposed, [BLOCK_N, BLOCK_M], in steps of one group. q is exact in x's dtype, so
+the tensor cores multiply q by x; each group's sums are scaled in float32 as they are added up. To
+round q s to x's dtype would cost accuracy, and float16 its range.
+
+A model's modulation layers go into one launch by laying their weights end to end: a column of out
+knows nothing of its neighbours. docs/ops/gemm_w4a16.md shows how.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+
+from ._common import dot, narrow, present
+from ._gemm import GROUP, add_branch, branch_block, find_tile
+
+FEW = 8  # rows
+
+
+@triton.jit
+def _nibbles(bytes):
+    """Return the even and the odd column of each byte as float32 in [-8, 7].
+
+    Bits of 2^23 + q + 8, minus 2^23 + 8: conversions of integers run at half the rate.
+    """
+    bits = bytes.to(tl.int32)
+    even = ((bits & 15) ^ 0x4B000008).to(tl.float32, bitcast=True)
+    odd = ((bits >> 4) ^ 0x4B000008).to(tl.float32, bitcast=True)
+    return even - 8388616.0, odd - 8388616.0
+
+
+@triton.jit
+def _gemv_w4a16_kernel(
+    x_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    low_ptr,
+    up_ptr,
+    out_ptr,
+    N,
+    K,
+    R,
+    stride_xm,
+    M: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.minimum(offs_n, N - 1).to(tl.int64)  # past the end: computed and not stored
+    parts = tl.arange(0, PARTS)  # of 32 columns of the weight
+    w_ptrs = w_ptr + columns[:, None, None] * (K // 2) + tl.arange(0, 16)[None, None, :]
+    s_ptrs = w_scale_ptr + columns[:, None] * (K // G)
+    x_ptrs = tl.arange(0, 16)[None, :] * 2
+    sums = ()
+    for m in tl.static_range(M):
+        sums = sums + (tl.zeros([BLOCK_N, PARTS], tl.float32),)
+    for start in range(0, K // 32, PARTS):
+        part = start + parts
+        inside = part < K // 32
+        packed = tl.load(w_ptrs + part[None, :, None] * 16, mask=inside[None, :, None], other=0)
+        s = tl.load(s_ptrs + (part // (G // 32))[None, :], mask=inside[None, :], other=0.0)
+        even, odd = _nibbles(packed)
+        added = ()
+        for m in tl.static_range(M):
+            ptrs = x_ptr + m * stride_xm + part[:, None] * 32 + x_ptrs
+            x_even = tl.load(ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
+            x_odd = tl.load(ptrs + 1, mask=inside[:, None], other=0.0).to(tl.float32)
+            products = even * x_even[None, :, :] + odd * x_odd[None, :, :]
+            added = added + (sums[m] + tl.sum(products, 2) * s.to(tl.float32),)
+        sums = added
+    for m in tl.static_range(M):
+        out = tl.sum(sums[m], 1)
+        if HAS_BIAS:
+            out += tl.load(bias_ptr + columns).to(tl.float32)
+        if BLOCK_R > 0:
+            offs = tl.arange(0, BLOCK_R)
+            for start in range(0, R, BLOCK_R):
+                r = start + offs
+                low = tl.load(low_ptr + m * R + r, mask=r < R, other=0.0).to(tl.float32)
+                up_ptrs = up_ptr + columns[:, None] * R + r[None, :]
+                up = tl.load(up_ptrs, mask=(r < R)[None, :], other=0.0).to(tl.float32)
+                out += tl.sum(up * low[None, :], 1)
+        ptrs = out_ptr + tl.cast(m, tl.int64) * N + offs_n
+        tl.store(ptrs, narrow(out, out_ptr.dtype.element_ty), mask=offs_n < N)
+
+
+@triton.jit
+def _gemm_w4a16_kernel(
+    x_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    low_ptr,
+    up_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    offs_m, offs_n = find_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
+    rows = tl.minimum(offs_m, M - 1).to(tl.int64)
+    columns = tl.minimum(offs_n, N - 1).to(tl.int64)
+    groups = K // G
+    s_ptrs = w_scale_ptr + columns * groups
+    x_ptrs = x_ptr + rows[None, :] * stride_xm + tl.arange(0, G)[:, None]
+    w_ptrs = w_ptr + columns[:, None] * (K // 2) + tl.arange(0, G // 2)[None, :]
+    out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for _ in range(0, groups):
+        even, odd = _nibbles(tl.load(w_ptrs))
+        q = tl.join(even, odd).reshape(BLOCK_N, G).to(x_ptr.dtype.element_ty)  # exact
+        sums = dot(q, tl.load(x_ptrs), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        out += sums * tl.load(s_ptrs).to(tl.float32)[:, None]
+        s_ptrs += 1
+        x_ptrs += G
+        w_ptrs += G // 2
+    if HAS_BIAS:
+        out += tl.load(bias_ptr + columns).to(tl.float32)[:, None]
+    if BLOCK_R > 0:
+        out = add_branch(out, up_ptr, columns, low_ptr, rows, R, BLOCK_R)
+    ptrs = out_ptr + offs_m[None, :].to(tl.int64) * N + offs_n[:, None]
+    mask = (offs_m < M)[None, :] & (offs_n < N)[:, None]
+    tl.store(ptrs, narrow(out, out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_gemm_w4a16(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Fill `out`; shapes as in the module docstring, none of M and N zero."""
+    (M, K), N = x.shape, w.shape[0]
+    tensors = (x, w, w_scale, *present(w_scale, bias, low, up), out)
+    sizes = (N, K, 0 if up is None else up.shape[1], x.stride(0))
+    G, block_r = K // w_scale.shape[1] if K else 32, branch_block(low, up)
+    if M <= FEW:
+        block_n, parts = (16, 32) if M <= 2 else (8, 32)
+        _gemv_w4a16_kernel[(triton.cdiv(N, block_n),)](
+            *tensors,
+            *sizes,
+            M=M,
+            G=G,
+            BLOCK_N=block_n,
+            PARTS=parts,
+            BLOCK_R=block_r,
+            HAS_BIAS=bias is not None,
+            num_warps=4,
+        )
+        return
+    if x.dtype == torch.float32:  # without tensor cores: a product is unrolled in registers
+        block_m, block_n, warps = 16, 32, 4
+    elif M <= 64:
+        block_m, block_n, warps = (16 if M <= 16 else 64), 64, 4
+    else:
+        block_m, block_n, warps = 128, 128, 8
+    _gemm_w4a16_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+        *tensors,
+        M,
+        *sizes,
+        G=G,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        GROUP=GROUP,
+        HAS_BIAS=bias is not None,
+        num_warps=warps,
+        num_stages=3,
+    )
