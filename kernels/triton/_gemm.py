@@ -37,7 +37,7 @@ def add_branch(acc, left_ptr, lines_i, right_ptr, lines_j, R, BLOCK_R: tl.conste
     Two operands of one 16-bit dtype are multiplied as they are, others in float32.
     """
     offs = tl.arange(0, BLOCK_R)
-    for start in range(0, R, BLOCK_R):
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):
         r = start + offs
         left_ptrs = left_ptr + lines_i[:, None] * R + r[None, :]
         right_ptrs = right_ptr + lines_j[None, :] * R + r[:, None]

@@ -1,18 +1,19 @@
-"""gemm_w4a16 in Triton: for up to 8 rows one pass over the weight without dots, else tiles of dots.
+"""gemm_w4a16 in Triton: one pass over the weight without dots for a row or two, else tiles of dots.
 
 x [M, K] with unit stride in K, w [N, K / 2] uint8 and w_scale [N, K / G] 16-bit contiguous, bias
 [N] floating or none, low [M, R] and up [N, R] contiguous or both none, out [M, N] contiguous.
 
-Few rows: a program takes BLOCK_N columns of out over all of K, STEP bytes of each row of the weight
-at a time. A thread multiplies the 16 bytes of one load by their 32 x, which never straddle a group,
-in float32, and scales the sum; threads meet once, at the end. The order is fixed, so are the bits.
+Without dots: a program takes BLOCK_N columns of out over all of K, PARTS x 16 bytes of each row of
+the weight at a time. A thread multiplies the 16 bytes of one load by their 32 x, which lie in one
+group, in float32 and scales the sum; threads meet once, at the end. The order of the sums is fixed.
 
-More rows: out transposed, [BLOCK_N, BLOCK_M], in steps of one group. q is exact in x's dtype, so
+With dots: out transposed, [BLOCK_N, BLOCK_M], in steps of one group. q is exact in x's dtype, so
 the tensor cores multiply q by x; each group's sums are scaled in float32 as they are added up. To
 round q s to x's dtype would cost accuracy, and float16 its range.
 
-A model's modulation layers go into one launch by laying their weights end to end: a column of out
-knows nothing of its neighbours. docs/ops/gemm_w4a16.md shows how.
+Compiled for sm_90 the first kernel takes 6 instructions a weight for one row, 8 for two and 29 for
+eight; the second takes 10 for up to 16 rows. float32 has no tensor cores at this accuracy, so there
+the first serves up to 8 rows.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ import triton.language as tl
 from ._common import dot, narrow, present
 from ._gemm import GROUP, add_branch, branch_block, find_tile
 
-FEW = 8  # rows
+FEW = {torch.float32: 8}  # rows of the kernel without dots; 2 for other dtypes
 
 
 @triton.jit
-def _nibbles(bytes):
-    """Return the even and the odd column of each byte as float32 in [-8, 7].
+def _nibbles(packed):
+    """Return q of the even column of each byte and 16 q of the odd one, as float32.
 
-    Bits of 2^23 + q + 8, minus 2^23 + 8: conversions of integers run at half the rate.
+    From the bits of 2^23 + (q + 8) and 2^23 + 16 (q + 8): conversions run at half the rate.
     """
-    bits = bytes.to(tl.int32)
-    even = ((bits & 15) ^ 0x4B000008).to(tl.float32, bitcast=True)
-    odd = ((bits >> 4) ^ 0x4B000008).to(tl.float32, bitcast=True)
-    return even - 8388616.0, odd - 8388616.0
+    bits = packed.to(tl.int32)
+    even = ((bits & 0x0F) ^ 0x4B000008).to(tl.float32, bitcast=True)
+    odd = ((bits & 0xF0) ^ 0x4B000080).to(tl.float32, bitcast=True)
+    return even - 8388616.0, odd - 8388736.0
 
 
 @triton.jit
@@ -64,24 +65,24 @@ def _gemv_w4a16_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.minimum(offs_n, N - 1).to(tl.int64)  # past the end: computed and not stored
     parts = tl.arange(0, PARTS)  # of 32 columns of the weight
-    w_ptrs = w_ptr + columns[:, None, None] * (K // 2) + tl.arange(0, 16)[None, None, :]
+    count = K // 32
+    w_ptrs = w_ptr + columns[:, None, None] * (count * 16) + tl.arange(0, 16)[None, None, :]
     s_ptrs = w_scale_ptr + columns[:, None] * (K // G)
-    x_ptrs = tl.arange(0, 16)[None, :] * 2
     sums = ()
     for m in tl.static_range(M):
         sums = sums + (tl.zeros([BLOCK_N, PARTS], tl.float32),)
-    for start in range(0, K // 32, PARTS):
+    for start in range(0, count, PARTS):
         part = start + parts
-        inside = part < K // 32
+        inside = part < count
         packed = tl.load(w_ptrs + part[None, :, None] * 16, mask=inside[None, :, None], other=0)
         s = tl.load(s_ptrs + (part // (G // 32))[None, :], mask=inside[None, :], other=0.0)
         even, odd = _nibbles(packed)
         added = ()
         for m in tl.static_range(M):
-            ptrs = x_ptr + m * stride_xm + part[:, None] * 32 + x_ptrs
-            x_even = tl.load(ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
-            x_odd = tl.load(ptrs + 1, mask=inside[:, None], other=0.0).to(tl.float32)
-            products = even * x_even[None, :, :] + odd * x_odd[None, :, :]
+            x_ptrs = x_ptr + m * stride_xm + part[:, None] * 32 + 2 * tl.arange(0, 16)[None, :]
+            x_even = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
+            x_odd = tl.load(x_ptrs + 1, mask=inside[:, None], other=0.0).to(tl.float32)
+            products = even * x_even[None, :, :] + odd * (x_odd * 0.0625)[None, :, :]
             added = added + (sums[m] + tl.sum(products, 2) * s.to(tl.float32),)
         sums = added
     for m in tl.static_range(M):
@@ -127,11 +128,11 @@ def _gemm_w4a16_kernel(
     groups = K // G
     s_ptrs = w_scale_ptr + columns * groups
     x_ptrs = x_ptr + rows[None, :] * stride_xm + tl.arange(0, G)[:, None]
-    w_ptrs = w_ptr + columns[:, None] * (K // 2) + tl.arange(0, G // 2)[None, :]
+    w_ptrs = w_ptr + columns[:, None] * (groups * (G // 2)) + tl.arange(0, G // 2)[None, :]
     out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for _ in range(0, groups):
         even, odd = _nibbles(tl.load(w_ptrs))
-        q = tl.join(even, odd).reshape(BLOCK_N, G).to(x_ptr.dtype.element_ty)  # exact
+        q = tl.join(even, odd * 0.0625).reshape(BLOCK_N, G).to(x_ptr.dtype.element_ty)  # exact
         sums = dot(q, tl.load(x_ptrs), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
         out += sums * tl.load(s_ptrs).to(tl.float32)[:, None]
         s_ptrs += 1
@@ -160,15 +161,15 @@ def launch_gemm_w4a16(
     tensors = (x, w, w_scale, *present(w_scale, bias, low, up), out)
     sizes = (N, K, 0 if up is None else up.shape[1], x.stride(0))
     G, block_r = K // w_scale.shape[1] if K else 32, branch_block(low, up)
-    if M <= FEW:
-        block_n, parts = (16, 32) if M <= 2 else (8, 32)
+    if M <= FEW.get(x.dtype, 2):
+        block_n = 16 if M == 1 else 8 if M == 2 else 4  # as many as registers hold
         _gemv_w4a16_kernel[(triton.cdiv(N, block_n),)](
             *tensors,
             *sizes,
             M=M,
             G=G,
             BLOCK_N=block_n,
-            PARTS=parts,
+            PARTS=32,
             BLOCK_R=block_r,
             HAS_BIAS=bias is not None,
             num_warps=4,

@@ -2,22 +2,22 @@
 
 a [M, K] int8 with unit stride in K, w [N, K / 2] uint8 and w_scale [N, K / G] 16-bit contiguous,
 a_scale [M] fp32, bias [N] floating or none, low [M, R] and up [N, R] contiguous or both none, out
-[M, N] contiguous. A program computes a BLOCK_M x BLOCK_N tile of out transposed, in steps of one
-group of K, and finds its rows' largest scales before.
+[M, N] contiguous.
 
-Transposed, because Hopper's tensor cores take their left operand from registers, where the folded
-weight is made, and the right one only from shared memory. Both columns of a byte pass through one
-multiplication, as q + 8 in the halves of a word:
+Up to MANY rows the weight is folded in registers: a program computes a BLOCK_M x BLOCK_N tile of
+out transposed, in steps of one group, and finds its rows' largest scales before. Transposed,
+because Hopper's tensor cores take their left operand from registers and the right one only from
+shared memory. Even and odd columns of a byte are interleaved, which moves bytes within a thread;
+two dots instead, over the even and the odd columns of a, would read a with a stride of two bytes.
 
-    (q + 8) f + (128 - 8 f) + 2^15 = (q f + 128) + 2^15              in [0, 2^16)
-
-so the halves never carry into each other; the upper byte of each, its top bit flipped, is w8. Even
-and odd columns are then interleaved, which moves bytes within a thread: two dots instead, over the
-even and the odd columns of a, would read a with a stride of two bytes.
+Folding takes some four instructions a weight and tile: on sm_90 they occupy the schedulers as long
+as 128 rows do the tensor cores, and all else comes on top. So for more rows than MANY the weight is
+folded once, to N x K int8 that live as long as the call, and gemm_w8a8's kernel does the rest.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 import triton
@@ -25,9 +25,11 @@ import triton.language as tl
 
 from ._common import narrow, present
 from ._gemm import GROUP, add_branch, branch_block, find_tile
+from .gemm_w8a8 import launch_gemm_w8a8
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even
 SCALES = tl.constexpr(32)  # of a row that are looked at together for their maximum
+MANY = 512
 
 
 @triton.jit
@@ -42,6 +44,59 @@ def _largest_scale(ptrs, groups, BLOCK_N: tl.constexpr):
         bad |= tl.max((s != s).to(tl.int32), 1)  # maxima may drop a NaN
         top = tl.maximum(top, tl.max(tl.where(s == s, s, 0.0), 1))
     return tl.where(bad == 0, top, float("nan"))
+
+
+@triton.jit
+def _factors(s, top):
+    """Return f in int32; 0 where the row has no largest scale, or an infinite one."""
+    used = (top > 0.0) & (top < float("inf"))
+    # div_rn: the plain division is approximate on GPUs, and every implementation has the same f.
+    f = (4096.0 * tl.div_rn(s, tl.where(used, top, 1.0)) + ROUND) - ROUND
+    return tl.where(used, f, 0.0).to(tl.int32)
+
+
+@triton.jit
+def _fold(packed, f):
+    """Return w8 of bytes [..., G / 2], columns in order, as int8 [..., G / 2, 2].
+
+    With q + 8, which is the four bits with the top one flipped, nothing needs its sign extended.
+    """
+    offset = 128 - 8 * f
+    bits = packed.to(tl.int32)
+    even = (((bits & 15) ^ 8) * f + offset) >> 8
+    odd = (((bits >> 4) ^ 8) * f + offset) >> 8
+    return tl.join(even.to(tl.int8), odd.to(tl.int8))
+
+
+@triton.jit
+def _fold_int4_kernel(
+    w_ptr,
+    w_scale_ptr,
+    w8_ptr,
+    top_ptr,
+    N,
+    groups,
+    G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Write w8 [N, K] and the scale of each of its rows; a program takes BLOCK_N of them."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(offs_n, N - 1).to(tl.int64)
+    top = _largest_scale(w_scale_ptr + rows * groups, groups, BLOCK_N)
+    tl.store(top_ptr + offs_n, top * 0.0625, mask=offs_n < N)
+    offs, offs_k = tl.arange(0, G // 2), tl.arange(0, STEP * G)
+    for start in range(0, groups, STEP):
+        group = start + tl.arange(0, STEP)
+        inside = (group < groups)[None, :]
+        at = rows[:, None] * groups + group[None, :]
+        f = _factors(tl.load(w_scale_ptr + at, mask=inside, other=0.0).to(tl.float32), top[:, None])
+        ptrs = w_ptr + at[:, :, None] * (G // 2) + offs[None, None, :]
+        packed = tl.load(ptrs, mask=inside[:, :, None], other=0)
+        w8 = _fold(packed, f[:, :, None]).reshape(BLOCK_N, STEP * G)
+        k = start * G + offs_k
+        mask = (offs_n < N)[:, None] & (k < groups * G)[None, :]
+        tl.store(w8_ptr + rows[:, None] * (groups * G) + k[None, :], w8, mask=mask)
 
 
 @triton.jit
@@ -72,21 +127,12 @@ def _gemm_w4a8_kernel(
     groups = K // G
     s_ptrs = w_scale_ptr + columns * groups
     top = _largest_scale(s_ptrs, groups, BLOCK_N)
-    used = (top > 0.0) & (top < float("inf"))  # elsewhere f is 0
-    divisor = tl.where(used, top, 1.0)
     a_ptrs = a_ptr + rows[None, :] * stride_am + tl.arange(0, G)[:, None]
-    w_ptrs = w_ptr + columns[:, None] * (K // 2) + tl.arange(0, G // 2)[None, :]
+    w_ptrs = w_ptr + columns[:, None] * (groups * (G // 2)) + tl.arange(0, G // 2)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     for _ in range(0, groups):
-        s = tl.load(s_ptrs).to(tl.float32)
-        # div_rn: the plain division is approximate on GPUs, and every implementation has the same f.
-        f = (4096.0 * tl.div_rn(s, divisor) + ROUND) - ROUND
-        f = tl.where(used, f, 0.0).to(tl.int32)
-        pairs = tl.load(w_ptrs).to(tl.int32)
-        pairs = ((pairs * 0x1001) & 0x000F000F) ^ 0x00080008
-        pairs = pairs * f[:, None] + ((32768 + 128 - 8 * f) * 0x10001)[:, None]
-        pairs ^= -0x7FFF8000
-        w = tl.join((pairs >> 8).to(tl.int8), (pairs >> 24).to(tl.int8)).reshape(BLOCK_N, G)
+        f = _factors(tl.load(s_ptrs).to(tl.float32), top)
+        w = _fold(tl.load(w_ptrs), f[:, None]).reshape(BLOCK_N, G)
         acc = tl.dot(w, tl.load(a_ptrs), acc, out_dtype=tl.int32)
         s_ptrs += 1
         a_ptrs += G
@@ -114,7 +160,15 @@ def launch_gemm_w4a8(
 ) -> None:
     """Fill `out`; shapes as in the module docstring, none of M and N zero."""
     (M, K), N = a.shape, w.shape[0]
-    block_m, block_n, warps = (16, 64, 4) if M <= 16 else (64, 64, 4) if M <= 64 else (128, 128, 8)
+    G = K // w_scale.shape[1] if K else 32
+    if M > MANY:
+        w8, top = w.new_empty((N, K), dtype=torch.int8), w.new_empty(N, dtype=torch.float32)
+        _fold_int4_kernel[(triton.cdiv(N, 8),)](
+            w, w_scale, w8, top, N, w_scale.shape[1], G=G, BLOCK_N=8, STEP=1024 // G, num_warps=4
+        )
+        launch_gemm_w8a8(a, a_scale, w8, top, bias, low, up, out)
+        return
+    block_m, block_n = (16 if M <= 16 else 64 if M <= 64 else 128), 64
     _gemm_w4a8_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
         a,
         a_scale,
@@ -127,12 +181,12 @@ def launch_gemm_w4a8(
         K,
         0 if up is None else up.shape[1],
         a.stride(0),
-        G=K // w_scale.shape[1] if K else 32,
+        G=G,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_R=branch_block(low, up),
         GROUP=GROUP,
         HAS_BIAS=bias is not None,
-        num_warps=warps,
+        num_warps=4,
         num_stages=4,
     )

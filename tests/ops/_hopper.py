@@ -77,7 +77,7 @@ def describe(value, path, constants, attributes):
 
 def compiled(kernel, args, kwargs, may_spill: int = 0) -> tuple[dict[str, int], str]:
     """Return (resources, what is wrong with them or "")."""
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages")}
+    options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in kwargs}
     names, constants, attributes = kernel.arg_names, {}, {}
     signature = {
         names[i]: describe(value, (i,), constants, attributes) for i, value in enumerate(args)
