@@ -27,8 +27,6 @@ import triton.language as tl
 from ._common import dot, narrow, present
 from ._gemm import GROUP, add_branch, branch_block, find_tile
 
-FEW = {torch.float32: 8}  # rows of the kernel without dots; 2 for other dtypes
-
 
 @triton.jit
 def _nibbles(packed):
@@ -69,8 +67,8 @@ def _gemv_w4a16_kernel(
     w_ptrs = w_ptr + columns[:, None, None] * (count * 16) + tl.arange(0, 16)[None, None, :]
     s_ptrs = w_scale_ptr + columns[:, None] * (K // G)
     sums = ()
-    for m in tl.static_range(M):
-        sums = sums + (tl.zeros([BLOCK_N, PARTS], tl.float32),)
+    for _ in tl.static_range(M):
+        sums += (tl.zeros([BLOCK_N, PARTS], tl.float32),)
     for start in range(0, count, PARTS):
         part = start + parts
         inside = part < count
@@ -83,7 +81,7 @@ def _gemv_w4a16_kernel(
             x_even = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
             x_odd = tl.load(x_ptrs + 1, mask=inside[:, None], other=0.0).to(tl.float32)
             products = even * x_even[None, :, :] + odd * (x_odd * 0.0625)[None, :, :]
-            added = added + (sums[m] + tl.sum(products, 2) * s.to(tl.float32),)
+            added += (sums[m] + tl.sum(products, 2) * s.to(tl.float32),)
         sums = added
     for m in tl.static_range(M):
         out = tl.sum(sums[m], 1)
@@ -161,7 +159,8 @@ def launch_gemm_w4a16(
     tensors = (x, w, w_scale, *present(w_scale, bias, low, up), out)
     sizes = (N, K, 0 if up is None else up.shape[1], x.stride(0))
     G, block_r = K // w_scale.shape[1] if K else 32, branch_block(low, up)
-    if M <= FEW.get(x.dtype, 2):
+    few = 8 if x.dtype == torch.float32 else 2
+    if few >= M:
         block_n = 16 if M == 1 else 8 if M == 2 else 4  # as many as registers hold
         _gemv_w4a16_kernel[(triton.cdiv(N, block_n),)](
             *tensors,

@@ -1,10 +1,10 @@
-"""Compile variants of the attention kernels for sm_90 as they are launched; no GPU needed.
+"""Compile variants of the attention and product kernels for sm_90 as launched; no GPU needed.
 
     python tests/ops/_hopper.py [PART_OF_A_NAME ...]
 
 Prints registers, bytes spilled per thread and bytes of shared memory of each; exits with 1 if one
-has no warpgroup products (wgmma), spills, or asks for more shared memory than there is. Not in a
-process that has imported Triton as an interpreter.
+has dots without tensor core instructions, spills, or asks for more shared memory than there is. Not
+in a process that has imported Triton as an interpreter.
 """
 
 import re
@@ -12,24 +12,38 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import triton
-from fewstep.kernels import _attention, attention_jvp, attention_jvp_backward
+from fewstep.kernels import (
+    _attention,
+    attention_jvp,
+    attention_jvp_backward,
+    gemm_w4a8,
+    gemm_w4a16,
+    gemm_w8a8,
+    quantize_int4,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED = 227 * 1024
+WGMMA = r"wgmma\.mma_async"
 TYPES = {
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.int32: "*i32",
 }
 KERNELS = {
     attention_jvp: ["_attention_jvp_fwd_kernel"],
     attention_jvp_backward: ["_attention_jvp_bwd_keys_kernel", "_attention_jvp_bwd_queries_kernel"],
+    gemm_w8a8: ["_gemm_w8a8_kernel"],
+    gemm_w4a8: ["_gemm_w4a8_kernel", "_fold_int4_kernel"],
+    gemm_w4a16: ["_gemm_w4a16_kernel", "_gemv_w4a16_kernel"],
+    quantize_int4: ["_quantize_int4_kernel"],
 }
 
 
@@ -43,15 +57,18 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
 
 
-def launches(module: ModuleType, launch) -> list:
+def launches(launch) -> list:
     """Return (kernel, args, kwargs) of every launch that `launch` makes."""
-    calls, kernels = [], {name: getattr(module, name) for name in KERNELS[module]}
+    calls = []
+    kernels = [
+        (module, name, getattr(module, name)) for module in KERNELS for name in KERNELS[module]
+    ]
     try:
-        for name, kernel in kernels.items():
+        for module, name, kernel in kernels:
             setattr(module, name, Recorder(kernel, calls))
         launch()
     finally:
-        for name, kernel in kernels.items():
+        for module, name, kernel in kernels:
             setattr(module, name, kernel)
     return calls
 
@@ -75,9 +92,9 @@ def describe(value, path, constants, attributes):
     return "fp32"
 
 
-def compiled(kernel, args, kwargs, may_spill: int = 0) -> tuple[dict[str, int], str]:
+def compiled(kernel, args, kwargs, may_spill=0, products=WGMMA) -> tuple[dict[str, int], str]:
     """Return (resources, what is wrong with them or "")."""
-    options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages", "maxnreg") if n in kwargs}
+    options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages") if n in kwargs}
     names, constants, attributes = kernel.arg_names, {}, {}
     signature = {
         names[i]: describe(value, (i,), constants, attributes) for i, value in enumerate(args)
@@ -103,8 +120,9 @@ def compiled(kernel, args, kwargs, may_spill: int = 0) -> tuple[dict[str, int], 
         "shared": result.metadata.shared,
     }
     wrong = []
-    if "wgmma.mma_async" not in result.asm["ptx"]:
-        wrong.append("no wgmma")
+    has_dots = "tt.dot " in result.asm["ttir"]
+    if has_dots and products and not re.search(products, result.asm["ptx"]):
+        wrong.append(f"no {products}")
     if resources["spilled"] > may_spill:
         wrong.append("spills")
     if resources["shared"] > SHARED:
@@ -152,7 +170,6 @@ def forward(d, directions=1, static=False, **options):
         rows, rows.new_empty((directions, *rows.shape)), rows if masks.additive else None,
     )  # fmt: skip
     return launches(
-        attention_jvp,
         lambda: attention_jvp.launch_attention_jvp(primals, tangents, masks, outputs, 0.3),
     )
 
@@ -171,11 +188,34 @@ def backward(d, plain=False, **options):
         gradients = (*primals, None, None, None)
         tangents, cotangents, stats = [None] * 3, (q, None), (rows, None, None, None, rows)
     return launches(
-        attention_jvp_backward,
         lambda: attention_jvp_backward.launch_attention_jvp_backward(
             cotangents, primals, tangents, stats, masks, gradients, 0.3
         ),
     )
+
+
+def product(module, M, group=64, dtype=torch.bfloat16, R=32):
+    """Return the launches of a low-bit product with bias, and a branch where R is not 0."""
+    N, K = 3072, 4096
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    a, scale = new(M, K, dtype=torch.int8), new(M, dtype=torch.float32)
+    w = new(N, K // 2, dtype=torch.uint8), new(N, K // group, dtype=torch.bfloat16)
+    if module is gemm_w8a8:
+        w = new(N, K, dtype=torch.int8), new(N, dtype=torch.float32)
+    left = (new(M, K),) if module is gemm_w4a16 else (a, scale)
+    branch = (new(M, R), new(N, R)) if R else (None, None)
+    launch = getattr(module, "launch_" + module.__name__.rpartition(".")[2])
+    return launches(lambda: launch(*left, *w, new(N), *branch, new(M, N)))
+
+
+def quantize(group, dtype):
+    """Return the launches of the 4-bit quantisation of a weight."""
+    w = torch.empty((3072, 4096), dtype=dtype, device="meta")
+    q, scale = w.new_empty((3072, 2048), dtype=torch.uint8), w.new_empty((3072, 4096 // group))
+    return launches(lambda: quantize_int4.launch_quantize_int4(w, q, scale.bfloat16()))
 
 
 # What is known to spill, bytes a thread at most.
@@ -216,7 +256,39 @@ VARIANTS = {
     "backward 128 keys": lambda: backward(128, mask="keys"),
     "backward 128 additive": lambda: backward(128, mask="additive"),
     "backward 256": lambda: backward(256),
+    "gemm_w8a8 16": lambda: product(gemm_w8a8, 16),
+    "gemm_w8a8 4096": lambda: product(gemm_w8a8, 4096),
+    "gemm_w8a8 4096 float32": lambda: product(gemm_w8a8, 4096, dtype=torch.float32),
+    "gemm_w8a8 4096 alone": lambda: product(gemm_w8a8, 4096, R=0),
+    "gemm_w4a8 16": lambda: product(gemm_w4a8, 16),
+    "gemm_w4a8 64 group 128": lambda: product(gemm_w4a8, 64, group=128),
+    "gemm_w4a8 512": lambda: product(gemm_w4a8, 512),
+    "gemm_w4a8 512 float32": lambda: product(gemm_w4a8, 512, dtype=torch.float32),
+    "gemm_w4a8 512 group 32": lambda: product(gemm_w4a8, 512, group=32, dtype=torch.float16),
+    "gemm_w4a8 512 group 128": lambda: product(gemm_w4a8, 512, group=128),
+    "gemm_w4a8 4096 group 32": lambda: product(gemm_w4a8, 4096, group=32),
+    "gemm_w4a8 4096 group 128": lambda: product(gemm_w4a8, 4096, group=128),
+    "gemm_w4a16 1": lambda: product(gemm_w4a16, 1),
+    "gemm_w4a16 2": lambda: product(gemm_w4a16, 2, group=32),
+    "gemm_w4a16 8 float32": lambda: product(gemm_w4a16, 8, dtype=torch.float32),
+    "gemm_w4a16 8": lambda: product(gemm_w4a16, 8),
+    "gemm_w4a16 64 group 32": lambda: product(gemm_w4a16, 64, group=32, dtype=torch.float16),
+    "gemm_w4a16 1024": lambda: product(gemm_w4a16, 1024),
+    "gemm_w4a16 1024 group 128": lambda: product(gemm_w4a16, 1024, group=128),
+    "gemm_w4a16 1024 float32": lambda: product(gemm_w4a16, 1024, dtype=torch.float32),
+    "quantize_int4 32": lambda: quantize(32, torch.float32),
+    "quantize_int4 128": lambda: quantize(128, torch.bfloat16),
 }
+# Tiles of few rows do without warpgroups; a product that keeps float32's accuracy without either.
+ANY_TENSOR_CORES = rf"{WGMMA}|mma\.sync"
+WITHOUT_TENSOR_CORES = ("gemm_w4a16 1024 float32",)
+
+
+def products_of(name: str) -> str | None:
+    """Return what the PTX of a variant's dots must hold."""
+    if name in WITHOUT_TENSOR_CORES:
+        return None
+    return ANY_TENSOR_CORES if name.startswith("gemm") else WGMMA
 
 
 def main(parts: list[str]) -> int:
@@ -226,7 +298,9 @@ def main(parts: list[str]) -> int:
         if parts and not any(part in name for part in parts):
             continue
         for kernel, args, kwargs in variant():
-            resources, wrong = compiled(kernel, args, kwargs, SPILLED.get(name, 0))
+            resources, wrong = compiled(
+                kernel, args, kwargs, SPILLED.get(name, 0), products_of(name)
+            )
             failures += bool(wrong)
             print(name, kernel.fn.__name__, resources, wrong, flush=True)
     return failures

@@ -458,7 +458,7 @@ def test_compiles_for_hopper():
     """No spills, shared memory that there is, tensor cores; see `_hopper.py`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     child = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("_hopper.py"))],
+        [sys.executable, str(Path(__file__).with_name("_hopper.py")), "forward", "backward"],
         env=environment,
         capture_output=True,
         text=True,

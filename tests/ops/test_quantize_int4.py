@@ -8,7 +8,7 @@ from fewstep.ops._register import DerivativeError
 from fewstep.ops.quantize_int4 import pack_nibbles, unpack_nibbles
 from helpers import DEVICES, padded, padding_intact, row_sliced, strided
 
-IMPLS = ["reference", "native"]
+IMPLS = ["reference", "native", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GROUPS = [32, 64, 128]
 ISAS = ["portable", "avx2", "avx512"]

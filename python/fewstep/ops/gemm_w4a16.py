@@ -11,11 +11,11 @@ down, up, low         the low-rank branch, its error and the derivatives: `ops/_
 q s is exact in float32 (4 + 11 bits). Sums are float32 in any order and grouping, so without a
 branch and before the rounding to x's dtype
 
-    |out - exact| <= (K + 2) 2^-24 sum_k |x_mk q_nk s_ng| + 2^-24 |exact|;
+    |out - exact| <= (K + 2) 2^-24 sum_k |x_mk q_nk s_ng| + 2^-24 |exact|,
 
-Triton multiplies q s rounded to x's dtype where x has 16 bits, as tensor cores want: 2^-8
-(bfloat16) or 2^-11 (float16) of each term more. Modulation layers (adaLN), time and text embeddings
-have one row per image; for many rows `gemm_w4a8` has eight times the arithmetic rate of float32.
+for 16-bit x too: tensor cores multiply x by q, which is exact, and a group's sum is scaled in
+float32. Modulation layers (adaLN), time and text embeddings have one row per image; for many rows
+`gemm_w4a8` has eight times the arithmetic rate of float32.
 """
 
 from __future__ import annotations
