@@ -22,6 +22,7 @@ from fewstep.kernels import (
     gemm_w4a8,
     gemm_w4a16,
     gemm_w8a8,
+    quantize_fp8,
     quantize_int4,
 )
 from triton.backends.compiler import GPUTarget
@@ -44,6 +45,7 @@ KERNELS = {
     gemm_w4a8: ["_gemm_w4a8_kernel", "_fold_int4_kernel"],
     gemm_w4a16: ["_gemm_w4a16_kernel", "_gemv_w4a16_kernel"],
     quantize_int4: ["_quantize_int4_kernel"],
+    quantize_fp8: ["_quantize_fp8_kernel"],
 }
 
 
@@ -211,6 +213,13 @@ def product(module, M, group=64, dtype=torch.bfloat16, R=32):
     return launches(lambda: launch(*left, *w, new(N), *branch, new(M, N)))
 
 
+def quantize_blocks(size, dtype):
+    """Return the launches of the e4m3 quantisation of rows, in blocks of `size`."""
+    x = torch.empty((4096, 3072), dtype=dtype, device="meta")
+    q, scale = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((4096, 3072 // size)).float()
+    return launches(lambda: quantize_fp8.launch_quantize_fp8(x, q, scale, size))
+
+
 def quantize(group, dtype):
     """Return the launches of the 4-bit quantisation of a weight."""
     w = torch.empty((3072, 4096), dtype=dtype, device="meta")
@@ -278,6 +287,8 @@ VARIANTS = {
     "gemm_w4a16 1024 float32": lambda: product(gemm_w4a16, 1024, dtype=torch.float32),
     "quantize_int4 32": lambda: quantize(32, torch.float32),
     "quantize_int4 128": lambda: quantize(128, torch.bfloat16),
+    "quantize_fp8 row": lambda: quantize_blocks(3072, torch.bfloat16),
+    "quantize_fp8 128": lambda: quantize_blocks(128, torch.float32),
 }
 # Tiles of few rows do without warpgroups; a product that keeps float32's accuracy without either.
 ANY_TENSOR_CORES = rf"{WGMMA}|mma\.sync"

@@ -32,6 +32,14 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_KERNEL_DTYPES, torch.float64)
 
 
+def expect_rows(x: Tensor) -> None:
+    """Refuse what is not floating [..., K]."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("x: expected [..., K] with at least one axis, got a 0-d tensor")
+
+
 def _outputs(x: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=dtype)
@@ -97,10 +105,7 @@ def quantize_int8(x: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
         UnsupportedError: `impl` can't serve this tensor.
         DerivativeError: x carries a tangent or requires grad.
     """
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
-    if x.dim() == 0:
-        raise ValueError("x: expected [..., K] with at least one axis, got a 0-d tensor")
+    expect_rows(x)
     return _op(x, select("quantize_int8", impl, IMPLEMENTATIONS, x))
 
 

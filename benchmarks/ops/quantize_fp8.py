@@ -1,0 +1,56 @@
+"""quantize_fp8: rows to e4m3, with a scale for each or for each 128 neighbours.
+
+Each row is read once from memory (the second read comes from the cache) and its e4m3 form written.
+The baselines are the same formula in eager torch and compiled.
+"""
+
+import torch
+from torch import Tensor
+
+from fewstep import ops
+from fewstep.bench import Benchmark, Case, baseline, copy_limit, implementations
+
+CASES = [
+    Case("SDXL 1280 channels", {"M": 1024, "K": 1280, "block": 0}, torch.bfloat16, quick=True),
+    Case("SDXL 1280 channels, blocks", {"M": 1024, "K": 1280, "block": 128}, torch.bfloat16),
+    Case("FLUX.1 1024px", {"M": 4096, "K": 3072, "block": 0}, torch.bfloat16),
+    Case("FLUX.1 1024px, blocks", {"M": 4096, "K": 3072, "block": 128}, torch.bfloat16, ("cuda",)),
+]
+
+
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, int | None]:
+    x = torch.randn(case["M"], case["K"], device=device).to(case.dtype)
+    return x, case["block"] or None
+
+
+def eager(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
+    blocks = x.float().unflatten(-1, (-1, block or x.shape[-1]))
+    scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
+    q = (blocks / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return q.flatten(-2), scale[..., 0]
+
+
+def flops(case: Case) -> float:
+    return 4.0 * case["M"] * case["K"]
+
+
+def bytes_moved(case: Case) -> float:
+    scales = case["K"] // case["block"] if case["block"] else 1
+    return case["M"] * (case["K"] * (case.dtype.itemsize + 1.0) + 4 * scales)
+
+
+BENCHMARK = Benchmark(
+    "quantize_fp8",
+    CASES,
+    inputs,
+    [
+        *implementations(
+            "quantize_fp8", lambda x, block, impl: ops.quantize_fp8(x, block=block, impl=impl)
+        ),
+        baseline("torch eager", eager),
+        baseline("torch.compile", torch.compile(eager, dynamic=False)),
+        copy_limit(),
+    ],
+    flops,
+    bytes_moved,
+)

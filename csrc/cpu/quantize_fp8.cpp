@@ -1,0 +1,127 @@
+// quantize_fp8 on the CPU: rows over threads, a block at a time. As in quantize_row.h the maximum
+// is taken on the bits without the sign. The loops are plain and vectorised by the compiler, once
+// for every instruction set; the division is a real one, because the contract is to the bit.
+#include "fewstep/ops/quantize_fp8.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "fewstep/check.h"
+#include "fewstep/cpu/quantize_row.h"
+#include "fewstep/dispatch.h"
+
+namespace fewstep::cpu {
+namespace {
+
+// The bits of x in e4m3, to nearest even, at most 448. Both roundings, so that there is no branch.
+[[gnu::always_inline]] inline std::uint8_t round_to_e4m3(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const std::uint32_t sign = bits >> 24 & 0x80;
+    bits &= 0x7fffffff;
+    bits = bits > 0x43e00000 ? 0x43e00000 : bits;  // 448
+    const std::uint32_t normal = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - ((127 - 7) << 3);
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    // Below 2^-6 the step is 2^-9, as it is for float32 from 2^14 on.
+    const float shifted = magnitude + 0x1p14f;
+    std::uint32_t small;
+    std::memcpy(&small, &shifted, sizeof small);
+    small -= 0x46800000;
+    return static_cast<std::uint8_t>((bits < 0x3c800000 ? small : normal) | sign);
+}
+
+// Fills q[0 ... n) and returns the scale.
+template <typename T>
+[[gnu::always_inline]] inline float quantize_block(const T* x, std::uint8_t* q, std::int64_t n) {
+    const auto bits = quantize::max_magnitude(x, n);
+    T top;
+    std::memcpy(&top, &bits, sizeof top);
+    const float amax = to_acc(top);
+    const bool finite = bits < quantize::Bits<T>::kInfinity;
+    if (!finite || amax < kQuantizeFp8Tiny) {
+        if (n > 0) std::memset(q, 0, static_cast<std::size_t>(n));
+        return finite ? 1.0f : std::numeric_limits<float>::quiet_NaN();
+    }
+    const float scale = amax / kQuantizeFp8Top;
+    for (std::int64_t i = 0; i < n; ++i) q[i] = round_to_e4m3(to_acc(x[i]) / scale);
+    return scale;
+}
+
+template <typename T>
+[[gnu::always_inline]] inline void quantize_row(const T* x, std::uint8_t* q, float* scale,
+                                                std::int64_t columns, std::int64_t size,
+                                                std::int64_t blocks) {
+    for (std::int64_t b = 0; b < blocks; ++b) {
+        const std::int64_t start = b * size;
+        scale[b] = quantize_block(x + start, q + start, std::min(size, columns - start));
+    }
+}
+
+template <typename T>
+using RowFunction = void (*)(const T*, std::uint8_t*, float*, std::int64_t, std::int64_t,
+                             std::int64_t);
+
+#if defined(__x86_64__)
+template <typename T>
+FEWSTEP_TARGET_AVX512 void row_avx512(const T* x, std::uint8_t* q, float* scale,
+                                      std::int64_t columns, std::int64_t size,
+                                      std::int64_t blocks) {
+    quantize_row(x, q, scale, columns, size, blocks);
+}
+template <typename T>
+FEWSTEP_TARGET_AVX2 void row_avx2(const T* x, std::uint8_t* q, float* scale, std::int64_t columns,
+                                  std::int64_t size, std::int64_t blocks) {
+    quantize_row(x, q, scale, columns, size, blocks);
+}
+#endif
+template <typename T>
+void row_portable(const T* x, std::uint8_t* q, float* scale, std::int64_t columns,
+                  std::int64_t size, std::int64_t blocks) {
+    quantize_row(x, q, scale, columns, size, blocks);
+}
+
+template <typename T>
+RowFunction<T> choose_row() {
+#if defined(__x86_64__)
+    if (isa() == Isa::kAvx512) return row_avx512<T>;
+    if (isa() == Isa::kAvx2) return row_avx2<T>;
+#endif
+    return row_portable<T>;
+}
+
+template <typename T>
+void quantize_rows(const TensorView& x, const TensorView& q, const TensorView& scale,
+                   std::int64_t size) {
+    constexpr std::int64_t kWorthThreads = 1 << 14;
+    const RowFunction<T> row = choose_row<T>();
+    const std::int64_t rows = x.size(0), columns = x.size(1), blocks = scale.size(1);
+#pragma omp parallel for schedule(static) if (rows * columns > kWorthThreads)
+    for (std::int64_t r = 0; r < rows; ++r) {
+        row(x.ptr<T>() + r * x.stride(0), q.ptr<std::uint8_t>() + r * columns,
+            scale.ptr<float>() + r * blocks, columns, size, blocks);
+    }
+}
+
+}  // namespace
+
+void quantize_fp8(const TensorView& x, const TensorView& q, const TensorView& scale,
+                  std::int64_t size) {
+    const std::int64_t R = x.size(0), K = x.size(1), blocks = scale.size(1);
+    FEWSTEP_CHECK(size > 0 && blocks == std::max<std::int64_t>((K + size - 1) / size, 1),
+                  "scale: expected [R, ceil(K / size)] for K = ", K, " and size = ", size, ", got ",
+                  blocks, " columns");
+    expect_rows(x, "x", x.dtype, {R, K});
+    expect_contiguous(q, "q", DType::kUInt8, {R, K});
+    expect_contiguous(scale, "scale", DType::kFloat32, {R, blocks});
+    switch (x.dtype) {
+        case DType::kFloat32: return quantize_rows<float>(x, q, scale, size);
+        case DType::kBFloat16: return quantize_rows<bfloat16>(x, q, scale, size);
+        case DType::kFloat16: return quantize_rows<float16>(x, q, scale, size);
+        default:
+            FEWSTEP_CHECK(false, "x: expected float32, bfloat16 or float16, got ", name(x.dtype));
+    }
+}
+
+}  // namespace fewstep::cpu
