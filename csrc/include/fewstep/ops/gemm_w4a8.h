@@ -1,0 +1,22 @@
+// gemm_w4a8: int8 activations x 4-bit weights, the scales of the groups folded into int8.
+//
+//   top_n = max_g s_ng     f_ng = round(4096 (s_ng / top_n))     w8_nk = (q_nk f_ng + 128) >> 8
+//   out   = gemm_w8a8 with w8 in place of w and top / 16 in place of w_scale
+//
+// a, a_scale, bias, low, up and out as in gemm_w8a8.h; w_scale is s, [N, K / G] bfloat16 or
+// float16, contiguous, G 32, 64 or 128. A scale that is NaN makes its column NaN; without groups
+// (K = 0) top is 16.
+//
+// packed: uint8 [ceil(N / 16) * 16, K / 2 + 2 K / G] bytes in panels of 64 columns (the last one
+// narrower, a multiple of 16). A panel of width W is q + 8 as [K / 8][W][4] bytes, k 0-3 of an
+// eight in the low halves and k 4-7 in the high ones, then f as int16 [K / G][W]. Padding columns
+// may hold anything. They are expanded to the layout of gemm_w8a8 in a task.
+#pragma once
+
+#include "fewstep/tensor.h"
+
+namespace fewstep::cpu {
+void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView& packed,
+               const TensorView& w_scale, const TensorView* bias, const TensorView* low,
+               const TensorView* up, const TensorView& out);
+}
