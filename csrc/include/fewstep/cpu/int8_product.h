@@ -24,7 +24,6 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "fewstep/check.h"
@@ -32,6 +31,7 @@
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/low_rank.h"
 #include "fewstep/cpu/quantize_row.h"
+#include "fewstep/cpu/thread_scratch.h"
 #include "fewstep/dispatch.h"
 #include "fewstep/ops/gemm_w8a8.h"
 
@@ -314,27 +314,6 @@ void multiply_slice(const Operands& p, const Task& task, const std::uint8_t* byt
         choose_tile<Out>(isa, tile.rows, tile.vectors)(tile, f, out + m * p.N + task.n);
     }
 }
-
-// Elements for every thread, uninitialised and aligned to cache lines.
-template <typename T>
-class ThreadScratch {
-  public:
-    ThreadScratch(int threads, std::int64_t elements)
-        : bytes_((elements * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64),
-          data_(bytes_ == 0 ? nullptr
-                            : ::operator new(static_cast<std::size_t>(threads * bytes_), kAlign)) {}
-    ThreadScratch(const ThreadScratch&) = delete;
-    ThreadScratch& operator=(const ThreadScratch&) = delete;
-    ~ThreadScratch() { ::operator delete(data_, kAlign); }
-    T* of_thread(int thread) const {
-        return reinterpret_cast<T*>(static_cast<char*>(data_) + thread * bytes_);
-    }
-
-  private:
-    static constexpr std::align_val_t kAlign{64};
-    std::int64_t bytes_;
-    void* data_;
-};
 
 // Calls prepare(m) for every row, then multiplies.
 template <typename Out, typename Source, typename Prepare>

@@ -20,26 +20,31 @@ inline void widen(const TensorView& view, const char* argument, std::int64_t off
     });
 }
 
+// Refuses a branch that is not low [M, R] and up [N, R], both or neither; returns R, 0 without one.
+inline std::int64_t expect_branch(const TensorView* low, const TensorView* up, std::int64_t M,
+                                  std::int64_t N) {
+    FEWSTEP_CHECK((low == nullptr) == (up == nullptr), "low, up: expected both or neither, got ",
+                  low == nullptr ? "up" : "low", " alone");
+    if (low == nullptr) return 0;
+    const std::int64_t rank = low->size(1);
+    for (const TensorView* view : {low, up}) {
+        const char* const argument = view == low ? "low" : "up";
+        FEWSTEP_CHECK(view->dtype == DType::kFloat32 || view->dtype == DType::kBFloat16 ||
+                          view->dtype == DType::kFloat16,
+                      argument, ": expected float32, bfloat16 or float16, got ", name(view->dtype));
+        expect_contiguous(*view, argument, view->dtype, {view == low ? M : N, rank});
+    }
+    return rank;
+}
+
 class LowRank {
   public:
     static constexpr std::int64_t kPanel = 64;
 
     // low [M, R] and up [N, R], both or neither.
     LowRank(const TensorView* low, const TensorView* up, std::int64_t M, std::int64_t N)
-        : low_(low), up_(up) {
-        FEWSTEP_CHECK((low == nullptr) == (up == nullptr),
-                      "low, up: expected both or neither, got ", low == nullptr ? "up" : "low",
-                      " alone");
+        : low_(low), up_(up), rank_(expect_branch(low, up, M, N)) {
         if (low == nullptr) return;
-        rank_ = low->size(1);
-        for (const TensorView* view : {low, up}) {
-            FEWSTEP_CHECK(view->dtype == DType::kFloat32 || view->dtype == DType::kBFloat16 ||
-                              view->dtype == DType::kFloat16,
-                          view == low ? "low" : "up",
-                          ": expected float32, bfloat16 or float16, got ", name(view->dtype));
-        }
-        expect_contiguous(*low, "low", low->dtype, {M, rank_});
-        expect_contiguous(*up, "up", up->dtype, {N, rank_});
         if (low->dtype == DType::kFloat32) {
             rows_ = low->ptr<float>();
         } else {
@@ -73,7 +78,7 @@ class LowRank {
   private:
     const TensorView* low_;
     const TensorView* up_;
-    std::int64_t rank_ = 0;
+    std::int64_t rank_;
     const float* rows_ = nullptr;
     std::unique_ptr<float[]> wide_;
 };
