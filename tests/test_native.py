@@ -9,6 +9,7 @@ X, Y, SHORT = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 4)
 PARTIALS, METRIC = torch.empty(2, 1, 2, dtype=torch.float64), torch.empty(2)
 W = torch.ones(5, 8, dtype=torch.int8)
 A, A_SCALE, W_SCALE = torch.ones(3, 8, dtype=torch.int8), torch.ones(3), torch.ones(5)
+UP, LOW = torch.ones(5, 2), torch.ones(3, 2)
 PACKED, OUT = ops.module("gemm_w8a8").pack_w8(W), torch.empty(3, 5)
 Q, TQ = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 2, 3, 8)
 K, TK = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 1, 3, 8)
@@ -25,7 +26,7 @@ def put(values, index, value):
 CALLS = {
     "cache_metric": (X, Y, None, None, PARTIALS, METRIC),
     "quantize_int8": (X[0], torch.empty(3, 8, dtype=torch.int8), torch.empty(3)),
-    "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, OUT),
+    "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, LOW, UP, OUT),
     "attention_jvp": (
         *(Q, K, K, TQ, TK, TK, MASK, MASK[None], None, None, False),
         *(OUT4, T_OUT4, STAT, T_STAT, STAT, 1.0),
@@ -58,7 +59,12 @@ BAD = [
     ("gemm_w8a8", 2, PACKED[:, :4], "packed: expected size 8"),
     ("gemm_w8a8", 3, torch.ones(10)[::2], "w_scale: expected unit stride"),
     ("gemm_w8a8", 4, torch.ones(4), "bias: expected size 5"),
-    ("gemm_w8a8", 5, torch.empty(3, 9)[:, :5], "out: expected a contiguous tensor"),
+    ("gemm_w8a8", 5, None, "low, up: expected both or neither, got up alone"),
+    ("gemm_w8a8", 5, LOW.double(), "low: expected float32, bfloat16 or float16, got float64"),
+    ("gemm_w8a8", 5, LOW[:2], "low: expected size 3 in axis 0"),
+    ("gemm_w8a8", 6, None, "low, up: expected both or neither, got low alone"),
+    ("gemm_w8a8", 6, torch.ones(5, 3), "up: expected size 2 in axis 1"),
+    ("gemm_w8a8", 7, torch.empty(3, 9)[:, :5], "out: expected a contiguous tensor"),
     ("attention_jvp", 1, torch.randn(1, 3, 3, 8), "k: expected heads that divide those of q, 2"),
     ("attention_jvp", 2, torch.randn(1, 1, 2, 8), "v: expected size 3 in axis 2"),
     ("attention_jvp", 3, Q, "t_q: expected 5 axes, got 4"),

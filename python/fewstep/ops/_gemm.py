@@ -10,10 +10,11 @@ down  [R, K]        x's dtype: low is then torch's own product, in x's dtype, or
 low   [..., M, R]   floating: computed before, as where x is given as integers
 
 The branch holds what quantising a weight would lose of its largest directions (SVDQuant, arXiv
-2411.05007), or a LoRA. Its sum is added in float32, r = 0, 1, ... in order, after the bias: with
-the op's own bound e, before the rounding to out_dtype,
+2411.05007), or a LoRA. Its products are added in float32: in gemm_w8a8 and gemm_w4a8 one by one to
+what the bias leaves, in gemm_w4a16 to partial sums of the product. With the op's own bound e,
+before the rounding to out_dtype,
 
-    |y - exact| <= e + (R + 2) 2^-24 (|exact| + sum_r |low_mr up_nr|).
+    |y - exact| <= e + (R + 6) 2^-24 (|exact| + sum_r |low_mr up_nr|).
 
 Derivatives take the rounding of x for the identity (straight-through), W and the scales for
 constants: d_x = d_y W + (d_y up) down. That is what trains a LoRA over a quantised layer, and the
