@@ -15,7 +15,7 @@ The scales of the groups are folded into an int8 weight with one scale per colum
 `gemm_w8a8`'s, on any machine that has one: no promotion of sums group by group. f is taken with one
 float32 division and rounded to nearest, ties to even; q f fits 16 bits, the shift rounds down, and
 |w8| <= 128: every implementation makes the same integers. Against q s the fold rounds by at most
-1/2 + 7/512 of 1/112 of the row's largest weight; docs/ops/gemm_w4a8.md measures it.
+1/2 + 1/64 of top / 16, a 112th of the largest weight 7 top; docs/ops/gemm_w4a8.md measures it.
 
 Without `a_scale`, `a` is floating and is quantised first, as by `quantize_int8`, in the same call.
 Sums, scaling and their error are `gemm_w8a8`'s. `pack_w4(w, w_scale)` rearranges a weight once for
