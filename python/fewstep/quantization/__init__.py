@@ -7,6 +7,8 @@ handle.undo()
 
 from __future__ import annotations
 
+from .allocate import allocate
+from .calibration import Calibration, calibrate
 from .linear import QuantLinear, W4A8Linear, W4A16Linear, W8A8Linear
 from .plan import Plan
 from .replace import QuantizedModules, choose_layers, default_skip, quantize
@@ -14,6 +16,7 @@ from .scheme import KINDS, Scheme
 
 __all__ = [
     "KINDS",
+    "Calibration",
     "Plan",
     "QuantLinear",
     "QuantizedModules",
@@ -21,6 +24,8 @@ __all__ = [
     "W4A8Linear",
     "W4A16Linear",
     "W8A8Linear",
+    "allocate",
+    "calibrate",
     "choose_layers",
     "default_skip",
     "quantize",

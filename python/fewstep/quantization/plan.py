@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,21 @@ class Plan:
     model     class name of the model that it was made for
     layers    name -> scheme, or None to leave the layer alone
     shapes    name -> [out, in]
+    notes     where it comes from, JSON-ready
     """
 
     model: str
     layers: Mapping[str, Scheme | None]
     shapes: Mapping[str, tuple[int, int]]
+    notes: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, model: nn.Module, layers: Mapping[str, Scheme | str | None]) -> Plan:
+    def of(
+        cls,
+        model: nn.Module,
+        layers: Mapping[str, Scheme | str | None],
+        notes: Mapping[str, Any] | None = None,
+    ) -> Plan:
         """Return the plan that gives some layers of `model` a scheme and leaves the others.
 
         Raises:
@@ -49,7 +56,7 @@ class Plan:
             name: None if layers.get(name) is None else Scheme.parse(layers[name])
             for name in shapes
         }
-        return cls(type(model).__name__, parsed, shapes)
+        return cls(type(model).__name__, parsed, shapes, dict(notes or {}))
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless this plan is for a model with these layers."""
@@ -74,6 +81,7 @@ class Plan:
             "model": self.model,
             "layers": {n: None if s is None else str(s) for n, s in self.layers.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "notes": dict(self.notes),
         }
 
     @classmethod
@@ -91,6 +99,7 @@ class Plan:
                 str(data["model"]),
                 {n: None if s is None else Scheme.parse(s) for n, s in layers.items()},
                 {name: (int(out), int(inputs)) for name, (out, inputs) in shapes.items()},
+                dict(data.get("notes", {})),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(

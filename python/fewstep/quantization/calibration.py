@@ -1,0 +1,177 @@
+"""What a model's linear layers see while it denoises: samples of their inputs, and whole calls.
+
+    calls = [{"prompt": prompt, "num_inference_steps": 4} for prompt in prompts]
+    calibration = fewstep.quantization.calibrate(pipe, calls)
+
+Activations drift along the denoising path, so what is kept is drawn evenly from all evaluations of
+all calls: every row that a layer has seen is equally likely (reservoir sampling; Vitter, 1985), at
+every step of the grid that the pipeline will use. That is the point of PTQ4DM (arXiv 2211.15736)
+and EDA-DM (arXiv 2401.04585), which choose among hundreds of steps; few-step pipelines have a
+handful, and all of them count. The draw is seeded: the same calls give the same samples.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DENOISERS = ("transformer", "unet")
+
+
+@dataclass
+class Calibration:
+    """What `calibrate` has seen.
+
+    inputs        layer -> rows [R, K] of its input, float32 on the CPU
+    rows          layer -> rows that one evaluation of the model gives it, on average
+    evaluations   (args, kwargs) of calls of the model, on the CPU
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, float] = field(default_factory=dict)
+    evaluations: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+class _Reservoir:
+    """A uniform sample of all rows that come by."""
+
+    def __init__(self, size: int, generator: torch.Generator) -> None:
+        self.size, self.generator = size, generator
+        self.kept: Tensor | None = None
+        self.seen = 0
+
+    def add(self, rows: Tensor) -> None:
+        count = rows.shape[0]
+        order = torch.arange(self.seen, self.seen + count)
+        # The n-th row (from 0) takes a place that is uniform in 0..n; beyond the size it is lost.
+        places = (torch.rand(count, generator=self.generator) * (order + 1)).long()
+        places = torch.where(order < self.size, order, places)
+        self.seen += count
+        if self.kept is None:
+            self.kept = rows.new_zeros((0, rows.shape[1]), dtype=torch.float32, device="cpu")
+        missing = min(self.seen, self.size) - self.kept.shape[0]
+        if missing:
+            self.kept = torch.cat([self.kept, self.kept.new_zeros((missing, rows.shape[1]))])
+        hits = (places < self.size).nonzero()[:, 0]
+        # Of several rows for one place the last one stays, as if they had come one by one.
+        for place, row in zip(places[hits].tolist(), hits.tolist(), strict=True):
+            self.kept[place] = rows[row].float().cpu()
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """Return the model that a pipeline evaluates in every step; a module is its own.
+
+    Raises:
+        TypeError: neither a module nor a pipeline with a transformer or unet.
+    """
+    if isinstance(pipe, nn.Module):
+        return pipe
+    for name in DENOISERS:
+        model = getattr(pipe, name, None)
+        if isinstance(model, nn.Module):
+            return model
+    raise TypeError(
+        f"pipe: expected a module, or a pipeline with one of {', '.join(DENOISERS)}, got "
+        f"{type(pipe).__name__}"
+    )
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {name: _to_cpu(item) for name, item in value.items()}
+    return type(value)(map(_to_cpu, value)) if isinstance(value, (list, tuple)) else value
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return a nest of tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: to_device(item, device) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+@torch.no_grad()
+def calibrate(
+    pipe: Any,
+    calls: Iterable[Mapping[str, Any]],
+    *,
+    rows: int = 256,
+    evaluations: int = 8,
+    seed: int = 0,
+) -> Calibration:
+    """Run `pipe(**call)` for every call and keep samples of what its linear layers see.
+
+    Args:
+        pipe: a pipeline, or the model itself.
+        calls: keyword arguments; 4 to 16 calls with different prompts and seeds.
+        rows: rows kept of each layer's input.
+        evaluations: whole evaluations of the model kept, for errors at its output.
+        seed: of the draw.
+
+    Returns:
+        The samples. The pipeline is as it was.
+
+    Raises:
+        TypeError: no pipeline and no module.
+        ValueError: rows or evaluations below 1, no call at all, or a call that never reaches the
+            model.
+    """
+    for name, value in (("rows", rows), ("evaluations", evaluations)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    model = denoiser_of(pipe)
+    generator = torch.Generator().manual_seed(seed)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    reservoirs = {name: _Reservoir(rows, generator) for name in layers}
+    seen = 0
+    kept: list[Any] = [None] * evaluations
+
+    def see(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].numel():
+            reservoirs[name].add(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+    def evaluated(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal seen
+        place = seen
+        if seen >= evaluations:
+            place = int(torch.randint(seen + 1, (), generator=generator))
+        if place < evaluations:
+            kept[place] = _to_cpu((args, kwargs))
+        seen += 1
+
+    handles = [
+        layer.register_forward_pre_hook(functools.partial(see, name))
+        for name, layer in layers.items()
+    ]
+    handles.append(model.register_forward_pre_hook(evaluated, with_kwargs=True))
+    ran = 0
+    try:
+        for ran, call in enumerate(calls, 1):
+            before = seen
+            pipe(**call)
+            if seen == before:
+                raise ValueError(
+                    f"calls: expected calls that evaluate {type(model).__name__}, got none in "
+                    f"call {ran}"
+                )
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not ran:
+        raise ValueError("calls: expected at least one call, got none")
+    found = {n: r for n, r in reservoirs.items() if r.kept is not None}
+    return Calibration(
+        {name: r.kept for name, r in found.items() if r.kept is not None},
+        {name: r.seen / seen for name, r in found.items()},
+        [item for item in kept if item is not None],
+    )
