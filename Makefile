@@ -37,6 +37,7 @@ bench: $(VENV)/.test
 figures: $(VENV)/.test
 	$(VENV)/bin/fewstep demo --device cpu --output demo --record benchmarks/results
 	$(PY) benchmarks/pipelines/digits_patches.py --record benchmarks/results
+	$(PY) benchmarks/pipelines/digits_quantized.py --record benchmarks/results
 	$(VENV)/bin/fewstep bench ops --device cpu --output benchmarks/results
 
 doctor: $(VENV)/.demo

@@ -25,12 +25,13 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "demo"
 IMAGES = ROOT / "docs" / "images"
-README, BENCHMARKS, PATCHING, ATTENTION = (
+README, BENCHMARKS, PATCHING, QUANTIZATION, ATTENTION = (
     ROOT / name
     for name in (
         "README.md",
         "docs/benchmarks.md",
         "docs/guides/patching.md",
+        "docs/guides/quantization.md",
         "docs/ops/attention_jvp.md",
     )
 )
@@ -61,23 +62,25 @@ LARGE_M = 256
 
 @dataclass(frozen=True)
 class Records:
-    """What one device's folder holds: the demo's report, the patches' and the harness's lines."""
+    """What one device's folder holds: three reports and the harness's lines."""
 
     demo: dict[str, Any]
     patches: dict[str, Any]
+    quantized: dict[str, Any]
     bench: list[dict[str, Any]]
 
     @classmethod
     def load(cls, folder: Path) -> Records:
         """Read a folder; all lines of the harness must come from one run of a clean commit."""
-        demo, patches = (
-            json.loads((folder / f"{n}.json").read_text()) for n in ("demo", "patches")
+        demo, patches, quantized = (
+            json.loads((folder / f"{n}.json").read_text()) for n in ("demo", "patches", "quantized")
         )
         files = sorted(folder.glob("*.jsonl"))
         bench = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         for what, records in (
             ("demo.json", [demo["environment"]]),
             ("patches.json", [patches["environment"]]),
+            ("quantized.json", [quantized["environment"]]),
             ("*.jsonl", bench),
         ):
             runs = {(r["commit"], r["dirty"], r["threads"], r["torch"]) for r in records}
@@ -85,7 +88,7 @@ class Records:
                 raise ValueError(
                     f"{folder}/{what}: expected records of one run of a clean commit, got {runs}"
                 )
-        return cls(demo, patches, bench)
+        return cls(demo, patches, quantized, bench)
 
 
 def caption(environment: dict[str, Any], what: str) -> str:
@@ -203,6 +206,23 @@ def patches_table(report: dict[str, Any]) -> str:
     return table("| patch | evaluations | block evaluations | PSNR | rel. L2 |", "lrrrr", rows)
 
 
+def quantized_table(report: dict[str, Any]) -> str:
+    """Return what each scheme does to the trained models' Frechet distance, as Markdown."""
+    rows = [
+        [
+            row["model"],
+            f"`{row['scheme']}`",
+            f"{row['plain_frechet']:.3f}",
+            f"{row['frechet']:.3f}",
+            f"{row['ratio']:.3f}x",
+            "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB",
+        ]
+        for row in report["rows"]
+    ]
+    header = "| model | scheme | Frechet as it is | quantised | ratio | PSNR |"
+    return table(header, "llrrrr", rows)
+
+
 def replace(text: str, name: str, folder: str, body: str) -> str:
     """Put `body` between the markers `table:<name> <folder>` and `end`.
 
@@ -226,7 +246,7 @@ def drawn_from(text: str) -> str:
 def documents(folder: str) -> dict[Path, str]:
     """Return the documents as they should read, drawn from a device's folder."""
     records = Records.load(RESULTS / folder)
-    texts = {path: path.read_text() for path in (README, BENCHMARKS, PATCHING, ATTENTION)}
+    texts = {path: path.read_text() for path in (README, BENCHMARKS, PATCHING, QUANTIZATION, ATTENTION)}
     images = f"{records.demo['samples']} images per row from the same seeds"
     machine = records.bench[0]
     bench_caption = caption(machine, "One run of `fewstep bench ops` on")
@@ -245,6 +265,9 @@ def documents(folder: str) -> dict[Path, str]:
         (PATCHING, "patches"): patches_table(records.patches)
         + "\n"
         + caption(records.patches["environment"], f"{records.patches['images']} images, on"),
+        (QUANTIZATION, "quantized"): quantized_table(records.quantized)
+        + "\n"
+        + caption(records.quantized["environment"], f"{records.quantized['images']} images, on"),
         (ATTENTION, "roofline"): f"![Roofline of attention_jvp](../images/{ROOFLINE})\n\n"
         + bench_caption,
     }
