@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import _native, ops
 from ..ops._gemm import MAX_K
-from ..ops.gemm_w4a8 import fold_int4
+from ..ops.gemm_w4a8 import fold_int4, pack_w4
 from ..ops.gemm_w4a16 import dequantize_int4
 from ..ops.gemm_w8a8 import pack_w8
 from .low_rank import split
@@ -56,6 +56,12 @@ class ComputedWeight(Tensor):
 
 class QuantLinear(nn.Linear):
     """Base of the quantised layers; `QuantLinear.from_linear(linear, "w8a8")` makes one.
+
+    On the CPU the int8 products want their weight rearranged (`ops.gemm_w8a8.pack_w8`,
+    `ops.gemm_w4a8.pack_w4`): such a copy is kept beside it, so it takes twice its bytes there. The
+    copy is derived: never saved, dropped by a move, and made again by the first call on the CPU
+    that finds none or an old one. (Such a call must be an eager one: a compiled graph can't keep
+    it, and packs in every call instead.)
 
     `weight` reads as the dequantised weight with the low-rank branch in the dtype that the module
     was cast to, so code that asks for `layer.weight.dtype` or `.device`, or multiplies with it,
@@ -248,7 +254,8 @@ class QuantLinear(nn.Linear):
     def _pack(self) -> None:
         """Rebuild what is derived from the weight."""
         weight = self.quantized
-        self._packed = self._pack_weight() if weight.device.type == "cpu" else None
+        native = _native.unavailable(f"gemm_{self.kind}", weight.device) is None
+        self._packed = self._pack_weight() if native and weight.device.type == "cpu" else None
         self._packed_from = (weight, _version(weight))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -281,13 +288,7 @@ class QuantLinear(nn.Linear):
 
 
 class W8A8Linear(QuantLinear):
-    """int8 weights, activations quantised to int8 as they come (`ops.gemm_w8a8`).
-
-    On the CPU a rearranged copy of the weight (`ops.gemm_w8a8.pack_w8`) is kept beside it, so the
-    weight takes two bytes per element there. It is derived: never saved, dropped by a move, and
-    made again by the first call on the CPU that finds none or an old one. (Such a call must be an
-    eager one: a compiled graph can't keep it, and packs in every call instead.)
-    """
+    """int8 weights, activations quantised to int8 as they come (`ops.gemm_w8a8`)."""
 
     kind, storage = "w8a8", "weight_int8"
 
@@ -316,8 +317,7 @@ class W8A8Linear(QuantLinear):
         return ops.gemm_w8a8(x, None, *weight, bias=self.bias, packed=packed, down=down, up=self.up)
 
     def _pack_weight(self) -> Tensor | None:
-        native = _native.unavailable("gemm_w8a8", self.quantized.device) is None
-        return pack_w8(self.quantized) if native else None
+        return pack_w8(self.quantized)
 
 
 class _Int4Linear(QuantLinear):
@@ -364,6 +364,9 @@ class W4A8Linear(_Int4Linear):
     def _multiply(self, x: Tensor, packed: Tensor | None, down: Tensor | None) -> Tensor:
         weight = (self.quantized, self.weight_scale)
         return ops.gemm_w4a8(x, None, *weight, bias=self.bias, packed=packed, down=down, up=self.up)
+
+    def _pack_weight(self) -> Tensor | None:
+        return pack_w4(self.quantized, self.weight_scale)
 
 
 class W4A16Linear(_Int4Linear):
