@@ -1,14 +1,21 @@
 """Linear layers with low-bit weights, drop-in for `nn.Linear`.
 
-    y = x @ W.T + bias + (x @ down.T) @ up.T       the low-rank branch where the scheme has a rank
+    y = (x / smooth) @ W.T + bias + (x @ down.T) @ up.T
+
+the low-rank branch where the scheme has a rank, smooth where it has smoothing.
 
     W8A8Linear     weight_int8  [out, in]      int8    weight_scale  [out]          float32
     W4A8Linear     weight_int4  [out, in / 2]  uint8   weight_scale  [out, in / G]  16-bit
     W4A16Linear    likewise; activations are not quantised
 
-bias [out], down [R, in], up [out, R] are in the dtype that the module is cast to; the quantised
-weight and its scale keep theirs. All are plain buffers of a plain module: state dicts, safetensors,
-deepcopy, moves, offloading and torch.compile need nothing special.
+bias [out], down [R, in], up [out, R], smooth [in] are in the dtype that the module is cast to; the
+quantised weight and its scale keep theirs. All are plain buffers of a plain module: state dicts,
+safetensors, deepcopy, moves, offloading and torch.compile need nothing special.
+
+smooth evens out the columns of x before they share a scale (SmoothQuant, arXiv 2211.10438;
+SVDQuant, arXiv 2411.05007); W is the weight times smooth, quantised. The branch takes x as it is.
+The division is a pass of its own over x, in x's dtype; fusing it into the quantisation is what
+comes next.
 
 The layers are subclasses of nn.Linear, so what looks for linear layers (peft's LoRA, diffusers'
 loaders) finds them. They take gradients through to x (the rounding of x counts as the identity), so
@@ -23,16 +30,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import _native, ops
 from ..ops._gemm import MAX_K
 from ..ops.gemm_w4a8 import fold_int4, pack_w4
 from ..ops.gemm_w4a16 import dequantize_int4
 from ..ops.gemm_w8a8 import pack_w8
+from ..ops.quantize_int4 import SCALES
 from .low_rank import split
 from .scheme import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_Branch = dict[str, Tensor | None]
 
 
 class ComputedWeight(Tensor):
@@ -63,9 +74,9 @@ class QuantLinear(nn.Linear):
     that finds none or an old one. (Such a call must be an eager one: a compiled graph can't keep
     it, and packs in every call instead.)
 
-    `weight` reads as the dequantised weight with the low-rank branch in the dtype that the module
-    was cast to, so code that asks for `layer.weight.dtype` or `.device`, or multiplies with it,
-    gets what it expects. It is computed at every read and can't be written.
+    `weight` reads as the dequantised weight with the low-rank branch and without the smoothing, in
+    the dtype that the module was cast to, so code that asks for `layer.weight.dtype` or `.device`,
+    or multiplies with it, gets what it expects. It is computed at every read and can't be written.
     """
 
     kind: ClassVar[str]
@@ -75,6 +86,7 @@ class QuantLinear(nn.Linear):
     bias: Tensor | None
     down: Tensor | None
     up: Tensor | None
+    smooth: Tensor | None
 
     def __init__(
         self,
@@ -83,6 +95,7 @@ class QuantLinear(nn.Linear):
         bias: Tensor | None = None,
         down: Tensor | None = None,
         up: Tensor | None = None,
+        smooth: Tensor | None = None,
         *,
         dtype: torch.dtype | None = None,
     ):
@@ -90,7 +103,7 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would make a weight
         self.register_buffer(self.storage, quantized)
         self.register_buffer("weight_scale", weight_scale)
-        for name, value in (("bias", bias), ("down", down), ("up", up)):
+        for name, value in (("bias", bias), ("down", down), ("up", up), ("smooth", smooth)):
             self.register_buffer(name, value)
         self.out_features, self.in_features = self._shape()
         if dtype is None:
@@ -158,6 +171,7 @@ class QuantLinear(nn.Linear):
             new(out_features) if bias else None,
             new(rank, in_features) if rank else None,
             new(out_features, rank) if rank else None,
+            new(in_features) if scheme.smooth else None,
             dtype=dtype,
         )
 
@@ -179,8 +193,8 @@ class QuantLinear(nn.Linear):
         """Return uninitialised values and scales."""
 
     @abstractmethod
-    def _multiply(self, x: Tensor, packed: Tensor | None, down: Tensor | None) -> Tensor:
-        """Return the layer's output."""
+    def _multiply(self, x: Tensor, packed: Tensor | None, branch: _Branch) -> Tensor:
+        """Return the layer's output for x that is smoothed; `branch` is up with down or low."""
 
     def _pack_weight(self) -> Tensor | None:
         """Return a rearranged copy for the CPU kernel, None where it takes the weight as it is."""
@@ -195,7 +209,7 @@ class QuantLinear(nn.Linear):
     def scheme(self) -> Scheme:
         """How this layer is quantised."""
         rank = 0 if self.down is None else self.down.shape[0]
-        return Scheme(self.kind, self._group(), rank)
+        return Scheme(self.kind, self._group(), rank, self.smooth is not None)
 
     def _group(self) -> int | None:
         return None
@@ -213,6 +227,8 @@ class QuantLinear(nn.Linear):
         """The dequantised weight [out, in], in the dtype the module was cast to."""
         with torch.no_grad():
             weight = self.dequantize_weight(self.quantized, self.weight_scale)
+            if self.smooth is not None:
+                weight = weight / self.smooth.float()
             if self.up is not None:
                 weight = weight + self.up.float() @ self.down.float()
             return weight.to(self._like.dtype).as_subclass(ComputedWeight)
@@ -236,10 +252,13 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
-        down = self.down
-        if down is not None and down.dtype != x.dtype:
-            down = down.to(x.dtype)
-        return self._multiply(x, self._current_pack(x), down)
+        down, smooth = _cast(self.down, x.dtype), _cast(self.smooth, x.dtype)
+        branch = {"up": self.up, "down": down}
+        if smooth is not None:
+            if down is not None:
+                branch = {"up": self.up, "low": F.linear(x, down)}
+            x = x / smooth
+        return self._multiply(x, self._current_pack(x), branch)
 
     def _current_pack(self, x: Tensor) -> Tensor | None:
         if x.device.type != "cpu":
@@ -272,12 +291,19 @@ class QuantLinear(nn.Linear):
             self._packed, self._packed_from = packed, packed_from
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        dtype = self.weight_scale.dtype
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        dtype = self._scale_dtype(state_dict.get(f"{prefix}weight_scale"))
+        self.weight_scale = self.weight_scale.to(dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.weight_scale.dtype != dtype:  # load_state_dict(assign=True)
             self.weight_scale = self.weight_scale.to(dtype)
         self._pack()
+
+    def _scale_dtype(self, saved: Tensor | None) -> torch.dtype:
+        """Return the dtype that scales from a state dict are kept in."""
+        return self.weight_scale.dtype
 
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""
@@ -312,9 +338,9 @@ class W8A8Linear(QuantLinear):
             torch.empty(out_features, dtype=torch.float32, device=device),
         )
 
-    def _multiply(self, x: Tensor, packed: Tensor | None, down: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, packed: Tensor | None, branch: _Branch) -> Tensor:
         weight = (self.quantized, self.weight_scale)
-        return ops.gemm_w8a8(x, None, *weight, bias=self.bias, packed=packed, down=down, up=self.up)
+        return ops.gemm_w8a8(x, None, *weight, bias=self.bias, packed=packed, **branch)
 
     def _pack_weight(self) -> Tensor | None:
         return pack_w8(self.quantized)
@@ -343,6 +369,11 @@ class _Int4Linear(QuantLinear):
             torch.empty((out_features, groups), dtype=torch.bfloat16, device=device),
         )
 
+    def _scale_dtype(self, saved: Tensor | None) -> torch.dtype:
+        # Files of others have float16 scales, which bfloat16 would round.
+        known = saved is not None and saved.dtype in SCALES
+        return saved.dtype if known else self.weight_scale.dtype
+
     def _group(self) -> int | None:
         return 2 * self.quantized.shape[1] // self.weight_scale.shape[1]
 
@@ -361,9 +392,9 @@ class W4A8Linear(_Int4Linear):
         folded, row_scale = fold_int4(quantized, scale)
         return folded.float() * row_scale[:, None]
 
-    def _multiply(self, x: Tensor, packed: Tensor | None, down: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, packed: Tensor | None, branch: _Branch) -> Tensor:
         weight = (self.quantized, self.weight_scale)
-        return ops.gemm_w4a8(x, None, *weight, bias=self.bias, packed=packed, down=down, up=self.up)
+        return ops.gemm_w4a8(x, None, *weight, bias=self.bias, packed=packed, **branch)
 
     def _pack_weight(self) -> Tensor | None:
         return pack_w4(self.quantized, self.weight_scale)
@@ -379,14 +410,18 @@ class W4A16Linear(_Int4Linear):
         """Return the weight that these stand for, float32 [out, in]."""
         return dequantize_int4(quantized, scale).float()
 
-    def _multiply(self, x: Tensor, packed: Tensor | None, down: Tensor | None) -> Tensor:
+    def _multiply(self, x: Tensor, packed: Tensor | None, branch: _Branch) -> Tensor:
         weight = (self.quantized, self.weight_scale)
-        return ops.gemm_w4a16(x, *weight, bias=self.bias, down=down, up=self.up)
+        return ops.gemm_w4a16(x, *weight, bias=self.bias, **branch)
 
 
 LAYERS: dict[str, type[QuantLinear]] = {
     layer.kind: layer for layer in (W8A8Linear, W4A8Linear, W4A16Linear)
 }
+
+
+def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return value if value is None or value.dtype == dtype else value.to(dtype)
 
 
 def _version(weight: Tensor) -> int:
@@ -397,6 +432,8 @@ def refuse_linear(linear: nn.Linear, scheme: Scheme) -> str | None:
     """Return why this layer can't be quantised so, or None."""
     if isinstance(linear, QuantLinear):
         return f"expected a layer that is not quantised, got one in {linear.scheme}"
+    if scheme.smooth:
+        return f"expected a scheme without smoothing, whose factors only files hold, got {scheme}"
     weight, inputs = linear.weight, linear.in_features
     if weight.dtype not in DTYPES:
         return f"expected float32, bfloat16 or float16 weights, got {weight.dtype}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from .linear import DTYPES, QuantLinear, refuse_linear
@@ -50,7 +51,7 @@ def default_skip(name: str, linear: nn.Linear) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """One place that holds a linear layer: `parent._modules[key]`, called `name` in the model."""
 
     parent: nn.Module
@@ -70,13 +71,19 @@ class QuantizedModules:
     replaced: dict[str, QuantLinear] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     _model: nn.Module | None = field(default=None, repr=False)
-    _slots: list[_Slot] = field(default_factory=list, repr=False)
+    _slots: list[Slot] = field(default_factory=list, repr=False)
     _undone: bool = field(default=False, repr=False)
     _at_undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def at_undo(self, call: Callable[[], None]) -> None:
         """Have `undo` call this once the layers are back."""
         self._at_undo.append(call)
+
+    def put(self, slots: list[Slot]) -> None:
+        """Put `replaced` into these places and remember what was there."""
+        for slot in slots:
+            slot.parent._modules[slot.key] = self.replaced[slot.name]
+            self._slots.append(slot)
 
     def undo(self) -> None:
         """Put the very layers back that were there, with the weights they had. Idempotent.
@@ -166,17 +173,18 @@ def _bytes(module: nn.Module) -> int:
 def _follow(linear: nn.Linear, layer: QuantLinear) -> None:
     """Put a layer that was outside the model into the state that the model is in now."""
     dtype, device = layer.weight_dtype, layer.quantized.device
-    # A model on the meta device has its weights with an offloading hook: nothing to follow.
-    if device.type != "meta" and (dtype, device) != (linear.weight.dtype, linear.weight.device):
+    # A weight on the meta device is with an offloading hook, or was never loaded.
+    meta = torch.device("meta") in (device, linear.weight.device)
+    if not meta and (dtype, device) != (linear.weight.dtype, linear.weight.device):
         linear.to(device=device, dtype=dtype)
     linear.train(layer.training)
 
 
-def _slots(model: nn.Module) -> Iterator[_Slot]:
+def _slots(model: nn.Module) -> Iterator[Slot]:
     for prefix, parent in model.named_modules():
         for key, child in parent._modules.items():
             if isinstance(child, nn.Linear):
-                yield _Slot(parent, key, f"{prefix}.{key}" if prefix else key, child)
+                yield Slot(parent, key, f"{prefix}.{key}" if prefix else key, child)
 
 
 def _has_hooks(linear: nn.Linear) -> bool:
@@ -184,7 +192,7 @@ def _has_hooks(linear: nn.Linear) -> bool:
     return any(getattr(linear, name) for name in hooks)
 
 
-def _refuse_structure(slot: _Slot, adapters: list[str], users: Counter[int]) -> str | None:
+def _refuse_structure(slot: Slot, adapters: list[str], users: Counter[int]) -> str | None:
     """Return why replacing this layer would change more than its arithmetic, or None."""
     linear = slot.linear
     if any(slot.name.startswith(prefix) for prefix in adapters):
@@ -200,6 +208,34 @@ def _refuse_structure(slot: _Slot, adapters: list[str], users: Counter[int]) -> 
     if linear.weight.dtype not in DTYPES:
         return f"its weights are {linear.weight.dtype}"
     return None
+
+
+def find_slots(model: nn.Module) -> tuple[list[Slot], dict[str, str]]:
+    """Return the places of all linear layers, and name -> why one must stay as it is.
+
+    Raises:
+        ValueError: a layer is quantised already.
+    """
+    slots = list(_slots(model))
+    adapters = [
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer") or hasattr(module, "lora_A")
+    ]
+    users = Counter(
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    )
+    refused: dict[str, str] = {}
+    for slot in slots:
+        if isinstance(slot.linear, QuantLinear):
+            raise ValueError(
+                f"{slot.name}: expected a layer that is not quantised, got one in "
+                f"{slot.linear.scheme}; undo that first"
+            )
+        reason = _refuse_structure(slot, adapters, users)
+        if reason is not None:
+            refused[slot.name] = reason
+    return slots, refused
 
 
 def choose_layers(
@@ -220,24 +256,11 @@ def choose_layers(
         assert scheme is not None
         return reason(name, linear) or scheme
 
-    slots = list(_slots(model))
-    adapters = [
-        f"{name}." if name else ""
-        for name, module in model.named_modules()
-        if hasattr(module, "base_layer") or hasattr(module, "lora_A")
-    ]
-    users = Counter(
-        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
-    )
+    slots, structures = find_slots(model)
     schemes: dict[str, Scheme] = {}
     refused: dict[int, str] = {}  # one layer in several places is replaced in all or in none
     for slot in slots:
-        if isinstance(slot.linear, QuantLinear):
-            raise ValueError(
-                f"{slot.name}: expected a layer that is not quantised, got one in "
-                f"{slot.linear.scheme}; undo that first"
-            )
-        made = _refuse_structure(slot, adapters, users) or decide(slot.name, slot.linear)
+        made = structures.get(slot.name) or decide(slot.name, slot.linear)
         if isinstance(made, str):
             refused.setdefault(id(slot.linear), made)
         else:
@@ -318,14 +341,12 @@ def quantize(
         except ValueError as error:
             raise ValueError(f"{slot.name}: {error}") from error
         handle.replaced[slot.name] = made[id(slot.linear)]
-    for slot in slots:
-        slot.parent._modules[slot.key] = handle.replaced[slot.name]
-        handle._slots.append(slot)
+    handle.put(slots)
     return handle
 
 
 def _replace_for_good(
-    handle: QuantizedModules, slots: list[_Slot], schemes: dict[str, Scheme]
+    handle: QuantizedModules, slots: list[Slot], schemes: dict[str, Scheme]
 ) -> QuantizedModules:
     """Replace layer by layer and let go of each original at once."""
     for slot in slots:  # the only thing left that can fail

@@ -5,7 +5,9 @@
     w4a16   4-bit weights, one scale per group          activations as they are; for few rows
 
 `rank` adds a low-rank branch in the model's dtype that holds what quantising the weight would lose
-of its largest directions (SVDQuant, arXiv 2411.05007). As text: "w8a8", "w4a8-g64-r32".
+of its largest directions (SVDQuant, arXiv 2411.05007). `smooth` divides the columns of the
+activations by factors first; they come with weights that someone else has quantised
+(`load_nunchaku`). As text: "w8a8", "w4a8-g64-r32", "w4a8-g64-r32-smooth".
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Scheme:
     kind    one of KINDS
     group   neighbours in a row of a 4-bit weight that share a scale: 32, 64 or 128; None for w8a8
     rank    of the low-rank branch; 0 for none
+    smooth  whether the layer divides its input by smoothing factors
 
     Raises:
         ValueError: an unknown kind, a group that the kind does not have, or a negative rank.
@@ -36,6 +39,7 @@ class Scheme:
     kind: str
     group: int | None = None
     rank: int = 0
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -60,11 +64,13 @@ class Scheme:
         """
         if isinstance(text, Scheme):
             found = {"kind": text.kind, "group": text.group, "rank": text.rank or None}
+            smooth = text.smooth
         elif isinstance(text, str):
-            match = re.fullmatch(r"([a-z0-9]+?)(?:-g(\d+))?(?:-r(\d+))?", text)
+            match = re.fullmatch(r"([a-z0-9]+?)(?:-g(\d+))?(?:-r(\d+))?(-smooth)?", text)
             if match is None:
                 raise ValueError(f"scheme: expected one of {', '.join(KINDS)}, got {text!r}")
-            kind, group, rank = match.groups()
+            kind, group, rank, suffix = match.groups()
+            smooth = suffix is not None
             found = {"kind": kind, "group": group and int(group), "rank": rank and int(rank)}
         else:
             raise TypeError(f"scheme: expected a text, got {type(text).__name__} {text!r}")
@@ -74,7 +80,7 @@ class Scheme:
             if found[name] not in (None, value):
                 raise ValueError(f"{name}: expected {found[name]} as in {str(text)!r}, got {value}")
             found[name] = value
-        return cls(found["kind"], found["group"], found["rank"] or 0)
+        return cls(found["kind"], found["group"], found["rank"] or 0, smooth)
 
     def with_rank(self, rank: int) -> Scheme:
         """Return the same scheme with another rank."""
@@ -82,4 +88,5 @@ class Scheme:
 
     def __str__(self) -> str:
         group = "" if self.group is None else f"-g{self.group}"
-        return f"{self.kind}{group}" + (f"-r{self.rank}" if self.rank else "")
+        rank = f"-r{self.rank}" if self.rank else ""
+        return f"{self.kind}{group}{rank}" + "-smooth" * self.smooth
