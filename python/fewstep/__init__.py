@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         sampling,
         tangent,
     )
-    from .patching import Patch, QuantizationConfig, patch, quantize
+    from .patching import Patch, QuantizationConfig, load_nunchaku, patch, quantize
     from .tangent import forward_mode, jvp, scaled_dot_product_attention
 
 __version__ = "0.1.0"
@@ -49,6 +49,7 @@ _FROM = {
     "Patch": "patching",
     "forward_mode": "tangent",
     "jvp": "tangent",
+    "load_nunchaku": "patching",
     "quantize": "patching",
     "QuantizationConfig": "patching",
     "scaled_dot_product_attention": "tangent",
@@ -63,6 +64,7 @@ __all__ = [
     "distillation",
     "forward_mode",
     "jvp",
+    "load_nunchaku",
     "metrics",
     "ops",
     "patch",

@@ -5,8 +5,16 @@ reuse across steps from `caching`.
 """
 
 from .patch import Patch, active_patches, patch
-from .quantize import quantize
+from .quantize import load_nunchaku, quantize
 from .quantizer import QuantizationConfig
 from .undo import PatchError
 
-__all__ = ["Patch", "PatchError", "QuantizationConfig", "active_patches", "patch", "quantize"]
+__all__ = [
+    "Patch",
+    "PatchError",
+    "QuantizationConfig",
+    "active_patches",
+    "load_nunchaku",
+    "patch",
+    "quantize",
+]

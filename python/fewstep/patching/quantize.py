@@ -1,4 +1,4 @@
-"""`quantize="w8a8"` of patch(), and `fewstep.quantize` for one model."""
+"""`quantize="w8a8"` of patch(), and `fewstep.quantize` and `load_nunchaku` for one model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from .recognise import Target
 from .saving import RefuseModel
 from .undo import Change, Slot
 
-__all__ = ["plan_quantize", "quantize"]
+__all__ = ["load_nunchaku", "plan_quantize", "quantize"]
 
 
 @functools.wraps(quantization.quantize)
 def quantize(model: nn.Module, *args: Any, **kwargs: Any) -> QuantizedModules:  # noqa: D103
-    handle = quantization.quantize(model, *args, **kwargs)
+    return _savable(model, quantization.quantize(model, *args, **kwargs))
+
+
+@functools.wraps(quantization.load_nunchaku)
+def load_nunchaku(model: nn.Module, *args: Any, **kwargs: Any) -> QuantizedModules:  # noqa: D103
+    return _savable(model, quantization.load_nunchaku(model, *args, **kwargs))
+
+
+def _savable(model: nn.Module, handle: QuantizedModules) -> QuantizedModules:
     # A model of diffusers is here only if diffusers was imported.
     models = sys.modules.get("diffusers.models.modeling_utils")
     if models is not None and isinstance(model, models.ModelMixin):

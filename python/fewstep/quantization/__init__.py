@@ -10,6 +10,8 @@ from __future__ import annotations
 from .allocate import allocate
 from .calibration import Calibration, calibrate
 from .linear import QuantLinear, W4A8Linear, W4A16Linear, W8A8Linear
+from .nunchaku import pack_awq, pack_svdq, unpack_awq, unpack_svdq
+from .nunchaku_file import load_nunchaku
 from .plan import Plan
 from .replace import QuantizedModules, choose_layers, default_skip, quantize
 from .scheme import KINDS, Scheme
@@ -28,5 +30,10 @@ __all__ = [
     "calibrate",
     "choose_layers",
     "default_skip",
+    "load_nunchaku",
+    "pack_awq",
+    "pack_svdq",
     "quantize",
+    "unpack_awq",
+    "unpack_svdq",
 ]

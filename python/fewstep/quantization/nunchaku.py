@@ -123,9 +123,7 @@ def _fields(
         if field is None:
             raise ValueError(f"{key}: expected one of {', '.join(sorted(known))}, got {alias}")
         if field in found:
-            raise ValueError(
-                f"{key}: expected one tensor of this meaning, got {found[field][0]} too"
-            )
+            raise ValueError(f"{key}: expected one tensor for {field}, got {found[field][0]} too")
         found[field] = key, value
     return found
 
