@@ -128,8 +128,8 @@ def test_a_layer_is_its_formula(dtype, names):
     folded = FOLD * quantized_part(natural, q).abs().amax(1, keepdim=True)
     limit = folded / natural["smooth"].double().min() + 1e-6
     assert ((layer.weight - dense_svdq(natural, q)).abs() < limit).all()
-    # 40 dB is the noise of 8-bit activations (test_linear.py), less where smoothing is uneven.
-    assert sqnr(layer(x), x.double() @ dense_svdq(natural, q).T + natural["bias"].double()) > 33
+    # 37 dB: the noise of 8-bit activations (test_linear.py); the branch adds signal and no noise.
+    assert sqnr(layer(x), x.double() @ dense_svdq(natural, q).T + natural["bias"].double()) > 37
 
 
 def test_what_a_layer_does_without():
@@ -180,7 +180,7 @@ def test_every_layer_of_a_flux_model_is_that_of_the_file(lite):
         assert ((layer.weight - want).abs() <= limit + 1e-6).all(), name
         assert (layer.bias - bias).abs().max() < 1e-6, name
         x, y = seen[name]
-        assert sqnr(y, x.double() @ want.T + bias) > 33, name  # test_a_layer_is_its_formula
+        assert sqnr(y, x.double() @ want.T + bias) > 37, name  # as in test_a_layer_is_its_formula
 
 
 def test_the_model_is_the_oracles(lite):

@@ -14,6 +14,9 @@ from fewstep.quantization import Scheme
         ("w4a8", {"group": 128, "rank": 32}, Scheme("w4a8", 128, 32)),
         ("w4a16-g32-r8", {"rank": 8}, Scheme("w4a16", 32, 8)),
         (Scheme("w4a8", 32), {"rank": 4}, Scheme("w4a8", 32, 4)),
+        ("w4a8-g64-r32-smooth", {}, Scheme("w4a8", 64, 32, smooth=True)),
+        ("w8a8-smooth", {"rank": 8}, Scheme("w8a8", rank=8, smooth=True)),
+        (Scheme("w4a8", smooth=True), {}, Scheme("w4a8", 64, smooth=True)),
     ],
 )
 def test_parse(text, options, want):
@@ -27,6 +30,7 @@ def test_parse(text, options, want):
     [
         ("w4a4", {}, "scheme: expected one of w8a8, w4a8, w4a16, got 'w4a4'"),
         ("w8a8-", {}, "scheme: expected one of"),
+        ("w4a8-smooth-r8", {}, "scheme: expected one of"),
         ("w8a8-g64", {}, "group: expected none for w8a8, got 64"),
         ("w4a8-g48", {}, r"group: expected one of \(32, 64, 128\), got 48"),
         ("w4a8-g64", {"group": 32}, "group: expected 64 as in 'w4a8-g64', got 32"),
