@@ -103,6 +103,6 @@ def test_float16_scales_survive_a_state_dict(assign):
 
 def test_factors_come_from_files_only():
     model = nn.Sequential(nn.Linear(256, 256))
-    with pytest.raises(ValueError, match=r"0: expected a scheme without smoothing.*w4a8-g64-smooth"):
+    with pytest.raises(ValueError, match=r"0: expected a scheme without smoothing"):
         quantize(model, "w4a8-smooth")
     assert type(model[0]) is nn.Linear
