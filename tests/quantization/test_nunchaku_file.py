@@ -255,9 +255,13 @@ def test_saved_and_loaded_by_diffusers(tmp_path):
     handle = fewstep.load_nunchaku(model, file.state)
     model.save_pretrained(tmp_path)
     again = FluxTransformer2DModel.from_pretrained(tmp_path).eval()
-    assert torch.equal(run(again), run(model))
-    scales = again.transformer_blocks[0].attn.to_q.weight_scale
-    assert scales.dtype == torch.float16
+    state = again.state_dict()
+    for name, value in model.state_dict().items():
+        assert value.dtype == state[name].dtype, name
+        assert torch.equal(value, state[name]), name
+    assert again.transformer_blocks[0].attn.to_q.weight_scale.dtype == torch.float16
+    # Tensors of a file are not aligned, and BLAS adds up in another order: some float32 roundings.
+    assert sqnr(run(again), run(model)) > 110
     handle.undo()
     assert "quantization_config" not in model.config
 
