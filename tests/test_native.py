@@ -10,6 +10,9 @@ PARTIALS, METRIC = torch.empty(2, 1, 2, dtype=torch.float64), torch.empty(2)
 W = torch.ones(5, 8, dtype=torch.int8)
 A, A_SCALE, W_SCALE = torch.ones(3, 8, dtype=torch.int8), torch.ones(3), torch.ones(5)
 UP, LOW = torch.ones(5, 2), torch.ones(3, 2)
+WIDE, W4 = torch.ones(3, 64), torch.ones(5, 32, dtype=torch.uint8)
+GROUPS, A4 = torch.ones(5, 2).bfloat16(), torch.ones(3, 64, dtype=torch.int8)
+PACKED4 = ops.module("gemm_w4a8").pack_w4(W4, GROUPS)
 PACKED, OUT = ops.module("gemm_w8a8").pack_w8(W), torch.empty(3, 5)
 Q, TQ = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 2, 3, 8)
 K, TK = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 1, 3, 8)
@@ -27,6 +30,9 @@ CALLS = {
     "cache_metric": (X, Y, None, None, PARTIALS, METRIC),
     "quantize_int8": (X[0], torch.empty(3, 8, dtype=torch.int8), torch.empty(3)),
     "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, LOW, UP, OUT),
+    "quantize_int4": (WIDE, W4[:3].clone(), GROUPS[:3].clone()),
+    "gemm_w4a8": (A4, A_SCALE, PACKED4, GROUPS, W_SCALE, LOW, UP, OUT),
+    "gemm_w4a16": (WIDE, W4, GROUPS, W_SCALE, LOW, UP, OUT),
     "attention_jvp": (
         *(Q, K, K, TQ, TK, TK, MASK, MASK[None], None, None, False),
         *(OUT4, T_OUT4, STAT, T_STAT, STAT, 1.0),
@@ -65,6 +71,19 @@ BAD = [
     ("gemm_w8a8", 6, None, "low, up: expected both or neither, got low alone"),
     ("gemm_w8a8", 6, torch.ones(5, 3), "up: expected size 2 in axis 1"),
     ("gemm_w8a8", 7, torch.empty(3, 9)[:, :5], "out: expected a contiguous tensor"),
+    ("quantize_int4", 1, torch.empty(3, 32), "q: expected uint8, got float32"),
+    ("quantize_int4", 2, torch.ones(3, 3).bfloat16(), "scale: expected .* got 3 groups"),
+    ("quantize_int4", 2, torch.ones(3, 0).bfloat16(), "scale: expected .* got 0 groups"),
+    ("gemm_w4a8", 2, PACKED4[:, :32], "packed: expected size 36 in axis 1"),
+    ("gemm_w4a8", 3, GROUPS.float(), "w_scale: expected bfloat16 or float16, got float32"),
+    ("gemm_w4a8", 3, torch.ones(5, 4).bfloat16(), "w_scale: expected .* got 4 groups"),
+    ("gemm_w4a8", 5, LOW.double(), "low: expected float32, bfloat16 or float16, got float64"),
+    ("gemm_w4a16", 0, torch.ones(3, 128)[:, ::2], "x: expected unit stride"),
+    ("gemm_w4a16", 0, WIDE.double(), "out: expected float64"),
+    ("gemm_w4a16", 1, W4[:, :31], "w: expected size 32 in axis 1"),
+    ("gemm_w4a16", 2, torch.ones(5, 4).bfloat16(), "w_scale: expected .* got 4 groups"),
+    ("gemm_w4a16", 2, GROUPS.float(), "w_scale: expected bfloat16 or float16, got float32"),
+    ("gemm_w4a16", 5, None, "low, up: expected both or neither, got low alone"),
     ("attention_jvp", 1, torch.randn(1, 3, 3, 8), "k: expected heads that divide those of q, 2"),
     ("attention_jvp", 2, torch.randn(1, 1, 2, 8), "v: expected size 3 in axis 2"),
     ("attention_jvp", 3, Q, "t_q: expected 5 axes, got 4"),

@@ -18,9 +18,17 @@ from torch.nn import functional as F
 
 from fewstep import _native, ops
 from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit, needs
+from fewstep.bench.products import (
+    call,
+    needs_onnx,
+    on_cpu,
+    onnx_int8,
+    openvino_int8,
+    plain_layer,
+    vnni_limit,
+)
 from fewstep.ops.gemm_w8a8 import pack_w8
 
-PROBE_ITERATIONS = 1_000_000
 CASES = [
     Case("SDXL 640 proj", {"M": 1024, "N": 640, "K": 640}, torch.bfloat16, quick=True),
     Case("SDXL 1280 proj", {"M": 1024, "N": 1280, "K": 1280}, torch.bfloat16),
@@ -78,7 +86,8 @@ def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] 
     if packed is None:
         return "there is no native kernel for this device"
     out = x.new_empty((case["M"], case["N"]), dtype=case.dtype)
-    return functools.partial(_native.call, "gemm_w8a8", a, a_scale, packed, w_scale, bias, out)
+    arguments = (a, a_scale, packed, w_scale, bias, None, None, out)
+    return functools.partial(_native.call, "gemm_w8a8", *arguments)
 
 
 def int_mm_operands(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
@@ -92,21 +101,10 @@ def int_mm(
     return (torch._int_mm(a, w).float() * a_scale[:, None] * w_scale + bias).to(dtype)
 
 
-def call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return layer(x)
-
-
-def plain_layer(x: Tensor, w: Tensor, bias: Tensor) -> nn.Linear:
-    layer = nn.Linear(w.shape[1], w.shape[0], device=w.device, dtype=w.dtype)
-    layer.weight.data.copy_(w)
-    layer.bias.data.copy_(bias)
-    return layer.requires_grad_(False)
-
-
 def torchao_layer(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    layer = plain_layer(x, w, bias)
+    layer = plain_layer(w, bias)
     quantize_(layer, Int8DynamicActivationInt8WeightConfig())
     return torch.compile(layer, dynamic=False), x
 
@@ -114,22 +112,8 @@ def torchao_layer(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, 
 def dynamic_layer(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
     # One scale and zero point for all of x, float32 in and out: unsigned activations, so oneDNN
     # takes its VNNI path. (Its signed one runs thousands of times slower without AMX.)
-    model = nn.Sequential(plain_layer(x, w, bias).float())
+    model = nn.Sequential(plain_layer(w, bias).float())
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8), x.float()
-
-
-def on_cpu(case: Case, *tensors: Tensor) -> str | None:
-    return None if tensors[0].device.type == "cpu" else "runs on the CPU only"
-
-
-def probe(case: Case, *tensors: Tensor) -> Callable[[], Any] | str:
-    if tensors[0].device.type != "cpu" or _native.cpu_isa() != "avx512_vnni":
-        return "there is no VNNI here"
-    return functools.partial(_native._C.cpu.probe_vnni, PROBE_ITERATIONS)
-
-
-def probe_amount(case: Case, device: torch.device) -> float:
-    return 24 * 64 * 2.0 * PROBE_ITERATIONS * torch.get_num_threads()
 
 
 def flops(case: Case) -> float:
@@ -153,7 +137,9 @@ BENCHMARK = Benchmark(
         baseline("torch._int_mm, eager scales", int_mm, int_mm_operands),
         baseline("torch dynamic int8", call, dynamic_layer, on_cpu),
         baseline("torchao int8, compiled", call, torchao_layer, needs("torchao")),
-        Provider("vpdpbusd", probe, "limit", resource="flops", amount=probe_amount),
+        baseline("ONNX Runtime DynamicQuantizeMatMul", call, onnx_int8, needs_onnx),
+        baseline("OpenVINO int8, dynamic", call, openvino_int8, needs("openvino", "cpu")),
+        vnni_limit(),
         matmul_limit(torch.int8),
     ],
     flops,

@@ -1,0 +1,136 @@
+"""gemm_w4a8: the product of a W4A8 layer, and the layer end to end.
+
+Names as in gemm_w8a8.py: "fewstep native" and "fewstep triton" time the product on int8
+activations, "..., from x" starts from floating ones, "..., kernel" calls the C++ kernel into an
+output that is there already. The baseline "fewstep gemm_w8a8" says what 4 bits cost or save beside
+8. Peers get the same values and scales; ONNX Runtime and OpenVINO float32 activations, which is
+what they quantise.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fewstep import _native, ops
+from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit, needs
+from fewstep.bench.products import (
+    call,
+    needs_onnx,
+    on_cpu,
+    onnx_int4,
+    openvino_int4,
+    torch_int4,
+    vnni_limit,
+)
+from fewstep.ops.gemm_w4a8 import pack_w4
+from fewstep.ops.gemm_w8a8 import pack_w8
+
+LOW, GPU = torch.bfloat16, ("cuda",)
+CASES = [
+    Case("SDXL 640 proj", {"M": 1024, "N": 640, "K": 640, "G": 128}, LOW, quick=True),
+    Case("SDXL 1280 proj", {"M": 1024, "N": 1280, "K": 1280, "G": 128}, LOW),
+    Case("SDXL 1280 proj, g64", {"M": 1024, "N": 1280, "K": 1280, "G": 64}, LOW),
+    Case("SDXL 1280 proj, 256 rows", {"M": 256, "N": 1280, "K": 1280, "G": 128}, LOW),
+    Case("FLUX.1 text out", {"M": 512, "N": 3072, "K": 3072, "G": 128}, LOW),
+    Case("  rank 32", {"M": 512, "N": 3072, "K": 3072, "G": 128, "R": 32}, LOW),
+    Case("SDXL GEGLU", {"M": 1024, "N": 10240, "K": 1280, "G": 128}, LOW, ("cpu",)),
+    Case("FLUX.1 image ff1", {"M": 4096, "N": 12288, "K": 3072, "G": 64}, LOW, GPU),
+    Case("FLUX.1 image ff2", {"M": 4096, "N": 3072, "K": 12288, "G": 64}, LOW, GPU),
+    Case("FLUX.1 adaLN", {"M": 16, "N": 9216, "K": 3072, "G": 128}, LOW),
+]
+
+
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    shapes = ((case["M"], case["K"]), (case["N"], case["K"]), (case["N"],))
+    return tuple(torch.randn(shape, device=device).to(case.dtype) for shape in shapes)
+
+
+def quantised(case: Case, w: Tensor) -> dict[str, Tensor | None]:
+    q, scale = ops.quantize_int4(w, group=case["G"])
+    packed = pack_w4(q, scale) if w.device.type == "cpu" else None
+    return {"w": q, "w_scale": scale, "packed": packed}
+
+
+def branch(case: Case, x: Tensor, first: str) -> dict[str, Tensor]:
+    """Return the low-rank branch of the case, if it has one; `first` is "down" or "low"."""
+    R = case.shape.get("R", 0)
+    shapes = {"down": (R, case["K"]), "low": (case["M"], R), "up": (case["N"], R)}
+    names = (first, "up") if R else ()
+    return {name: torch.randn(shapes[name], device=x.device).to(x.dtype) for name in names}
+
+
+def integers(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[dict[str, Any]]:
+    a, a_scale = ops.quantize_int8(x)
+    operands = {"a": a, "a_scale": a_scale, "bias": bias, "out_dtype": case.dtype}
+    return (operands | quantised(case, w) | branch(case, x, "low"),)
+
+
+def floats(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[dict[str, Any]]:
+    operands = {"a": x, "a_scale": None, "bias": bias}
+    return (operands | quantised(case, w) | branch(case, x, "down"),)
+
+
+def product(operands: dict[str, Any], *, impl: str) -> Tensor:
+    return ops.gemm_w4a8(**operands, impl=impl)
+
+
+def end_to_end() -> list[Provider]:
+    providers = implementations("gemm_w4a8", product, floats)
+    return [Provider(f"{p.name}, from x", p.make, p.role, p.impl) for p in providers]
+
+
+def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] | str:
+    (p,) = integers(case, x, w, bias)
+    if p["packed"] is None:
+        return "there is no native kernel for this device"
+    out = x.new_empty((case["M"], case["N"]))
+    arguments = (p["a"], p["a_scale"], p["packed"], p["w_scale"], bias, p.get("low"), p.get("up"))
+    return functools.partial(_native.call, "gemm_w4a8", *arguments, out)
+
+
+def eight_bits(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    q, scale = ops.quantize_int8(w)
+    packed = pack_w8(q) if w.device.type == "cpu" else None
+    operands = {"bias": bias, "packed": packed} | branch(case, x, "down")
+    return functools.partial(ops.gemm_w8a8, **operands), x, None, q, scale
+
+
+def whole(unless: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Return `unless` for peers that have no low-rank branch."""
+    return lambda case, *tensors: (
+        "has no low-rank branch" if case.shape.get("R") else unless(case, *tensors)
+    )
+
+
+def flops(case: Case) -> float:
+    return 2.0 * case["M"] * case["N"] * case["K"]
+
+
+def bytes_moved(case: Case) -> float:
+    M, N, K = case["M"], case["N"], case["K"]
+    return M * (K + 4.0) + N * K * (0.5 + 2.0 / case["G"]) + (M + 1.0) * N * case.dtype.itemsize
+
+
+BENCHMARK = Benchmark(
+    "gemm_w4a8",
+    CASES,
+    inputs,
+    [
+        *implementations("gemm_w4a8", product, integers),
+        *end_to_end(),
+        Provider("fewstep native, kernel", kernel, "op", "native"),
+        baseline("torch linear", F.linear),
+        baseline("fewstep gemm_w8a8, from x", call, eight_bits),
+        baseline("torch weight-only int4", call, torch_int4, whole(on_cpu)),
+        baseline("ONNX Runtime MatMulNBits", call, onnx_int4, whole(needs_onnx)),
+        baseline("OpenVINO int4, dynamic", call, openvino_int4, whole(needs("openvino", "cpu"))),
+        vnni_limit(),
+        matmul_limit(torch.int8),
+    ],
+    flops,
+    bytes_moved,
+)

@@ -1,0 +1,168 @@
+"""What the benchmarks of low-bit linear layers share: peers on the CPU, and the rate of vpdpbusd.
+
+A peer is `make(case, x, w, ..., bias)` of one layer with the weight that the op has. Packages that
+are not requirements are imported when a peer is made; see `providers.needs`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _native, ops
+from ..ops.quantize_int4 import unpack_nibbles
+from .model import Case, Provider
+from .providers import needs
+
+PROBE_ITERATIONS = 1_000_000
+
+
+def call(layer: Callable[..., Any], *args: Any) -> Any:
+    """Return layer(*args)."""
+    return layer(*args)
+
+
+def _call_beside(layer: Callable[..., Any], kept: Tensor, *args: Any) -> Any:
+    return layer(*args)
+
+
+def plain_layer(w: Tensor, bias: Tensor) -> nn.Linear:
+    """Return nn.Linear with this weight and bias, without gradients."""
+    layer = nn.Linear(w.shape[1], w.shape[0], device=w.device, dtype=w.dtype)
+    layer.weight.data.copy_(w)
+    layer.bias.data.copy_(bias)
+    return layer.requires_grad_(False)
+
+
+def on_cpu(case: Case, *tensors: Tensor) -> str | None:
+    """Say that a peer runs on the CPU only, or return None there."""
+    return None if tensors[0].device.type == "cpu" else "runs on the CPU only"
+
+
+def needs_onnx(case: Case, *tensors: Tensor) -> str | None:
+    """Say what ONNX Runtime lacks, or return None; `onnx` builds the graph."""
+    reasons = (needs(package, "cpu")(case, *tensors) for package in ("onnxruntime", "onnx"))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _onnx_layer(
+    x: Tensor, op: str, names: list[str], constants: dict[str, Tensor], **attributes: Any
+) -> tuple[Any, ...]:
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node(op, names, ["y"], domain="com.microsoft", **attributes)
+    shapes = {"x": tuple(x.shape), "y": (x.shape[0], constants["bias"].shape[0])}
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name])] for name in "xy"
+    )
+    initial = [numpy_helper.from_array(t.numpy(), name) for name, t in constants.items()]
+    graph = helper.make_graph([node], op, inputs, outputs, initial)
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run, None, {"x": x.float().numpy()}
+
+
+def onnx_int8(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    """ONNX Runtime's DynamicQuantizeMatMul: one scale and zero point for x, one scale a column."""
+    q, scale = ops.quantize_int8(w)
+    constants = {
+        "w": q.t().contiguous(),
+        "scale": scale,
+        "zero": torch.zeros(w.shape[0], dtype=torch.int8),
+        "bias": bias.float(),
+    }
+    return _onnx_layer(x, "DynamicQuantizeMatMul", ["x", *constants], constants)
+
+
+def onnx_int4(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    """ONNX Runtime's MatMulNBits with 8-bit arithmetic (accuracy_level 4), groups of case["G"]."""
+    (N, K), G = w.shape, case["G"]
+    q, scale = ops.quantize_int4(w, group=G)
+    constants = {
+        "w": (q ^ 0x88).view(N, K // G, G // 2),  # unsigned, the zero point at 8
+        "scale": scale.float().reshape(N, -1),
+        "bias": bias.float(),
+    }
+    names = ["x", "w", "scale", "", "", "bias"]
+    attributes = {"K": K, "N": N, "bits": 4, "block_size": G, "accuracy_level": 4}
+    return _onnx_layer(x, "MatMulNBits", names, constants, **attributes)
+
+
+def _openvino_layer(x: Tensor, weight: Any, group: int, bias: Tensor) -> tuple[Any, ...]:
+    import openvino
+    from openvino import opset15
+
+    parameter = opset15.parameter([-1, x.shape[1]], openvino.Type.f32)
+    product = opset15.matmul(parameter, weight, False, True)
+    model = openvino.Model([opset15.add(product, bias.float().numpy())], [parameter])
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group),
+    }
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    return request.infer, {0: x.float().numpy()}
+
+
+def openvino_int8(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    """OpenVINO with an int8 weight and x quantised in groups of 128."""
+    from openvino import opset15
+
+    q, scale = ops.quantize_int8(w)
+    weight = opset15.convert(opset15.constant(q.numpy()), "f32")
+    weight = opset15.multiply(weight, opset15.constant(scale[:, None].numpy()))
+    return _openvino_layer(x, weight, 128, bias)
+
+
+def openvino_int4(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    """OpenVINO with a 4-bit weight in groups of case["G"], and x quantised in the same."""
+    import openvino
+    from openvino import opset15
+
+    (N, K), G = w.shape, case["G"]
+    q, scale = ops.quantize_int4(w, group=G)
+    packed = openvino.Tensor(q.numpy(), openvino.Shape([N, K // G, G]), openvino.Type.i4)
+    weight = opset15.convert(opset15.constant(packed), "f32")
+    weight = opset15.multiply(weight, opset15.constant(scale.float()[..., None].numpy()))
+    weight = opset15.reshape(weight, opset15.constant([N, K]), False)
+    infer, feed = _openvino_layer(x, weight, G, bias)
+    return functools.partial(_call_beside, infer, q), feed  # the 4-bit tensor doesn't own q
+
+
+def torch_int4(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    """torch's weight-only int4 op for the CPU, with the bias added."""
+    q, scale = ops.quantize_int4(w, group=case["G"])
+    unsigned = (unpack_nibbles(q) + 8).int()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+    scale = scale.t().to(x.dtype)
+    scales_and_zeros = torch.stack([scale, torch.zeros_like(scale)], -1).contiguous()
+
+    def layer(x: Tensor) -> Tensor:
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, case["G"], scales_and_zeros)
+        return product.add_(bias)
+
+    return layer, x
+
+
+def _probe(case: Case, *tensors: Tensor) -> Callable[[], Any] | str:
+    if tensors[0].device.type != "cpu" or _native.cpu_isa() != "avx512_vnni":
+        return "there is no VNNI here"
+    return functools.partial(_native._C.cpu.probe_vnni, PROBE_ITERATIONS)
+
+
+def _probe_amount(case: Case, device: torch.device) -> float:
+    return 24 * 64 * 2.0 * PROBE_ITERATIONS * torch.get_num_threads()
+
+
+def vnni_limit() -> Provider:
+    """Return the rate of vpdpbusd on registers, per thread (`_C.cpu.probe_vnni`)."""
+    return Provider("vpdpbusd", _probe, "limit", resource="flops", amount=_probe_amount)
