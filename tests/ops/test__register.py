@@ -10,22 +10,44 @@ from fewstep.ops._register import DerivativeError, register
 from fewstep.ops._select import Implementation
 
 
-def bind(op):
-    """Return one floating input of the op's first gate case, and the op as a function of it."""
+def floating_inputs(op):
+    """Yield each floating input of the op's first gate case, and the op as a function of it."""
     args, kwargs, *_ = ops.module(op).gate_cases(torch.device("cpu"))[0]
     function = getattr(ops, op)
     for key, value in enumerate(args):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value, lambda x, key=key: function(*args[:key], x, *args[key + 1 :], **kwargs)
+            yield value, lambda x, key=key: function(*args[:key], x, *args[key + 1 :], **kwargs)
     for key, value in kwargs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value, lambda x, key=key: function(*args, **{**kwargs, key: x})
-    raise AssertionError(f"{op}: its gate case has no floating tensor")
+            yield value, lambda x, key=key: function(*args, **{**kwargs, key: x})
 
 
 def has_backward(op):
     """Say whether the op declared a derivative."""
     return ops.module(op)._op.derivative is not None
+
+
+def choose(op):
+    """Return which of these inputs has a derivative: the first that does, 0 where none has.
+
+    An op with a derivative may hold some inputs constant, as the scales of a quantised weight; its
+    own tests say which, and that asking for theirs raises.
+    """
+    for index, (value, function) in enumerate(floating_inputs(op) if has_backward(op) else ()):
+        try:
+            function(value.clone().requires_grad_())
+        except DerivativeError:
+            continue
+        return index
+    return 0
+
+
+CHOSEN = {op: choose(op) for op in ops.OPS}  # here, because no transform is active yet
+
+
+def bind(op):
+    """Return one floating input of the op's first gate case, and the op as a function of it."""
+    return list(floating_inputs(op))[CHOSEN[op]]
 
 
 def check_gradient(op, gradient_of):
