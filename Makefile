@@ -38,6 +38,7 @@ figures: $(VENV)/.test
 	$(VENV)/bin/fewstep demo --device cpu --output demo --record benchmarks/results
 	$(PY) benchmarks/pipelines/digits_patches.py --record benchmarks/results
 	$(PY) benchmarks/pipelines/digits_quantized.py --record benchmarks/results
+	$(PY) benchmarks/pipelines/dit_step.py --record benchmarks/results
 	$(VENV)/bin/fewstep bench ops --device cpu --output benchmarks/results
 
 doctor: $(VENV)/.demo

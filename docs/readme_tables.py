@@ -42,6 +42,7 @@ ROOFLINE_BASELINES = (
     "finite difference, fused SDPA",
     "jvp_flash_attention",
 )
+REPORTS = ("demo", "patches", "quantized", "dit_step")  # <name>.json beside the harness's lines
 PICTURES = ("samples.png", "tradeoff.png")
 
 # What README shows of each op: the case, and the baseline that its user would otherwise run.
@@ -62,25 +63,22 @@ LARGE_M = 256
 
 @dataclass(frozen=True)
 class Records:
-    """What one device's folder holds: three reports and the harness's lines."""
+    """What one device's folder holds: reports and the harness's lines."""
 
     demo: dict[str, Any]
     patches: dict[str, Any]
     quantized: dict[str, Any]
+    dit_step: dict[str, Any]
     bench: list[dict[str, Any]]
 
     @classmethod
     def load(cls, folder: Path) -> Records:
         """Read a folder; all lines of the harness must come from one run of a clean commit."""
-        demo, patches, quantized = (
-            json.loads((folder / f"{n}.json").read_text()) for n in ("demo", "patches", "quantized")
-        )
+        reports = {name: json.loads((folder / f"{name}.json").read_text()) for name in REPORTS}
         files = sorted(folder.glob("*.jsonl"))
         bench = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         for what, records in (
-            ("demo.json", [demo["environment"]]),
-            ("patches.json", [patches["environment"]]),
-            ("quantized.json", [quantized["environment"]]),
+            *((f"{name}.json", [report["environment"]]) for name, report in reports.items()),
             ("*.jsonl", bench),
         ):
             runs = {(r["commit"], r["dirty"], r["threads"], r["torch"]) for r in records}
@@ -88,7 +86,7 @@ class Records:
                 raise ValueError(
                     f"{folder}/{what}: expected records of one run of a clean commit, got {runs}"
                 )
-        return cls(demo, patches, quantized, bench)
+        return cls(**reports, bench=bench)
 
 
 def caption(environment: dict[str, Any], what: str) -> str:
@@ -223,6 +221,22 @@ def quantized_table(report: dict[str, Any]) -> str:
     return table(header, "llrrrr", rows)
 
 
+def step_table(report: dict[str, Any]) -> str:
+    """Return the time of one evaluation of a large model per scheme, as Markdown."""
+    rows = [
+        [
+            row["form"],
+            f"{seconds(row['seconds'])} ({seconds(row['q1'])} - {seconds(row['q3'])})",
+            f"{row['over_bfloat16']:.2f}x",
+            f"{row['over_float32']:.2f}x",
+            f"{row['weights']:.3f}",
+        ]
+        for row in report["rows"]
+    ]
+    header = "| form | one evaluation (quartiles) | over bf16 | over float32 | weights / bf16 |"
+    return table(header, "lrrrr", rows)
+
+
 def replace(text: str, name: str, folder: str, body: str) -> str:
     """Put `body` between the markers `table:<name> <folder>` and `end`.
 
@@ -246,7 +260,8 @@ def drawn_from(text: str) -> str:
 def documents(folder: str) -> dict[Path, str]:
     """Return the documents as they should read, drawn from a device's folder."""
     records = Records.load(RESULTS / folder)
-    texts = {path: path.read_text() for path in (README, BENCHMARKS, PATCHING, QUANTIZATION, ATTENTION)}
+    paths = (README, BENCHMARKS, PATCHING, QUANTIZATION, ATTENTION)
+    texts = {path: path.read_text() for path in paths}
     images = f"{records.demo['samples']} images per row from the same seeds"
     machine = records.bench[0]
     bench_caption = caption(machine, "One run of `fewstep bench ops` on")
@@ -268,6 +283,12 @@ def documents(folder: str) -> dict[Path, str]:
         (QUANTIZATION, "quantized"): quantized_table(records.quantized)
         + "\n"
         + caption(records.quantized["environment"], f"{records.quantized['images']} images, on"),
+        (QUANTIZATION, "dit_step"): step_table(records.dit_step)
+        + "\n"
+        + caption(
+            records.dit_step["environment"],
+            f"DiT of {records.dit_step['parameters'] / 1e6:.0f}M parameters, on",
+        ),
         (ATTENTION, "roofline"): f"![Roofline of attention_jvp](../images/{ROOFLINE})\n\n"
         + bench_caption,
     }
