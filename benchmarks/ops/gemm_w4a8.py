@@ -87,7 +87,7 @@ def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] 
     (p,) = integers(case, x, w, bias)
     if p["packed"] is None:
         return "there is no native kernel for this device"
-    out = x.new_empty((case["M"], case["N"]))
+    out = x.new_zeros((case["M"], case["N"]))
     arguments = (p["a"], p["a_scale"], p["packed"], p["w_scale"], bias, p.get("low"), p.get("up"))
     return functools.partial(_native.call, "gemm_w4a8", *arguments, out)
 

@@ -85,7 +85,7 @@ def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] 
     a, a_scale, _, w_scale, packed, *_ = integers(case, x, w, bias)
     if packed is None:
         return "there is no native kernel for this device"
-    out = x.new_empty((case["M"], case["N"]), dtype=case.dtype)
+    out = x.new_zeros((case["M"], case["N"]), dtype=case.dtype)
     arguments = (a, a_scale, packed, w_scale, bias, None, None, out)
     return functools.partial(_native.call, "gemm_w8a8", *arguments)
 

@@ -105,6 +105,12 @@ def test_attention_passes_on_the_cpu(op):
     _gate.check(op, "native", torch.device("cpu"))
 
 
+@pytest.mark.parametrize("op", ["quantize_int4", "gemm_w8a8", "gemm_w4a8", "gemm_w4a16"])
+def test_low_bit_ops_pass_on_the_cpu(op):
+    """The harness times a kernel only behind its gate, so a bound too tight would hide it."""
+    _gate.check(op, "native", torch.device("cpu"))
+
+
 @pytest.mark.parametrize("op", ["attention_jvp", "attention_jvp_backward"])
 def test_an_error_twice_the_usual_is_noticed(op, monkeypatch):
     """In 16 bits, of one result alone."""

@@ -176,8 +176,9 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
             bias = torch.randn(N, generator=generator).to(device, dtype)
             low, up = (torch.randn((n, 8), generator=generator).to(device, dtype) for n in (M, N))
             kwargs = {"bias": bias, "low": low, "up": up}
-            # Each term to a unit of the dtype, as a random walk over K of them with |q s| up to 8.
-            unit = torch.finfo(dtype).eps
-            atol = unit * 8 * (K**0.5 + 8)
-            cases.append(((x, w.to(device), w_scale), kwargs, 2 * unit, atol))
+            # float32 sums of K terms of up to 8 with random signs: partial sums of 8 sqrt(k), and
+            # as many roundings of 2^-24 of them, again with random signs: 2^-21 K / sqrt(2). Twice
+            # that, and one rounding to the dtype.
+            rtol, atol = torch.finfo(dtype).eps, 2.0**-20 * K
+            cases.append(((x, w.to(device), w_scale), kwargs, rtol, atol))
     return cases
