@@ -31,7 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _native
 from ._autograd import Derivative, DerivativeError, loop_vmap
+from ._register import register
+from ._select import Implementation, refuse_native, refuse_triton
+from .quantize_int8 import run_triton as quantize_triton
 
 MAX_K = 1 << 17
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -269,3 +273,64 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
         return op()(*moved), 0
 
     return Derivative(setup, backward, vmap, jvp)
+
+
+def register_int8_product(
+    name: str,
+    *,
+    reference: Callable[..., Tensor],
+    pack: Callable[[Operands], Tensor],
+    launcher: Callable[[], Callable[..., None]],
+    weight: Callable[[Operands], Tensor],
+) -> tuple[tuple[Implementation, ...], Callable[..., Tensor]]:
+    """Return the implementations of a product with 8-bit activations, and the registered op.
+
+    Args:
+        name: of the op and of its native kernel.
+        reference: the formula, with the public function's arguments.
+        pack: the weight as the CPU kernel reads it, where the call brings none.
+        launcher: imports and returns the Triton kernel's launch function.
+        weight: W in float32, for the derivatives.
+    """
+
+    def run_reference(*args: Any) -> Tensor:
+        p = Operands(*args)
+        branch = {"down": p.down, "up": p.up, "low": p.low}
+        return reference(
+            p.a, p.a_scale, p.w, p.w_scale, bias=p.bias, **branch, out_dtype=p.out_dtype
+        )
+
+    def run_native(*args: Any) -> Tensor:
+        p = Operands(*args)
+        a, a_scale, out, rows = p.flat()
+        packed = pack(p) if p.packed is None else p.packed.contiguous()
+        bias, w_scale = contiguous(p.bias), p.w_scale.contiguous()
+        _native.call(name, a, a_scale, packed, w_scale, bias, *p.branch(), rows)
+        return out
+
+    def run_triton(*args: Any) -> Tensor:
+        p = Operands(*args)
+        branch = p.branch()
+        if p.a_scale is None:
+            a, a_scale = quantize_triton(p.a)
+            p = p._replace(a=a, a_scale=a_scale)
+        a, a_scale, out, rows = p.flat()
+        if out.numel():
+            w, w_scale, bias = p.w.contiguous(), p.w_scale.contiguous(), contiguous(p.bias)
+            launcher()(a, a_scale, w, w_scale, bias, *branch, rows)
+        return out
+
+    def fake(*args: Any) -> Tensor:
+        return Operands(*args[:-1]).new_output()
+
+    def weight_of(*inputs: Any) -> Tensor:
+        return weight(Operands._make(inputs[: len(Operands._fields)]))
+
+    ways = (
+        Implementation("native", run_native, lambda a, *_, **__: refuse_native(name, [a], INPUTS)),
+        Implementation("triton", run_triton, lambda a, *_, **__: refuse_triton([a], INPUTS)),
+        Implementation("reference", run_reference, lambda *_, **__: None),
+    )
+    names = " ".join(Operands._fields[:-1])
+    op = register(name, SCHEMA, ways, fake, differentiate(names, weight_of, lambda: op))
+    return ways, op

@@ -24,19 +24,17 @@ the CPU kernel (csrc/include/fewstep/ops/gemm_w4a8.h has the layout), still in 4
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..reference.gemm_w4a8 import fold_factors, fold_int4
 from ..reference.gemm_w4a8 import gemm_w4a8 as _reference
-from ._gemm import INPUTS, SCHEMA, Operands, contiguous, differentiate, expect_operands
-from ._register import register
-from ._select import Implementation, refuse_native, refuse_triton, select
+from ._gemm import Operands, expect_operands, register_int8_product
+from ._select import select
 from .quantize_int4 import expect_int4, unpack_nibbles
-from .quantize_int8 import run_triton as _quantize_triton
 
 __all__ = ["fold_int4", "gemm_w4a8", "pack_w4"]
 
@@ -75,69 +73,23 @@ def pack_w4(w: Tensor, w_scale: Tensor) -> Tensor:
     return packed.view(rows, columns)
 
 
-def _run_reference(*args: Any) -> Tensor:
-    p = Operands(*args)
-    return _reference(
-        *(p.a, p.a_scale, p.w, p.w_scale),
-        bias=p.bias,
-        down=p.down,
-        up=p.up,
-        low=p.low,
-        out_dtype=p.out_dtype,
-    )
-
-
-def _run_native(*args: Any) -> Tensor:
-    p = Operands(*args)
-    a, a_scale, out, rows = p.flat()
-    packed = pack_w4(p.w, p.w_scale) if p.packed is None else p.packed.contiguous()
-    bias, w_scale = contiguous(p.bias), p.w_scale.contiguous()
-    _native.call("gemm_w4a8", a, a_scale, packed, w_scale, bias, *p.branch(), rows)
-    return out
-
-
-def _run_triton(*args: Any) -> Tensor:
+def _launcher() -> Callable[..., None]:
     from ..kernels.gemm_w4a8 import launch_gemm_w4a8
 
-    p = Operands(*args)
-    branch = p.branch()
-    if p.a_scale is None:
-        a, a_scale = _quantize_triton(p.a)
-        p = p._replace(a=a, a_scale=a_scale)
-    a, a_scale, out, rows = p.flat()
-    if out.numel():
-        w, w_scale, bias = p.w.contiguous(), p.w_scale.contiguous(), contiguous(p.bias)
-        launch_gemm_w4a8(a, a_scale, w, w_scale, bias, *branch, rows)
-    return out
+    return launch_gemm_w4a8
 
 
-IMPLEMENTATIONS = (
-    Implementation(
-        "native",
-        _run_native,
-        lambda a, *args, **kwargs: refuse_native("gemm_w4a8", [a], INPUTS),
-    ),
-    Implementation("triton", _run_triton, lambda a, *args, **kwargs: refuse_triton([a], INPUTS)),
-    Implementation("reference", _run_reference, lambda *args, **kwargs: None),
-)
-
-
-def _fake(*args: Any) -> Tensor:
-    return Operands(*args[:-1]).new_output()
-
-
-def _weight(*inputs: Any) -> Tensor:
-    p = Operands._make(inputs[: len(Operands._fields)])
+def _weight(p: Operands) -> Tensor:
     w8, scale = fold_int4(p.w, p.w_scale)
     return w8.float() * scale[:, None]
 
 
-_op = register(
+IMPLEMENTATIONS, _op = register_int8_product(
     "gemm_w4a8",
-    SCHEMA,
-    IMPLEMENTATIONS,
-    _fake,
-    differentiate(" ".join(Operands._fields[:-1]), _weight, lambda: _op),
+    reference=_reference,
+    pack=lambda p: pack_w4(p.w, p.w_scale),
+    launcher=_launcher,
+    weight=_weight,
 )
 
 

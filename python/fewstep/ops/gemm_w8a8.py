@@ -25,17 +25,15 @@ the layout); without `packed` that kernel packs w in every call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _native
 from ..reference.gemm_w8a8 import gemm_w8a8 as _reference
-from ._gemm import INPUTS, SCHEMA, Operands, contiguous, differentiate, expect, expect_operands
-from ._register import register
-from ._select import Implementation, refuse_native, refuse_triton, select
-from .quantize_int8 import run_triton as _quantize_triton
+from ._gemm import Operands, expect, expect_operands, register_int8_product
+from ._select import select
 
 __all__ = ["gemm_w8a8", "pack_w8"]
 
@@ -74,70 +72,18 @@ def pack_w8(w: Tensor) -> Tensor:
     return packed.view(torch.uint8).view(rows, columns)
 
 
-def _run_reference(*args: Any) -> Tensor:
-    p = Operands(*args)
-    return _reference(
-        *(p.a, p.a_scale, p.w, p.w_scale),
-        bias=p.bias,
-        down=p.down,
-        up=p.up,
-        low=p.low,
-        out_dtype=p.out_dtype,
-    )
-
-
-def run_native(*args: Any) -> Tensor:
-    """Run the native kernel."""
-    p = Operands(*args)
-    a, a_scale, out, rows = p.flat()
-    packed = pack_w8(p.w) if p.packed is None else p.packed.contiguous()
-    bias, w_scale = contiguous(p.bias), p.w_scale.contiguous()
-    _native.call("gemm_w8a8", a, a_scale, packed, w_scale, bias, *p.branch(), rows)
-    return out
-
-
-def run_triton(*args: Any) -> Tensor:
-    """Run the Triton kernel."""
+def _launcher() -> Callable[..., None]:
     from ..kernels.gemm_w8a8 import launch_gemm_w8a8
 
-    p = Operands(*args)
-    branch = p.branch()
-    if p.a_scale is None:
-        a, a_scale = _quantize_triton(p.a)
-        p = p._replace(a=a, a_scale=a_scale)
-    a, a_scale, out, rows = p.flat()
-    if out.numel():
-        w_scale, bias = p.w_scale.contiguous(), contiguous(p.bias)
-        launch_gemm_w8a8(a, a_scale, p.w, w_scale, bias, *branch, rows)
-    return out
+    return launch_gemm_w8a8
 
 
-IMPLEMENTATIONS = (
-    Implementation(
-        "native",
-        run_native,
-        lambda a, *args, **kwargs: refuse_native("gemm_w8a8", [a], INPUTS),
-    ),
-    Implementation("triton", run_triton, lambda a, *args, **kwargs: refuse_triton([a], INPUTS)),
-    Implementation("reference", _run_reference, lambda *args, **kwargs: None),
-)
-
-
-def _fake(*args: Any) -> Tensor:
-    return Operands(*args[:-1]).new_output()
-
-
-def _weight(*inputs: Any) -> Tensor:
-    p = Operands._make(inputs[: len(Operands._fields)])
-    return p.w.float() * p.w_scale[:, None]
-
-
-_op = register(
+IMPLEMENTATIONS, _op = register_int8_product(
     "gemm_w8a8",
-    SCHEMA,
-    IMPLEMENTATIONS,
-    _fake,
-    differentiate(" ".join(Operands._fields[:-1]), _weight, lambda: _op),
+    reference=_reference,
+    pack=lambda p: pack_w8(p.w),
+    launcher=_launcher,
+    weight=lambda p: p.w.float() * p.w_scale[:, None],
 )
 
 
