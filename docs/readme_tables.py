@@ -53,6 +53,8 @@ HEADLINES = [
     ("norm_jvp", "DiT-XL/2 256px", "float32", "torch.func.jvp, unfused"),
     ("modulate_jvp", "DiT-XL/2 256px", "float32", "torch.func.jvp, unfused"),
     ("gemm_w8a8", "SDXL 1280 proj", "bfloat16", "torch linear"),
+    ("gemm_w4a8", "SDXL 1280 proj", "bfloat16", "torch linear"),
+    ("gemm_w4a16", "FLUX.1 adaLN, 1 image", "bfloat16", "torch linear"),
     ("quantize_int8", "FLUX.1 1024px", "bfloat16", "torch.compile"),
     ("cache_metric", "FLUX.1 1024px", "bfloat16", "torch.compile"),
 ]
@@ -171,18 +173,18 @@ def headline_table(records: list[dict[str, Any]]) -> str:
     return table("| op | case | kernel | median | against | of the limit |", "lllrll", rows)
 
 
-def linear_sentence(records: list[dict[str, Any]]) -> str:
-    """Return what int8 gains over torch's bf16 linear where there are many rows, in sentences."""
+def linear_sentence(records: list[dict[str, Any]], op: str) -> str:
+    """Return what a low-bit product gains over torch's bf16 linear at many rows, in sentences."""
 
     def of(provider: str) -> list[dict[str, Any]]:
-        wanted = {"op": "gemm_w8a8", "provider": provider, "dtype": "bfloat16", "skipped": None}
+        wanted = {"op": op, "provider": provider, "dtype": "bfloat16", "skipped": None}
         return [r for r in records if wanted.items() <= r.items() and r["shape"]["M"] >= LARGE_M]
 
     layers, kernels = of(FROM_X), of(KERNEL)
     ratios = [r["ratios"]["torch linear"] for r in layers]
     shares = [r["of_limit"] for r in kernels]
     return (
-        f"`gemm_w8a8` from x, quantising included, against torch's bf16 linear: {min(ratios):.2f}x "
+        f"`{op}` from x, quantising included, against torch's bf16 linear: {min(ratios):.2f}x "
         f"to {max(ratios):.2f}x over the {len(ratios)} cases of {LARGE_M} rows and more. "
         f"Its kernel alone, without the way from Python: {min(shares):.0%} to {max(shares):.0%} "
         f"of {kernels[0]['limit']}.\n\n"
@@ -262,6 +264,7 @@ def documents(folder: str) -> dict[Path, str]:
     records = Records.load(RESULTS / folder)
     paths = (README, BENCHMARKS, PATCHING, QUANTIZATION, ATTENTION)
     texts = {path: path.read_text() for path in paths}
+    sentences = "".join(linear_sentence(records.bench, op) for op in ("gemm_w8a8", "gemm_w4a8"))
     images = f"{records.demo['samples']} images per row from the same seeds"
     machine = records.bench[0]
     bench_caption = caption(machine, "One run of `fewstep bench ops` on")
@@ -269,13 +272,10 @@ def documents(folder: str) -> dict[Path, str]:
         (README, "demo"): demo_table(records.demo)
         + "\n"
         + caption(records.demo["environment"], f"`fewstep demo`: {images}, one run on"),
-        (README, "bench"): headline_table(records.bench)
-        + "\n"
-        + linear_sentence(records.bench)
-        + bench_caption,
+        (README, "bench"): headline_table(records.bench) + "\n" + sentences + bench_caption,
         (BENCHMARKS, "bench"): summary_markdown(map(Result.from_record, records.bench))
         + "\n"
-        + linear_sentence(records.bench)
+        + sentences
         + bench_caption,
         (PATCHING, "patches"): patches_table(records.patches)
         + "\n"
