@@ -25,7 +25,8 @@ template <typename T>
     const bool finite = bits < quantize::Bits<T>::kInfinity;
     if (!finite || scale < kQuantizeInt4Tiny) {
         std::memset(q, 0, static_cast<std::size_t>(n / 2));
-        return Convert<bfloat16>::from(finite ? 1.0f : std::numeric_limits<float>::quiet_NaN());
+        return Convert<bfloat16>::from(finite ? kQuantizeInt4Tiny
+                                             : std::numeric_limits<float>::quiet_NaN());
     }
     std::int32_t values[kQuantizeInt4MaxGroup];
     for (std::int64_t i = 0; i < n; ++i) {

@@ -37,7 +37,7 @@ def _quantize_int4_kernel(
     scale = narrow(tl.div_rn(amax, tl.full([BLOCK], 7.0, tl.float32)), tl.bfloat16)
     used = ok & (scale.to(tl.float32) >= TINY)
     divisor = tl.where(used, scale.to(tl.float32), 1.0)
-    kept = tl.where(ok, divisor, float("nan"))
+    kept = tl.where(ok, tl.where(used, divisor, TINY), float("nan"))
     tl.store(scale_ptr + i, narrow(kept, tl.bfloat16), mask=inside)
     w = tl.where(used[:, None], w, 0.0)
     steps = (tl.div_rn(w, tl.broadcast_to(divisor[:, None], [BLOCK, G])) + ROUND) - ROUND

@@ -127,7 +127,7 @@ def test_zero_and_tiny_groups(impl):
     w[2, 3] = 7 * TINY
     w[3, 3] = -1e-45
     q, scale = check_bits(w, impl)
-    assert scale[[0, 1, 3, 4], 0].tolist() == [1, 1, 1, 1]
+    assert scale[[0, 1, 3, 4], 0].tolist() == [TINY] * 4
     assert unpack_nibbles(q).abs().amax(1).tolist() == [0, 0, 7, 0, 0]
 
 

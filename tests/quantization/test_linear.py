@@ -219,6 +219,17 @@ def test_the_low_rank_branch_takes_the_largest_directions():
     assert all(torch.equal(branch.state_dict()[n], t) for n, t in again.state_dict().items())
 
 
+def test_zeros_in_a_weight_cost_the_rest_nothing(scheme):
+    linear = nn.Linear(256, 96)
+    nn.init.normal_(linear.weight, std=0.02)
+    whole = sqnr(QuantLinear.from_linear(linear, scheme).weight, linear.weight)
+    linear.weight[:, 64:128] = 0
+    layer = QuantLinear.from_linear(linear, scheme)
+    assert sqnr(layer.weight, linear.weight) > whole - 1
+    x = torch.randn(5, 256)
+    assert sqnr(layer(x), linear(x)) > whole - 4  # x is rounded too, about as much
+
+
 def test_refining_the_branch_does_not_hurt(monkeypatch):
     linear = nn.Linear(256, 192)
     nn.init.normal_(linear.weight)
@@ -233,6 +244,70 @@ def test_inference_mode(scheme):
         _, quantized = make(scheme=scheme)
         x = torch.randn(4, 192)
         assert torch.equal(quantized(x), copy.deepcopy(quantized)(x))
+
+
+def test_what_is_derived_follows_the_scale_and_data():
+    _, quantized = make(scheme="w4a8-g32-r8")
+    x = torch.randn(4, 192)
+    for change in (
+        lambda: quantized.weight_scale[:, ::2].mul_(4),
+        lambda: setattr(quantized.quantized, "data", quantized.quantized.roll(1, 0)),
+    ):
+        quantized(x)
+        change()
+        want = copy.deepcopy(quantized)(x)  # a copy has nothing derived
+        assert torch.equal(quantized(x), want)
+
+
+def test_the_packed_copy_is_neither_saved_nor_counted(scheme):
+    _, quantized = make(scheme=scheme)
+    assert set(dict(quantized.named_buffers())) == set(quantized.state_dict())
+    buffer = io.BytesIO()
+    torch.save(quantized, buffer)
+    stored = sum(v.numel() * v.element_size() for v in quantized.state_dict().values())
+    assert len(buffer.getvalue()) < stored + 16_000
+    buffer.seek(0)
+    x = torch.randn(3, 192)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), quantized(x))
+
+
+def test_undoing_gives_back_the_bias(scheme):
+    linear, quantized = make(scheme=scheme)
+    before = linear.bias.clone()
+    quantized.bias.add_(1)
+    assert torch.equal(linear.bias, before)
+
+
+def test_quantising_leaves_random_generators_alone():
+    state = torch.get_rng_state()
+    linear = nn.Linear(192, 100)
+    torch.set_rng_state(state)
+    QuantLinear.from_linear(linear, "w4a8-r8")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_frozen_layer_does_not_keep_its_input():
+    _, quantized = make()
+    saved = []
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape), lambda t: t),
+    ):
+        quantized(torch.randn(1000, 192, requires_grad=True))
+    assert torch.Size([1000, 192]) not in saved
+
+
+def test_wrong_state_is_refused_and_nothing_is_changed(scheme):
+    _, quantized = make(scheme=scheme)
+    before = {name: value.clone() for name, value in quantized.state_dict().items()}
+    wrong = before | {quantized.storage: before[quantized.storage].float()}
+    for assign in (False, True):
+        with pytest.raises(RuntimeError, match=rf"{quantized.storage}: expected .*got torch.float"):
+            quantized.load_state_dict(wrong, assign=assign)
+        now = quantized.state_dict()
+        assert all(torch.equal(now[name], value) for name, value in before.items())
+    with pytest.raises(RuntimeError, match="reset_parameters: expected"):
+        quantized.reset_parameters()
 
 
 def test_autocast_decides_the_dtype(scheme):
@@ -298,5 +373,6 @@ def test_bad_input_names_the_argument():
         QuantLinear.from_linear(nn.Linear(96, 4), "w8a8-r4")
     bad = nn.Linear(4, 4)
     bad.weight[2, 1] = float("inf")
-    with pytest.raises(ValueError, match="expected finite weights, got inf or NaN in row 2"):
-        QuantLinear.from_linear(bad)
+    for scheme in ("w8a8", "w8a8-r1"):
+        with pytest.raises(ValueError, match="expected finite weights, got inf or NaN in row 2"):
+            QuantLinear.from_linear(bad, scheme)

@@ -254,11 +254,21 @@ def test_bad_layers_are_named_and_nothing_is_changed():
             assert structure(model) == before
 
 
-def test_without_originals_their_memory_is_free_at_once():
+def test_without_originals_their_memory_is_free_at_once(monkeypatch):
     model = Model()
-    weights = [weakref.ref(block.ff1.weight) for block in model.blocks]
+    layers = [layer for block in model.blocks for layer in (block.ff1, block.ff2)]
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    del layers
+    alive, convert = [], QuantLinear.from_linear
+
+    def counting(linear, scheme):
+        alive.append(sum(w() is not None for w in weights))
+        return convert(linear, scheme)
+
+    monkeypatch.setattr(QuantLinear, "from_linear", counting)
     handle = quantize(model, "w4a8", rank=4, keep_originals=False)
-    assert [w() for w in weights] == [None, None]
+    assert alive == [4, 3, 2, 1]
+    assert [w() for w in weights] == [None] * 4
     assert {str(layer.scheme) for layer in handle.replaced.values()} == {"w4a8-g64-r4"}
     with pytest.raises(RuntimeError, match="keep_originals was False"):
         handle.undo()
@@ -281,6 +291,23 @@ def test_a_plan_gives_each_layer_its_scheme(tmp_path):
     handle.undo()
     with pytest.raises(RuntimeError, match="undone handle"):
         handle.plan()
+
+
+def test_one_layer_in_two_places_has_one_scheme():
+    model = Model()
+    model.blocks[1].ff1 = model.blocks[0].ff1
+    plan = Plan.of(model, {"blocks.0.ff1": "w8a8", "blocks.1.ff1": "w4a8"})
+    with pytest.raises(ValueError, match=r"one scheme for blocks\.0\.ff1 and blocks\.1\.ff1"):
+        quantize(model, plan=plan)
+
+
+def test_skip_may_answer_with_a_bool():
+    handle = quantize(Model(), "w8a8", skip=lambda name, _: name != "blocks.0.ff1")
+    assert list(handle.replaced) == ["blocks.0.ff1"]
+    with pytest.raises(TypeError, match="skip: expected a reason, None or a bool, got 3"):
+        quantize(Model(), "w8a8", skip=lambda name, _: 3)
+    with pytest.raises(ValueError, match="got one that is compiled"):
+        quantize(torch.compile(Model()), "w8a8")
 
 
 def test_a_plan_for_another_model_is_refused():

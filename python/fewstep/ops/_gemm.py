@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .. import _native
@@ -85,6 +86,10 @@ def project(x: Tensor, down: Tensor | None, low: Tensor | None) -> Tensor:
     if low is not None:
         return low
     assert down is not None
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return F.linear(x, down)
     return F.linear(x, down)
 
 
@@ -209,10 +214,17 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         refuse(ctx.needs_input_grad)
         tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*tensors)
+        # Only the branch's own gradients need x: else a frozen layer would keep it alive.
+        wanted = dict(zip(order, ctx.needs_input_grad, strict=False))
+        if not (wanted["up"] or wanted["down"]):
+            tensors[0] = None
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.out_dtype = output.shape, output.dtype
+        given = zip(order, inputs, strict=False)
+        ctx.dtypes = {name: x.dtype for name, x in given if isinstance(x, Tensor)}
 
     def backward(ctx: Any, d_y: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_y is None:
@@ -233,9 +245,8 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
             gradients["down"] = _sum_rows(d_low, p.x)
         if needs["low"]:
             gradients["low"] = d_low
-        given = dict(zip(order, saved, strict=False))
         return tuple(
-            gradients[name].to(given[name].dtype) if name in gradients else None for name in order
+            gradients[name].to(ctx.dtypes[name]) if name in gradients else None for name in order
         )
 
     def jvp(ctx: Any, saved: Any, *tangents: Any) -> Tensor:

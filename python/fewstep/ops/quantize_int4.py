@@ -10,7 +10,8 @@ scale   [N, K / G]  bfloat16
 q is taken with the rounded scale, so rounding it costs nothing but the grid: 4 + 16 / G bits a
 weight. One float32 division, one rounding to bfloat16, one division and one rounding per value, in
 this order, so every implementation returns the same bits. A group whose scale is below 2^-126
-counts as zero: scale 1, q 0. A group that holds an infinity or a NaN, or whose scale bfloat16 can't
+counts as zero: scale 2^-126, q 0 (a row's largest scale is what the others are folded to, so a zero
+group must not be it). A group that holds an infinity or a NaN, or whose scale bfloat16 can't
 hold, gets scale NaN and q 0: what it is multiplied into turns NaN and never into plausible numbers.
 
 The same format serves `gemm_w4a8` (8-bit activations) and `gemm_w4a16` (activations as they are).

@@ -142,7 +142,11 @@ class FewstepQuantizer(DiffusersQuantizer):
         layer = model.get_submodule(owner)
         if isinstance(layer, QuantLinear):
             # As saved: diffusers has cast what it hands over to the model's dtype.
-            layer._buffers[name] = state_dict[param_name].to(target_device)
+            saved = state_dict[param_name]
+            reason = layer.refuse_tensor(name, saved)
+            if reason is not None:
+                raise ValueError(f"{param_name}: {reason}")
+            layer._buffers[name] = saved.to(target_device)
             return
         # Its bias may be here already, or come later.
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -152,16 +156,24 @@ class FewstepQuantizer(DiffusersQuantizer):
         except ValueError as error:
             raise ValueError(f"{owner}: {error}") from error
         if layer.bias is not None:
-            quantized.register_buffer("bias", layer.bias.detach())
+            quantized.bias = layer.bias.detach()
         _put(model, owner, quantized.train(layer.training))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, layer in _quantized(model):
+            missing = [f"{name}.{key}" for key, x in layer.named_buffers() if x.is_meta]
+            if missing:
+                raise ValueError(
+                    f"{missing[0]}: expected it among the saved tensors, got a file without"
+                )
+            layer.pack()
         describe(model, self.quantization_config)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
+        plain: dict[QuantLinear, nn.Linear] = {}  # one layer can sit in several places
         for name, layer in list(_quantized(model)):
-            _put(model, name, layer.dequantize())
+            _put(model, name, plain.setdefault(layer, layer.dequantize()))
         model._internal_dict = _without_config(model)
         return model
 
@@ -212,7 +224,7 @@ def _without_config(model: nn.Module) -> FrozenDict:
 
 
 def _quantized(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantLinear):
             yield name, module
 

@@ -41,7 +41,10 @@ from .plan import Plan
 from .replace import Skip, choose_layers
 from .scheme import Scheme
 
-CANDIDATES = ("w8a8", "w4a8-g128", "w4a8-g64", "w4a8-g32", "w4a8-g64-r16", "w4a8-g64-r32")
+CANDIDATES = (
+    *("w8a8", "w4a8-g128", "w4a8-g64", "w4a8-g32", "w4a8-g64-r16", "w4a8-g64-r32"),
+    "w4a16-g64",  # for time, at few rows
+)
 BLOCK = 4
 POWERS = (1.0, 0.75, 0.5)
 RESOURCES = {"bytes": "bytes", "time": "seconds"}  # of a budget -> field of a choice
@@ -104,14 +107,21 @@ def weight_bytes(layer: nn.Module) -> int:
 
 @contextlib.contextmanager
 def _in_place(model: nn.Module, name: str, layer: nn.Module) -> Iterator[None]:
-    parent, _, key = name.rpartition(".")
-    modules = model.get_submodule(parent)._modules
-    before = modules[key]
-    modules[key] = layer
+    """Have a layer in every place of the one that is called `name`."""
+    before = model.get_submodule(name)
+    places = [
+        (modules, key)
+        for modules in (module._modules for module in model.modules())
+        for key, child in modules.items()
+        if child is before
+    ]
+    for modules, key in places:
+        modules[key] = layer
     try:
         yield
     finally:
-        modules[key] = before
+        for modules, key in places:
+            modules[key] = before
 
 
 def _evaluate(model: nn.Module, calibration: Calibration, device: torch.device) -> list[Tensor]:
@@ -153,6 +163,8 @@ def measure(
 ) -> dict[str, list[Choice]]:
     """Return the measured choices of every layer that can be quantised; the first is as it is.
 
+    A layer that sits in several places stands under its first name.
+
     Args:
         pipe: a pipeline, or the model itself.
         calibration: of this model.
@@ -166,7 +178,8 @@ def measure(
     """
     model = denoiser_of(pipe)
     parsed = [Scheme.parse(text) for text in candidates]
-    names, _ = choose_layers(model, Scheme("w8a8"), skip)
+    schemes, _ = choose_layers(model, Scheme("w8a8"), skip)
+    names = list({model.get_submodule(name): name for name in reversed(schemes)}.values())[::-1]
     _check(model, calibration, names)
     parameter = next(model.parameters())
     want = _evaluate(model, calibration, parameter.device)
@@ -175,8 +188,8 @@ def measure(
         on_layer(name, done, len(names))
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        schemes = [scheme for scheme in parsed if refuse_linear(linear, scheme) is None]
-        layers = [QuantLinear.from_linear(linear, scheme) for scheme in schemes]
+        fitting = [scheme for scheme in parsed if refuse_linear(linear, scheme) is None]
+        layers = [QuantLinear.from_linear(linear, scheme) for scheme in fitting]
         errors = []
         for layer in layers:
             with _in_place(model, name, layer):
@@ -191,12 +204,12 @@ def measure(
         plain = Choice(None, 0.0, weight_bytes(linear), seconds[0])
         choices[name] = [plain] + [
             Choice(scheme, error, weight_bytes(layer), s)
-            for scheme, error, layer, s in zip(schemes, errors, layers, seconds[1:], strict=True)
+            for scheme, error, layer, s in zip(fitting, errors, layers, seconds[1:], strict=True)
         ]
     return choices
 
 
-def _check(model: nn.Module, calibration: Calibration, names: Mapping[str, Scheme]) -> None:
+def _check(model: nn.Module, calibration: Calibration, names: Sequence[str]) -> None:
     if not names:
         raise ValueError(
             f"pipe: expected linear layers that can be quantised, got a {type(model).__name__} "
@@ -312,7 +325,13 @@ def allocate(
     for name, field in RESOURCES.items():
         if _total(choices, field):
             notes[name] = _share(best, choices, field)
-    return Plan.of(model, {name: choice.scheme for name, choice in best.items()}, notes)
+    chosen = {model.get_submodule(name): choice.scheme for name, choice in best.items()}
+    everywhere = {
+        name: chosen[module]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module in chosen
+    }
+    return Plan.of(model, everywhere, notes)
 
 
 def _total(choices: Mapping[str, Sequence[Choice]], field: str) -> float:

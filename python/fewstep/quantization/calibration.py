@@ -12,7 +12,6 @@ handful, and all of them count. The draw is seeded: the same calls give the same
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,14 +130,18 @@ def calibrate(
             raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
     model = denoiser_of(pipe)
     generator = torch.Generator().manual_seed(seed)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    reservoirs = {name: _Reservoir(rows, generator) for name in layers}
+    places: dict[nn.Module, list[str]] = {}  # a layer can sit in several
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            places.setdefault(module, []).append(name)
+    reservoirs = {layer: _Reservoir(rows, generator) for layer in places}
     seen = 0
     kept: list[Any] = [None] * evaluations
 
-    def see(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].numel():
-            reservoirs[name].add(args[0].detach().reshape(-1, args[0].shape[-1]))
+    def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor) and x.numel():
+            reservoirs[layer].add(x.detach().reshape(-1, x.shape[-1]))
 
     def evaluated(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal seen
@@ -149,10 +152,7 @@ def calibrate(
             kept[place] = _to_cpu((args, kwargs))
         seen += 1
 
-    handles = [
-        layer.register_forward_pre_hook(functools.partial(see, name))
-        for name, layer in layers.items()
-    ]
+    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in places]
     handles.append(model.register_forward_pre_hook(evaluated, with_kwargs=True))
     ran = 0
     try:
@@ -169,9 +169,9 @@ def calibrate(
             handle.remove()
     if not ran:
         raise ValueError("calls: expected at least one call, got none")
-    found = {n: r for n, r in reservoirs.items() if r.kept is not None}
+    found = {name: reservoirs[layer] for layer, names in places.items() for name in names}
     return Calibration(
         {name: r.kept for name, r in found.items() if r.kept is not None},
-        {name: r.seen / seen for name, r in found.items()},
+        {name: r.seen / seen for name, r in found.items() if r.kept is not None},
         [item for item in kept if item is not None],
     )

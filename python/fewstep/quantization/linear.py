@@ -44,6 +44,7 @@ from .scheme import Scheme
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Branch = dict[str, Tensor | None]
+_Key = tuple[tuple[Tensor, int, int], ...]  # of each tensor: itself, its version, where it is
 
 
 class ComputedWeight(Tensor):
@@ -108,12 +109,11 @@ class QuantLinear(nn.Linear):
         self.out_features, self.in_features = self._shape()
         if dtype is None:
             dtype = torch.float32 if bias is None else bias.dtype
-        # Empty; follows .to(dtype) and .to(device) as a floating weight would.
-        like = torch.empty(0, dtype=dtype, device=quantized.device)
-        self.register_buffer("_like", like, persistent=False)
-        self.register_buffer("_packed", None, persistent=False)
-        self._packed_from: tuple[Tensor, int] | None = None
-        self._pack()
+        self._dtype = dtype  # follows .to(dtype) as a floating weight would
+        # No buffer: what is derived goes neither to other devices nor into files.
+        self._packed: Tensor | None = None
+        self._packed_from: _Key | None = None
+        self.pack()
 
     @staticmethod
     def from_linear(linear: nn.Linear, scheme: str | Scheme = "w8a8") -> QuantLinear:
@@ -134,6 +134,7 @@ class QuantLinear(nn.Linear):
         dtype = linear.weight.dtype
         with torch.no_grad():
             weight, down, up = linear.weight.detach(), None, None
+            _expect_finite(weight)
             if scheme.rank:
 
                 def requantized(rest: Tensor) -> Tensor:
@@ -141,11 +142,8 @@ class QuantLinear(nn.Linear):
 
                 weight, down, up = split(weight.float(), scheme.rank, dtype, requantized)
             quantized, scale = layer_type.quantize_weight(weight, scheme)
-            finite = scale.isfinite().reshape(scale.shape[0], -1).all(1)
-            if not finite.all():
-                row = int(finite.logical_not().nonzero()[0])
-                raise ValueError(f"linear: expected finite weights, got inf or NaN in row {row}")
-            bias = None if linear.bias is None else linear.bias.detach()
+            _expect_finite(scale)  # a scale that its dtype can't hold
+            bias = None if linear.bias is None else linear.bias.detach().clone()
             layer = layer_type(quantized, scale, bias, down, up, dtype=dtype)
         return layer.train(linear.training)
 
@@ -220,7 +218,7 @@ class QuantLinear(nn.Linear):
     @property
     def weight_dtype(self) -> torch.dtype:
         """What `weight` reads in: the dtype the module was cast to."""
-        return self._like.dtype
+        return self._dtype
 
     @property
     def weight(self) -> Tensor:
@@ -231,7 +229,7 @@ class QuantLinear(nn.Linear):
                 weight = weight / self.smooth.float()
             if self.up is not None:
                 weight = weight + self.up.float() @ self.down.float()
-            return weight.to(self._like.dtype).as_subclass(ComputedWeight)
+            return weight.to(self._dtype).as_subclass(ComputedWeight)
 
     def dequantize(self) -> nn.Linear:
         """Return a plain `nn.Linear` with the dequantised weight."""
@@ -243,8 +241,9 @@ class QuantLinear(nn.Linear):
             linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return linear.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x @ weight.T + bias in x's dtype (autocast's, where it is on)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input @ weight.T + bias in input's dtype (autocast's, where it is on)."""
+        x = input
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -260,22 +259,46 @@ class QuantLinear(nn.Linear):
             x = x / smooth
         return self._multiply(x, self._current_pack(x), branch)
 
+    def reset_parameters(self) -> None:
+        """Refuse: there is no weight to initialise."""
+        raise RuntimeError(
+            f"reset_parameters: expected a layer with a floating weight, got one in {self.scheme}"
+        )
+
     def _current_pack(self, x: Tensor) -> Tensor | None:
         if x.device.type != "cpu":
             return None
-        if not torch.compiler.is_compiling():
-            weight, version = self._packed_from or (None, 0)
-            # Offloading hooks replace buffers without telling the module.
-            if weight is not self.quantized or _version(weight) != version:
-                self._pack()
+        # Offloading hooks replace buffers without telling the module.
+        if not torch.compiler.is_compiling() and not self._packed_is_current():
+            self.pack()
         return self._packed
 
-    def _pack(self) -> None:
-        """Rebuild what is derived from the weight."""
-        weight = self.quantized
-        native = _native.unavailable(f"gemm_{self.kind}", weight.device) is None
-        self._packed = self._pack_weight() if native and weight.device.type == "cpu" else None
-        self._packed_from = (weight, _version(weight))
+    def _packed_is_current(self) -> bool:
+        if self._packed_from is None:
+            return False
+        key = self._key()
+        return all(
+            now[0] is then[0] and now[1:] == then[1:]
+            for now, then in zip(key, self._packed_from, strict=True)
+        )
+
+    def _key(self) -> _Key:
+        weight, scale = self.quantized, self.weight_scale
+        return tuple((x, _version(x), x.data_ptr()) for x in (weight, scale))
+
+    def pack(self) -> None:
+        """Rebuild what the CPU kernel wants of the weight; nothing on other devices.
+
+        Called where it is needed; a graph that torch.compile makes before any eager call on the CPU
+        would pack in every call.
+        """
+        device = self.quantized.device
+        native = device.type == "cpu" and _native.unavailable(f"gemm_{self.kind}", device) is None
+        self._packed = self._pack_weight() if native else None
+        self._packed_from = self._key()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None, "_packed_from": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move or cast, but keep the weight and its scale to the last bit."""
@@ -283,23 +306,42 @@ class QuantLinear(nn.Linear):
         packed, packed_from = self._packed, self._packed_from
         self._packed = self._packed_from = None  # moving it too would be a transfer for nothing
         super()._apply(fn, recurse)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         for name, before in kept.items():
             now = self._buffers[name]
             if now.dtype != before.dtype:
                 self._buffers[name] = before.to(now.device)
         if self.quantized is kept[self.storage]:  # a cast, or a move to where it is
-            self._packed, self._packed_from = packed, packed_from
+            self._packed, self._packed_from = packed, packed_from and self._key()
         return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        reasons = [
+            f"{prefix}{name}: {reason}"
+            for name in (self.storage, "weight_scale")
+            if (reason := self.refuse_tensor(name, state_dict.get(f"{prefix}{name}"))) is not None
+        ]
+        if reasons:  # a copy would convert the values
+            args[-1].extend(reasons)
+            return
         dtype = self._scale_dtype(state_dict.get(f"{prefix}weight_scale"))
         self.weight_scale = self.weight_scale.to(dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.weight_scale.dtype != dtype:  # load_state_dict(assign=True)
             self.weight_scale = self.weight_scale.to(dtype)
-        self._pack()
+        self.pack()
+
+    def refuse_tensor(self, name: str, value: Tensor | None) -> str | None:
+        """Return why a tensor can't become the low-bit values or their scale, or None."""
+        if value is None:
+            return None
+        here = self._buffers[name]
+        dtype = self._scale_dtype(value) if name == "weight_scale" else here.dtype
+        if value.dtype == dtype and value.shape == here.shape:
+            return None
+        return f"expected {dtype} {list(here.shape)}, got {value.dtype} {list(value.shape)}"
 
     def _scale_dtype(self, saved: Tensor | None) -> torch.dtype:
         """Return the dtype that scales from a state dict are kept in."""
@@ -422,6 +464,13 @@ LAYERS: dict[str, type[QuantLinear]] = {
 
 def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return value if value is None or value.dtype == dtype else value.to(dtype)
+
+
+def _expect_finite(rows: Tensor) -> None:
+    finite = rows.isfinite().reshape(rows.shape[0], -1).all(1)
+    if not finite.all():
+        row = int(finite.logical_not().nonzero()[0])
+        raise ValueError(f"linear: expected finite weights, got inf or NaN in row {row}")
 
 
 def _version(weight: Tensor) -> int:

@@ -6,8 +6,10 @@ First up down is the best rank-R approximation of W; then, in rounds, that of W 
 which is what quantisation made of the rest (SVDQuant, arXiv 2411.05007, and its refinement by
 alternation, as LoftQ, arXiv 2310.08659). The round with the least error is kept.
 
-The singular vectors come from torch's randomised SVD: at rank 32 a full one of 3072 x 12288 takes
-minutes and finds the same subspace. It is seeded, so the same weight gives the same bits.
+The singular vectors come from a randomised SVD (Halko, Martinsson, Tropp, arXiv 0909.4061): at rank
+32 a full one of 3072 x 12288 takes minutes and finds the same subspace. torch.svd_lowrank draws
+from the global generators, which belong to the caller; here a generator of our own is seeded, so
+the same weight gives the same bits and nobody's next image changes.
 """
 
 from __future__ import annotations
@@ -23,15 +25,17 @@ _OVERSAMPLING, _ITERATIONS = 16, 4
 
 def factorize(weight: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return (down [R, K], up [N, R]) of the best rank-R approximation, in `dtype`."""
-    size = min(weight.shape)
-    devices = [weight.device] if weight.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        columns = min(rank + _OVERSAMPLING, size)
-        u, s, v = torch.svd_lowrank(weight, columns, niter=_ITERATIONS)
+    columns = min(rank + _OVERSAMPLING, *weight.shape)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(weight.shape[1], columns, generator=generator).to(weight)
+    for _ in range(_ITERATIONS):  # of the subspace, which W W^T turns to the largest directions
+        basis = weight.mT @ torch.linalg.qr(weight @ basis).Q
+    basis = torch.linalg.qr(weight @ basis).Q
+    u, s, v = torch.linalg.svd(basis.mT @ weight, full_matrices=False)
     root = s[:rank].sqrt()
     # Both factors get the root: neither leaves the range of 16 bits before the other.
-    return (v[:, :rank] * root).T.to(dtype).contiguous(), (u[:, :rank] * root).to(dtype)
+    up = basis @ u[:, :rank] * root
+    return (v[:rank] * root[:, None]).to(dtype).contiguous(), up.to(dtype).contiguous()
 
 
 def split(

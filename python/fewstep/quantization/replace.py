@@ -36,7 +36,7 @@ _SENSITIVE = (
     (r"^(proj_out\w*|norm_out\w*|final_layer\w*|last_layer\w*|lm_head)(\.|$)", _FINAL),
 )
 
-Skip = Callable[[str, nn.Linear], "str | None"]
+Skip = Callable[[str, nn.Linear], "str | bool | None"]
 
 
 def default_skip(name: str, linear: nn.Linear) -> str | None:
@@ -254,7 +254,10 @@ def choose_layers(
         if plan is not None:
             return plan.layers[name] or "the plan leaves it alone"
         assert scheme is not None
-        return reason(name, linear) or scheme
+        why = reason(name, linear)
+        if why is not None and not isinstance(why, (str, bool)):
+            raise TypeError(f"skip: expected a reason, None or a bool, got {why!r} for {name}")
+        return ("skip says so" if why is True else why) or scheme
 
     slots, structures = find_slots(model)
     schemes: dict[str, Scheme] = {}
@@ -265,6 +268,14 @@ def choose_layers(
             refused.setdefault(id(slot.linear), made)
         else:
             schemes[slot.name] = made
+    one: dict[int, str] = {}
+    for slot in slots:  # only a plan can ask for two
+        name = one.setdefault(id(slot.linear), slot.name)
+        if slot.name in schemes and schemes.get(name, schemes[slot.name]) != schemes[slot.name]:
+            raise ValueError(
+                f"plan: expected one scheme for {name} and {slot.name}, which are one layer, got "
+                f"{schemes[name]} and {schemes[slot.name]}"
+            )
     skipped = {slot.name: refused[id(slot.linear)] for slot in slots if id(slot.linear) in refused}
     return {name: s for name, s in schemes.items() if name not in skipped}, skipped
 
@@ -289,7 +300,8 @@ def quantize(
         scheme: "w8a8", "w4a8" or "w4a16", or with options as in "w4a8-g64-r32" (`Scheme`).
         rank: of the low-rank branch; 0 by default.
         group: neighbours that share a scale of a 4-bit weight: 32, 64 (default) or 128.
-        skip: (name, layer) -> why to leave the layer alone, or None; `default_skip` if not given.
+        skip: (name, layer) -> why to leave the layer alone, or None; True and False will do.
+            `default_skip` if not given.
         plan: a scheme for each layer, instead of all the above.
         keep_originals: for `undo`. Without them a layer's memory is freed as soon as it is
             replaced, so the peak is the model and one layer.
@@ -313,6 +325,8 @@ def quantize(
     elif scheme is None:
         raise ValueError("scheme: expected a scheme or a plan, got neither")
     asked = None if scheme is None else Scheme.parse(scheme, rank=rank, group=group)
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model: expected the model itself, got one that is compiled already")
     if isinstance(model, nn.Linear):
         raise ValueError(
             "model: expected a module that contains linear layers, got a linear layer itself; "
@@ -332,6 +346,7 @@ def quantize(
         if reason is not None:
             raise ValueError(f"{slot.name}: {reason}")
     if not keep_originals:
+        del slot  # nothing here may keep a layer alive
         return _replace_for_good(handle, slots, schemes)
     made: dict[int, QuantLinear] = {}
     for slot in slots:  # everything that can fail comes before the first change
@@ -352,12 +367,14 @@ def _replace_for_good(
     for slot in slots:  # the only thing left that can fail
         if not slot.linear.weight.isfinite().all():
             raise ValueError(f"{slot.name}: expected finite weights, got inf or NaN")
+        del slot
     while slots:
         linear = slots[0].linear
         here = [slot for slot in slots if slot.linear is linear]
-        slots = [slot for slot in slots if slot.linear is not linear]
+        slots[:] = [slot for slot in slots if slot.linear is not linear]  # the caller's too
         layer = QuantLinear.from_linear(linear, schemes[here[0].name])
-        for slot in here:
+        while here:
+            slot = here.pop()
             slot.parent._modules[slot.key] = handle.replaced[slot.name] = layer
-        del linear, here, slot
+        del linear, slot
     return handle

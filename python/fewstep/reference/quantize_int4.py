@@ -3,7 +3,7 @@
     s = round_to_bf16(max |w| / 7)               over a group of G neighbours in a row
     q = clamp(round(w / s), -8, 7)               to nearest, ties to even
 
-A group whose scale is below TINY counts as zero (s 1, q 0); one that holds an infinity or a NaN
+A group whose scale is below TINY counts as zero (s TINY, q 0); one that holds an infinity or a NaN
 gets s NaN and q 0. Two values a byte, the even column in the low half, two's complement.
 """
 
@@ -35,7 +35,7 @@ def quantize_int4(w: Tensor, *, group: int = 64) -> tuple[Tensor, Tensor]:
     seven = torch.full_like(amax, 7)  # a tensor: CUDA divides by a number inexactly
     scale = (amax / seven).to(torch.bfloat16)
     finite, tiny = amax.isfinite() & scale.isfinite(), scale < TINY
-    scale = torch.where(tiny, torch.ones_like(scale), scale)
+    scale = scale.clamp(min=TINY)
     q = torch.round(groups / scale.to(w.dtype)[..., None]).clamp(-8, 7)
     q = torch.where((finite & ~tiny)[..., None], q, torch.zeros_like(q))
     scale = torch.where(finite, scale, torch.full_like(scale, torch.nan))

@@ -5,8 +5,8 @@
 //
 // w [N, K] float32, bfloat16 or float16, unit stride in K; q [N, K / 2] uint8, two values a byte,
 // the even column in the low half; scale [N, K / G] bfloat16, G even; q and scale contiguous. A
-// group whose scale is below kQuantizeInt4Tiny counts as zero: scale 1, q 0. A group that holds an
-// infinity or a NaN: scale NaN, q 0.
+// group whose scale is below kQuantizeInt4Tiny counts as zero: that scale, q 0. A group that holds
+// an infinity or a NaN: scale NaN, q 0.
 #pragma once
 
 #include "fewstep/tensor.h"
