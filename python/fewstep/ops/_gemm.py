@@ -345,3 +345,28 @@ def register_int8_product(
     names = " ".join(Operands._fields[:-1])
     op = register(name, SCHEMA, ways, fake, differentiate(names, weight_of, lambda: op))
     return ways, op
+
+
+def gate_layers(
+    device: torch.device, weight: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
+) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return gate cases as layers call: many rows of floating x, a 16-bit branch, 16-bit outputs.
+
+    `weight(N, K, generator)` returns values and scales that make outputs of order one.
+    """
+    generator = torch.Generator().manual_seed(1)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    M, N, K, R = 600, 96, 192, 16
+    for dtype in FLOATS[1:]:
+        w, w_scale = (x.to(device) for x in weight(N, K, generator))
+
+        def draw(*shape: int, size: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+            return (size * torch.randn(shape, generator=generator)).to(device, dtype)
+
+        branch = {"down": draw(R, K, size=K**-0.5), "up": draw(N, R, size=R**-0.5)}
+        # Half a unit of the output twice, where sums fall to different sides, and half a unit of
+        # each of R products of order R^-1/2: at most 5 of their deviations.
+        unit = torch.finfo(dtype).eps
+        case = (draw(M, K), None, w, w_scale), {"bias": draw(N), **branch}, unit, 5 * unit
+        cases.append(case)
+    return cases

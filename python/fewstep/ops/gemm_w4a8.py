@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..reference.gemm_w4a8 import fold_factors, fold_int4
 from ..reference.gemm_w4a8 import gemm_w4a8 as _reference
-from ._gemm import Operands, expect_operands, register_int8_product
+from ._gemm import Operands, expect_operands, gate_layers, register_int8_product
 from ._select import select
 from .quantize_int4 import expect_int4, unpack_nibbles
 
@@ -157,4 +157,10 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         # these shapes, which is beyond what 8 products of the branch add up to.
         atol = 14 * 2.0**-24 * 2**7 * K / 16
         cases.append(((a, a_scale / 128, w, w_scale), kwargs, 2.0**-22, atol))
-    return cases
+
+    def weight(N: int, K: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        w = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=torch.uint8)
+        scale = torch.rand((N, K // 64), generator=generator) + 0.5
+        return w, (scale * K**-0.5 / 8).bfloat16()
+
+    return cases + gate_layers(device, weight)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gemm_w8a8 import gemm_w8a8 as _reference
-from ._gemm import Operands, expect, expect_operands, register_int8_product
+from ._gemm import Operands, expect, expect_operands, gate_layers, register_int8_product
 from ._select import select
 
 __all__ = ["gemm_w8a8", "pack_w8"]
@@ -150,4 +150,9 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         # 4 * 2^-24 of the largest |acc| a_scale of these shapes, 2^7 * 1031.
         atol = 4 * 2.0**-24 * 2**7 * K
         cases.append(((a, a_scale / 128, w, w_scale), {"bias": bias}, 2.0**-22, atol))
-    return cases
+
+    def weight(N: int, K: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        w = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
+        return w, torch.full((N,), K**-0.5 / 128)
+
+    return cases + gate_layers(device, weight)

@@ -44,7 +44,7 @@ from .scheme import Scheme
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Branch = dict[str, Tensor | None]
-_Key = tuple[tuple[Tensor, int, int], ...]  # of each tensor: itself, its version, where it is
+_Key = tuple[tuple[Tensor, int, int], ...]  # of each tensor: itself, its version, its storage
 
 
 class ComputedWeight(Tensor):
@@ -284,7 +284,7 @@ class QuantLinear(nn.Linear):
 
     def _key(self) -> _Key:
         weight, scale = self.quantized, self.weight_scale
-        return tuple((x, _version(x), x.data_ptr()) for x in (weight, scale))
+        return tuple((x, _version(x), x.untyped_storage()._cdata) for x in (weight, scale))
 
     def pack(self) -> None:
         """Rebuild what the CPU kernel wants of the weight; nothing on other devices.
