@@ -11,9 +11,13 @@
 #                   headers the build takes; nothing is downloaded
 #   VARIANTS        macros to build kernels with once more and bench again, quickly, such as
 #                   FEWSTEP_ATTENTION_JVP_TURNS; what is left built is the last one
+#   STEPS           a pattern: only the steps below whose title it matches run, so that one folder OUT
+#                   can be filled by several calls of limited time, such as STEPS=build,
+#                   STEPS='gate|tests', STEPS=bench, STEPS='check|counters', STEPS=models
 #   FEWSTEP_COMMIT  commit for the records, where the files came without .git
 #
-# Setting up .venv may download torch; what follows takes under ten minutes. --dry-run goes as far as
+# Setting up .venv may download torch; what follows stops before ten minutes. An op brings its backward
+# along. --dry-run goes as far as
 # a machine without a GPU can: the CUDA build, the CPU tests, quick benches on the CPU. A step that
 # fails does not stop the next ones, but for the build; the exit status is 1 if any failed.
 set -u -o pipefail
@@ -58,7 +62,7 @@ print(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))' "$device")
 OUT=${OUT:-benchmarks/out/$(date -u +%Y%m%d-%H%M%S)-$name}
 mkdir -p "$OUT"
 summary=$OUT/summary.txt
-: >"$summary"
+touch "$summary"
 failed=0
 
 note() { printf '%-34s %-8s %6s  %s\n' "$1" "$2" "$3" "${4:-}" | tee -a "$summary"; }
@@ -67,6 +71,7 @@ note() { printf '%-34s %-8s %6s  %s\n' "$1" "$2" "$3" "${4:-}" | tee -a "$summar
 step() {
     local title=$1 limit=$2 begin=$SECONDS left log status
     shift 2
+    [[ $title =~ ${STEPS:-.} ]] || return 0
     left=$((budget - (SECONDS - started)))
     log=$OUT/$(tr -c 'a-zA-Z0-9\n' '-' <<<"$title").log
     if ((left < 5)); then
@@ -115,6 +120,12 @@ if ((${#ops[@]} == 0)); then
     mapfile -t ops < <("$PYTHON" -c 'from fewstep import ops; print(*ops.OPS, sep="\n")')
 fi
 
+for op in "${ops[@]}"; do
+    if [[ -f benchmarks/ops/${op}_backward.py && " ${ops[*]} " != *" ${op}_backward "* ]]; then
+        ops+=("${op}_backward")
+    fi
+done
+
 step "every gate" 200 "$PYTHON" -m fewstep doctor --check
 "$PYTHON" -m fewstep doctor --json >"$OUT/doctor.json" 2>"$OUT/doctor.log"
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
@@ -140,11 +151,6 @@ for op in "${ops[@]}"; do
     COLUMNS=160 step "bench $op" 150 "$PYTHON" -m fewstep bench ops --op "$op" --device "$device" \
         --output "$OUT/records" ${quick[@]+"${quick[@]}"}
 done
-if [[ " ${ops[*]} " == *" attention_jvp "* ]] && has diffusers; then
-    models=("$PYTHON" benchmarks/pipelines/forward_mode_models.py --device "$device")
-    ((dry_run)) && models+=(--tiny --repeats 2)
-    step "models in forward mode" 150 "${models[@]}" --output "$OUT/models"
-fi
 sanitizer=$(command -v compute-sanitizer || true)
 [[ -z $sanitizer && -x /usr/local/cuda/bin/compute-sanitizer ]] &&
     sanitizer=/usr/local/cuda/bin/compute-sanitizer
@@ -155,17 +161,42 @@ for op in sys.argv[2:]:
     for impl in runnable(op, torch.device(sys.argv[1])):
         print(op, impl)' "$device" "${ops[@]}" | sort -k 2)
 if [[ -z $sanitizer || $device != cuda ]]; then
-    note "memcheck" skipped 0s "needs compute-sanitizer and a GPU"
+    note "check memory and races" skipped 0s "needs compute-sanitizer and a GPU"
 else
     for kernel in "${kernels[@]}"; do
         read -r op impl <<<"$kernel"
         # Without torch's pool every tensor is its own allocation, and a read past its end is seen.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "memcheck $op $impl" 60 "$sanitizer" \
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "check memory $op $impl" 60 "$sanitizer" \
             --tool memcheck --error-exitcode 3 "$PYTHON" -m fewstep.ops._gate "$op" "$impl" cuda
         # Triton orders its own shared memory; ours is ours to order.
-        [[ $impl == native ]] && step "racecheck $op $impl" 90 "$sanitizer" \
+        [[ $impl == native ]] && step "check races $op $impl" 90 "$sanitizer" \
             --tool racecheck --error-exitcode 3 "$PYTHON" -m fewstep.ops._gate "$op" "$impl" cuda
     done
+fi
+
+# Where the time goes: the counters of a few launches at FLUX.1's shape.
+profiler=$(command -v ncu || true)
+[[ -z $profiler && -x /usr/local/cuda/bin/ncu ]] && profiler=/usr/local/cuda/bin/ncu
+if [[ " ${ops[*]} " == *" attention_jvp "* ]]; then
+    if [[ -z $profiler || $device != cuda ]]; then
+        note "counters" skipped 0s "needs ncu and a GPU"
+    else
+        for dim in 64 128 256; do
+            step "counters attention_jvp $dim" 60 "$profiler" --csv --launch-count 1 \
+                --kernel-name regex:attention_jvp --section SpeedOfLight --section WarpStateStats \
+                --section MemoryWorkloadAnalysis --section LaunchStats "$PYTHON" -c '
+import sys, torch
+from fewstep import ops
+shape = 1, 24, 4608, int(sys.argv[1])
+x = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
+ops.attention_jvp(*x, impl="native")' "$dim"
+        done
+    fi
+fi
+if [[ " ${ops[*]} " == *" attention_jvp "* ]] && has diffusers; then
+    models=("$PYTHON" benchmarks/pipelines/forward_mode_models.py --device "$device")
+    ((dry_run)) && models+=(--tiny --repeats 2)
+    step "models in forward mode" 150 "${models[@]}" --output "$OUT/models"
 fi
 
 # A kernel's variants, last: each is built in the place of the one above.
