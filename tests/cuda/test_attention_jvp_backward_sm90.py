@@ -235,6 +235,63 @@ def test_sums_in_any_order_of_packed_sequences(library, d):
     check(library, *draw(150, 300, d), deterministic=False, **cu, is_causal=True)
 
 
+def packed(cu_q, cu_k):
+    offsets = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    return {name: torch.tensor(x, dtype=torch.int32) for name, x in offsets.items()}
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_sums_in_any_order_leave_out_the_next_sequence(library, d):
+    """Where a tile of queries is whole and keys end within a block: the rest of it is hidden."""
+    check(library, *draw(150, 140, d), deterministic=False, **packed([0, 100, 150], [0, 70, 140]))
+    cu = packed([0, 200, 250], [0, 70, 140])
+    check(library, *draw(250, 140, d), deterministic=False, **cu, is_causal=True)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_sums_in_any_order_do_not_read_foreign_keys(library, d):
+    """Sequence 1 has keys and no queries; its keys lie in the block of sequence 0's."""
+    cu = packed([0, 100, 100, 150], [0, 70, 80, 140])
+    inputs, cotangents = draw(150, 140, d)
+    got, stats = check(library, inputs, cotangents, deterministic=False, **cu)
+    for i in (1, 2, 4, 5):
+        inputs[i][:, :, 70:80] = torch.nan
+    again = run(library, inputs, cotangents, stats, deterministic=False, **cu)
+    # The order of the sums is all that may differ.
+    for a, b in zip(again, got, strict=True):
+        assert relative_error(a, b) < torch.finfo(a.dtype).eps
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_sums_in_any_order_where_lse_is_low(library, d):
+    """Rows behind the last key have scores of 0: with lse of -11 or less P overflows float16."""
+    inputs, cotangents = draw(100, 130, d, dtype=torch.float16)
+    inputs[0][..., 0], inputs[1][..., 0] = 16, -16 * (d / 64) ** 0.5
+    wide = [x.double() for x in inputs]
+    d_o, dt_o = (x.double() for x in cotangents)
+    o, t_o, lse, mu = ops.attention_jvp(*wide, return_stats=True, impl="reference")
+    assert lse.max() < -12
+    stats = ((dt_o * o).sum(-1), (d_o * o + dt_o * t_o).sum(-1), lse, mu)
+    fused = run(library, inputs, cotangents, stats, deterministic=False)
+    got = run(library, inputs, cotangents, stats)
+    # Rounded from the same P, dS0 and dS1, up to the order in which scores are summed.
+    for a, b in zip(fused, got, strict=True):
+        assert relative_error(a, b) < torch.finfo(a.dtype).eps
+
+
+def test_sums_in_any_order_take_memory_where_they_are_used():
+    """Values up to 64 columns share a pass with keys; without tangents of keys none is fused."""
+    needs = {name: 1 << i for i, name in enumerate(NAMES)}
+    for d in (64, 72):
+        inputs, _ = draw(2, 3, d)
+        assert OP._can_fuse(inputs, needs["q"] | needs["k"])
+        assert OP._can_fuse(inputs, needs["t_q"] | needs["t_k"])
+        assert OP._can_fuse(inputs, needs["q"] | needs["v"] | needs["t_v"]) == (d == 64)
+        assert not OP._can_fuse(inputs, needs["q"] | needs["t_q"])
+        assert not OP._can_fuse(inputs, needs["k"] | needs["v"])
+        assert not OP._can_fuse([*inputs[:4], None, None], needs["q"] | needs["k"])
+
+
 @pytest.mark.parametrize(("nq", "nk"), [(5, 0), (0, 5), (1, 3)])
 def test_few_sums_in_any_order(library, nq, nk):
     check(library, *draw(nq, nk, 64, b=2, h=2), deterministic=False)

@@ -32,6 +32,7 @@ Derivation, layout and error: docs/ops/attention_jvp_backward.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def _run_native(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Te
     # One more argument for the kernel on CUDA, which alone has a form with another order of sums.
     workspace = []
     if inputs[0].device.type == "cuda":
-        fused = not deterministic and needs & _Q_BITS and needs & ~_Q_BITS
+        fused = not deterministic and _can_fuse(inputs, needs)
         workspace.append(_query_sums(inputs[0], inputs[2], masking[2]) if fused else None)
     _native.call(
         "attention_jvp_backward",
@@ -112,12 +113,24 @@ def _run_native(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Te
     return outputs
 
 
+def _can_fuse(inputs: Sequence[Tensor | None], needs: int) -> bool:
+    """Return whether the Hopper kernel can add up d_q and dt_q in a pass that runs for keys."""
+    q, _, v, _, t_k, _ = inputs
+    # Above 64 columns values have a pass of their own, which has no dS0 and dS1.
+    owners = 0b110110 if _width(q, v) == 64 else 0b010010
+    return t_k is not None and bool(needs & _Q_BITS) and bool(needs & owners)
+
+
+def _width(q: Tensor, v: Tensor) -> int:
+    """Return the columns that the Hopper kernel pads head dims to."""
+    return 64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128
+
+
 def _query_sums(q: Tensor, v: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
     """Allocate what the Hopper kernel adds up d_q and dt_q in, as its header describes it."""
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    width = 64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128
     rows = q.shape[2] + 64 * sequences
-    return q.new_zeros((2, *q.shape[:2], rows, width), dtype=torch.float32)
+    return q.new_zeros((2, *q.shape[:2], rows, _width(q, v)), dtype=torch.float32)
 
 
 def _run_triton(d_o: Tensor | None, dt_o: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -330,12 +343,17 @@ def gate_cases(device: torch.device) -> list[tuple[Any, ...]]:
     additive = {"attn_mask": draw(77, 130), "t_attn_mask": draw(77, 130)}
     offsets = torch.tensor([[0, 5, 40, 77], [0, 70, 70, 130]], device=device).int()
     packed = {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
+    # Whole tiles of queries that meet fewer keys than a block owns: the next sequence's are beside.
+    offsets = torch.tensor([[0, 100, 150], [0, 70, 140]], device=device).int()
+    beside = {"cu_seqlens_q": offsets[0], "cu_seqlens_k": offsets[1]}
     plain, wide = (2, 2, 77, 130, 64, 64), (2, 2, 33, 65, 72, 40)  # B, G, Nq, Nk, D, Dv
     masked: list[tuple[Any, ...]] = [
         (plain, {"is_causal": True}),
         (plain, {"attn_mask": boolean}),
         (plain, additive),
         ((1, *plain[1:]), packed),
+        ((1, 2, 150, 140, 64, 64), beside),
+        ((1, 2, 150, 140, 128, 128), beside),
         ((2, 1, *plain[2:]), {}),  # shared heads
     ]
     dtypes = triton_dtypes(torch.empty(0, device=device))

@@ -196,15 +196,25 @@ __device__ __forceinline__ void read_numbers(const Params& p, int batch, int hea
 // The loading warp.
 template <class C>
 __device__ void load_tiles(const Params& p, const Work& w, const C& shared) {
-    if (threadIdx.x == 0) {
+    std::uint32_t landings = 0;
+    {
         const TileIndex rows{w.owned_first + w.row, w.owned_head, w.batch};
-#pragma unroll
+        const int left = w.owned - w.row;
+        // Fused passes sum over the rows of k and t_k, too. Not unrolled: that would take registers
+        // that the loading warp doesn't have.
+        const bool cut = C::kFused && C::kMasked && p.cu_k != nullptr && left < kRows;
+#pragma unroll 1
         for (int i = 0; i < C::kOwned; ++i) {
-            load_tile<C::kBlocks>(p.owned[i], rows, kRows, shared.owned(i), shared.owned_full());
+            if (cut && i < 2) {
+                load_cut_tile(shared, p.owned[i], rows, kRows, left, shared.owned(i),
+                              shared.owned_full(), landings);
+            } else if (threadIdx.x == 0) {
+                load_tile<C::kBlocks>(p.owned[i], rows, kRows, shared.owned(i),
+                                      shared.owned_full());
+            }
         }
     }
     RingPosition<C::kSlots> at;
-    std::uint32_t landings = 0;
     int count = 0;
     for (int head = w.stream_head; head < w.stream_head + w.stream_heads; ++head) {
         for (int tile = w.begin; tile < w.end; ++tile, ++count) {

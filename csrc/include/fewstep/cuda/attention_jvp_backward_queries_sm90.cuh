@@ -13,15 +13,17 @@
 
 namespace fewstep::cuda::attention_jvp_backward_kernel {
 
+// Weights of the block's `rows` keys, and 0 of those behind: nothing has hidden these, since their
+// own sums are not stored, but here they are summed over.
 template <class C>
-__device__ __forceinline__ void write_weights(int i, int group, const C& shared,
+__device__ __forceinline__ void write_weights(int i, int group, int rows, const C& shared,
                                               const std::uint32_t (&weights)[C::kTile / 4]) {
     const int thread = threadIdx.x % kGroupThreads;
 #pragma unroll
     for (int j = 0; j < C::kTile / 4; ++j) {
         const int row = group * kGroupRows + accumulator_row(thread, 2 * j);
         const int offset = tile_offset(row, accumulator_column(thread, 2 * j), kRows);
-        store_shared(shared.weights(i) + offset, weights[j]);
+        store_shared(shared.weights(i) + offset, row < rows ? weights[j] : 0u);
     }
 }
 
@@ -38,8 +40,8 @@ __device__ __forceinline__ void add_products_to_all(const Params& p, const Work&
     constexpr int kTile = C::kTile, kBoth = kGroups * kGroupThreads;
     const int thread = threadIdx.x % kGroupThreads;
     if (count > 0) sync_named(kRead + group, kBoth);
-    write_weights(0, group, shared, w0);
-    write_weights(1, group, shared, w1);
+    write_weights(0, group, w.owned - w.row, shared, w0);
+    write_weights(1, group, w.owned - w.row, shared, w1);
     fence_shared_stores();
     sync_named(kWritten, kBoth);
 

@@ -169,6 +169,7 @@ __device__ void multiply_tiles8(const Scores8Params& p, const Work& w, int group
         wait_products<0>();
         fence_registers(sums);
         scale_keys<C>(sums, shared.scales(k_slot), s);
+        __syncwarp();
         shared.release(k_slot);
         const float t_units[2] = {units[0] * shared.ratio(), units[1] * shared.ratio()};
         center<C>(p, t_units, state, weights, s, h, shift);

@@ -210,13 +210,36 @@ struct Layout {
     __device__ std::uint64_t values(int i, int block = 0) const {
         return matrix_descriptor(shared_address(slot(i)) + block * kLeading, kLeading);
     }
+    // Lane 0 speaks for its warp: after ordinary loads of the slot, unlike products, __syncwarp().
     __device__ void release(int i) const {
         if (threadIdx.x % 32 == 0) empty(i).arrive();
     }
 };
 
+// By one warp, a tile of which `left` rows belong to the sequence: those behind are zeroed (they
+// are the next one's, and 0 x NaN is NaN) before `full` hears of it.
+template <class L>
+__device__ __forceinline__ void load_cut_tile(const L& shared, const TensorMap& source,
+                                              TileIndex from, int rows, int left,
+                                              std::uint8_t* tile, Barrier& full,
+                                              std::uint32_t& landings) {
+    const bool elected = threadIdx.x == 0;
+    if (elected) load_tile<L::kBlocks>(source, from, rows, tile, shared.landed());
+    shared.landed().wait(landings);
+    landings ^= 1;
+    for (int i = threadIdx.x; i < (rows - left) * (kRowBytes / 16); i += 32) {
+#pragma unroll
+        for (int block = 0; block < L::kBlocks; ++block) {
+            store_shared(tile + (block * rows + left) * kRowBytes + i * 16, uint4{});
+        }
+    }
+    fence_shared_stores();
+    __syncwarp();
+    if (elected) full.arrive();
+}
+
 // By one warp, a tile into the next slot once it is empty. `left`: rows that belong to the
-// sequence; with `cut`, rows behind it are zeroed (they are the next one's, and 0 x NaN is NaN).
+// sequence; with `cut`, rows behind it are zeroed.
 template <class L>
 __device__ void stream_tile(const L& shared, const TensorMap& source, TileIndex from,
                             RingPosition<L::kSlots>& at, bool cut, int left,
@@ -225,21 +248,8 @@ __device__ void stream_tile(const L& shared, const TensorMap& source, TileIndex 
     std::uint8_t* const tile = shared.slot(at.slot);
     shared.empty(at.slot).wait(at.parity ^ 1);
     if (cut) {
-        if (elected) {
-            load_tile<L::kBlocks>(source, from, L::kTileRows, tile, shared.landed());
-        }
-        shared.landed().wait(landings);
-        landings ^= 1;
-        for (int i = threadIdx.x; i < (L::kTileRows - left) * (kRowBytes / 16); i += 32) {
-#pragma unroll
-            for (int block = 0; block < L::kBlocks; ++block) {
-                const int row_bytes = (block * L::kTileRows + left) * kRowBytes;
-                store_shared(tile + row_bytes + i * 16, uint4{});
-            }
-        }
-        fence_shared_stores();
-        __syncwarp();
-        if (elected) shared.full(at.slot).arrive();
+        load_cut_tile(shared, source, from, L::kTileRows, left, tile, shared.full(at.slot),
+                      landings);
     } else if (elected) {
         load_tile<L::kBlocks>(source, from, L::kTileRows, tile, shared.full(at.slot));
     }
@@ -286,6 +296,8 @@ __device__ void store_rows(std::uint8_t* staging, int first_row, const float (&v
 template <class L, typename Load, typename Multiply>
 __device__ __forceinline__ void run_roles(const L& shared, const Load& load,
                                           const Multiply& multiply) {
+    // 168 for each of three groups of threads: with more the last to take waits for ever.
+    static_assert(L::kLoaderRegisters + kGroups * L::kMultiplierRegisters == 504);
     if (threadIdx.x == 0) shared.init_barriers();
     __syncthreads();
     if (threadIdx.x < kGroupThreads) {
