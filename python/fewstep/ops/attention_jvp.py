@@ -23,9 +23,11 @@ strides with unit stride in the last axis, without a copy; masks are read where 
 or not. Sums are in float32 (float64 for float64).
 
 `score_dtype` rounds q, k and their tangents, keys about their mean and each row with a scale, to 8
-bits for the products in S and tS, which tensor cores do at twice the rate: t_o is then off by 1.3 %
-with int8, by 5 % with float8_e4m3fn. The rounding depends on the tangents, so o does too. In
-derivatives it counts as the identity: the backward takes exact scores beside this lse and mu.
+bits for the products in S and tS, which tensor cores do at twice the rate. With int8 t_o is then
+off by about 1.3 % where scores are of order one, more where they are larger; with float8_e4m3fn by
+5 % and more (8-bit scores in docs/ops/attention_jvp.md). The rounding depends on the tangents, so o
+does too. In derivatives it counts as the identity: the backward takes exact scores beside this lse
+and mu.
 
 Differentiable through all outputs with respect to q, k, v and their tangents, in reverse and in
 forward mode (`_attention_autograd.py`). Tangents as arguments share one pass with the primal; one
