@@ -26,7 +26,7 @@ template <typename T>
     if (!finite || scale < kQuantizeInt4Tiny) {
         std::memset(q, 0, static_cast<std::size_t>(n / 2));
         return Convert<bfloat16>::from(finite ? kQuantizeInt4Tiny
-                                             : std::numeric_limits<float>::quiet_NaN());
+                                              : std::numeric_limits<float>::quiet_NaN());
     }
     std::int32_t values[kQuantizeInt4MaxGroup];
     for (std::int64_t i = 0; i < n; ++i) {
