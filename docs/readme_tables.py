@@ -267,7 +267,7 @@ def documents(folder: str) -> dict[Path, str]:
     sentences = "".join(linear_sentence(records.bench, op) for op in ("gemm_w8a8", "gemm_w4a8"))
     images = f"{records.demo['samples']} images per row from the same seeds"
     machine = records.bench[0]
-    bench_caption = caption(machine, "One run of `fewstep bench ops` on")
+    bench_caption = caption(machine, "`fewstep bench ops`, each comparison within one run, on")
     bodies = {
         (README, "demo"): demo_table(records.demo)
         + "\n"
