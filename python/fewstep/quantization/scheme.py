@@ -12,7 +12,6 @@ activations by factors first; they come with weights that someone else has quant
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -81,10 +80,6 @@ class Scheme:
                 raise ValueError(f"{name}: expected {found[name]} as in {str(text)!r}, got {value}")
             found[name] = value
         return cls(found["kind"], found["group"], found["rank"] or 0, smooth)
-
-    def with_rank(self, rank: int) -> Scheme:
-        """Return the same scheme with another rank."""
-        return dataclasses.replace(self, rank=rank)
 
     def __str__(self) -> str:
         group = "" if self.group is None else f"-g{self.group}"
