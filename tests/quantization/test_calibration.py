@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from fewstep.quantization import calibrate
+from fewstep.quantization import Calibration, calibrate
 from fewstep.quantization.calibration import _Reservoir
 
 
@@ -90,3 +91,51 @@ def test_bad_input_is_named():
         calibrate(Pipe(), [{"steps": 1}, {"steps": 0}])
     with pytest.raises(ValueError, match="rows: expected an integer of at least 1, got 0"):
         calibrate(Pipe(), [{"steps": 1}], rows=0)
+
+
+def test_largest_magnitudes_are_of_all_rows_seen():
+    pipe = Pipe()
+    seen = []
+    hook = pipe.transformer.second.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].reshape(-1, 8))
+    )
+    found = calibrate(pipe, [{"steps": 5, "seed": seed} for seed in range(2)], rows=4)
+    hook.remove()
+    assert torch.equal(found.amax["second"], torch.cat(seen).abs().amax(0))
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    found = calibrate(Pipe(), [{"steps": 3}], rows=8, evaluations=2)
+    x = torch.arange(6.0).reshape(2, 3).t()
+    nest = {"x": [x, (None, 2, 0.5, "text", True)], "y": {"z": x.to(torch.bfloat16)}}
+    found.evaluations.append(((x,), nest))
+    found.save(tmp_path / "seen.safetensors")
+    again = Calibration.load(tmp_path / "seen.safetensors")
+    assert again.rows == found.rows
+    for kind in ("inputs", "amax"):
+        here, there = getattr(found, kind), getattr(again, kind)
+        assert here.keys() == there.keys()
+        assert all(torch.equal(here[name], there[name]) for name in here)
+    (args, nest), (was, saved) = again.evaluations[-1], found.evaluations[-1]
+    assert torch.equal(args[0], was[0])
+    assert type(args) is tuple
+    assert torch.equal(nest["x"][0], x)
+    assert nest["x"][1] == saved["x"][1]
+    assert type(nest["x"][1]) is tuple
+    assert nest["y"]["z"].dtype == torch.bfloat16
+    assert len(again.evaluations) == 3
+
+
+def test_what_can_not_be_saved_or_loaded_is_named(tmp_path):
+    found = calibrate(Pipe(), [{"steps": 1}])
+    found.evaluations.append(((object(),), {}))
+    with pytest.raises(TypeError, match=r"expected evaluations of tensors.* got object"):
+        found.save(tmp_path / "no.safetensors")
+    found.evaluations.pop()
+    found.save(tmp_path / "seen.safetensors")
+    whole = (tmp_path / "seen.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-5])
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    for name in ("cut", "other"):
+        with pytest.raises(ValueError, match=f"Calibration.save writes it, got .*{name}"):
+            Calibration.load(tmp_path / f"{name}.safetensors")

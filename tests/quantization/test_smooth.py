@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fewstep.quantization import QuantLinear, quantize
+from fewstep.quantization import QuantLinear
 from fewstep.quantization.linear import LAYERS
 from fewstep.quantization.scheme import Scheme
 
@@ -101,8 +101,40 @@ def test_float16_scales_survive_a_state_dict(assign):
     assert torch.equal(other.weight_scale, scale)
 
 
-def test_factors_come_from_files_only():
-    model = nn.Sequential(nn.Linear(256, 256))
-    with pytest.raises(ValueError, match=r"0: expected a scheme without smoothing"):
-        quantize(model, "w4a8-smooth")
-    assert type(model[0]) is nn.Linear
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_made_with_factors_divides_by_them_and_multiplies_the_weight(scheme, dtype):
+    linear = nn.Linear(192, 100).to(dtype)
+    linear.weight[:, ::7] *= 4  # directions for the branch that smoothing turns
+    smooth = (torch.rand(192) * 4 - 2).exp2()
+    layer = QuantLinear.from_linear(linear, scheme, smooth=smooth)
+    assert str(layer.scheme) == str(Scheme.parse(f"{scheme}-smooth"))
+    assert torch.equal(layer.smooth, smooth.to(dtype))
+    # The error of the quantised weight, read back, is that of the smoothed one: as far from it as
+    # if the smoothed weight had been quantised alone.
+    s = layer.smooth.double()
+    error = ((layer.weight.double() - linear.weight.double()) * s).norm()
+    smoothed = nn.Linear(192, 100, bias=False)
+    smoothed.weight.copy_(linear.weight.double() * s)
+    plain = QuantLinear.from_linear(smoothed, scheme).weight.double()
+    # What reads back is rounded to the dtype, and so are down and up; the split is another draw.
+    limit = (
+        1.1 * (plain - smoothed.weight).norm() + 2 * torch.finfo(dtype).eps * smoothed.weight.norm()
+    )
+    assert error < limit
+
+
+def test_factors_that_do_not_fit_are_refused():
+    linear = nn.Linear(64, 64)
+    for smooth, message in (
+        (torch.ones(63), r"smooth: expected floating \[64\], got torch.float32 \[63\]"),
+        (torch.ones(64, dtype=torch.int8), r"smooth: expected floating \[64\], got torch.int8"),
+        (torch.zeros(64), "smooth: expected positive finite factors"),
+        (torch.full((64,), float("nan")), "smooth: expected positive finite factors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            QuantLinear.from_linear(linear, "w8a8", smooth=smooth)
+    with pytest.raises(ValueError, match="smooth: expected factors for w8a8-smooth, got none"):
+        QuantLinear.from_linear(linear, "w8a8-smooth")
+    with pytest.raises(ValueError, match="smooth: expected positive finite factors"):
+        # 1e6 is inf in float16.
+        QuantLinear.from_linear(linear.half(), "w8a8", smooth=torch.full((64,), 1e6))

@@ -12,14 +12,19 @@ handful, and all of them count. The draw is seeded: the same calls give the same
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 DENOISERS = ("transformer", "unet")
+_FORMAT = "fewstep.calibration"
 
 
 @dataclass
@@ -29,22 +34,93 @@ class Calibration:
     inputs        layer -> rows [R, K] of its input, float32 on the CPU
     rows          layer -> rows that one evaluation of the model gives it, on average
     evaluations   (args, kwargs) of calls of the model, on the CPU
+    amax          layer -> largest magnitude in each column [K] of all rows seen, float32 on the CPU
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, float] = field(default_factory=dict)
     evaluations: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    amax: dict[str, Tensor] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as safetensors.
+
+        Raises:
+            TypeError: an argument of a kept evaluation is no tensor, number, text, list or dict.
+        """
+        tensors: dict[str, Tensor] = {}
+        evaluations = [_encode(item, tensors) for item in self.evaluations]
+        for kind, found in (("inputs", self.inputs), ("amax", self.amax)):
+            tensors |= {f"{kind}.{name}": x.contiguous() for name, x in found.items()}
+        data = {"rows": self.rows, "evaluations": evaluations}
+        save_file(tensors, path, {_FORMAT: json.dumps(data)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: another file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            data = json.loads(metadata[_FORMAT])
+            evaluations = [_decode(item, tensors) for item in data["evaluations"]]
+            found: dict[str, dict[str, Tensor]] = {"inputs": {}, "amax": {}}
+            for name, x in tensors.items():
+                kind, _, layer = name.partition(".")
+                if kind in found:
+                    found[kind][layer] = x
+            return cls(found["inputs"], data["rows"], evaluations, found["amax"])
+        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(
+                f"calibration: expected a file as Calibration.save writes it, got {path}: {error}"
+            ) from error
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return a nest as JSON-ready data, its tensors by name; each container is tagged."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        name = f"evaluations.{len(tensors)}"
+        tensors[name] = value.contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _encode(item, tensors)] for key, item in value.items()]}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_encode(item, tensors) for item in value]}
+    raise TypeError(
+        "calibration: expected evaluations of tensors, numbers, texts, lists and dicts, got "
+        f"{type(value).__name__}"
+    )
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _decode(item, tensors) for key, item in content}
+    return {"list": list, "tuple": tuple}[kind](_decode(item, tensors) for item in content)
 
 
 class _Reservoir:
-    """A uniform sample of all rows that come by."""
+    """A uniform sample of all rows that come by, and the largest magnitude of each column."""
 
     def __init__(self, size: int, generator: torch.Generator) -> None:
         self.size, self.generator = size, generator
         self.kept: Tensor | None = None
+        self.amax: Tensor | None = None
         self.seen = 0
 
     def add(self, rows: Tensor) -> None:
+        largest = rows.abs().amax(0).float()
+        self.amax = largest if self.amax is None else self.amax.maximum(largest)
         count = rows.shape[0]
         order = torch.arange(self.seen, self.seen + count)
         # The n-th row (from 0) takes a place that is uniform in 0..n; beyond the size it is lost.
@@ -58,8 +134,10 @@ class _Reservoir:
             self.kept = torch.cat([self.kept, self.kept.new_zeros((missing, rows.shape[1]))])
         hits = (places < self.size).nonzero()[:, 0]
         # Of several rows for one place the last one stays, as if they had come one by one.
-        for place, row in zip(places[hits].tolist(), hits.tolist(), strict=True):
-            self.kept[place] = rows[row].float().cpu()
+        last = dict(zip(places[hits].tolist(), hits.tolist(), strict=True))
+        if last:
+            taken = rows[torch.tensor([*last.values()], device=rows.device)]
+            self.kept[torch.tensor([*last])] = taken.float().cpu()
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
@@ -174,4 +252,5 @@ def calibrate(
         {name: r.kept for name, r in found.items() if r.kept is not None},
         {name: r.seen / seen for name, r in found.items() if r.kept is not None},
         [item for item in kept if item is not None],
+        {name: r.amax.cpu() for name, r in found.items() if r.amax is not None},
     )

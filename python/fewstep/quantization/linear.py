@@ -116,13 +116,22 @@ class QuantLinear(nn.Linear):
         self.pack()
 
     @staticmethod
-    def from_linear(linear: nn.Linear, scheme: str | Scheme = "w8a8") -> QuantLinear:
+    def from_linear(
+        linear: nn.Linear, scheme: str | Scheme = "w8a8", *, smooth: Tensor | None = None
+    ) -> QuantLinear:
         """Return the quantised form of a linear layer; the layer is left as it is.
+
+        Args:
+            linear: the layer.
+            scheme: how to quantise it.
+            smooth: factors [in], positive, that the layer divides its input by;
+                `smoothing.choose_smooth` finds them. A scheme with smoothing needs them, and a
+                layer made with them has a scheme with smoothing.
 
         Raises:
             TypeError: not an `nn.Linear`.
             ValueError: its dtype, its size, a weight that is not finite or not there (meta), or
-                that it is quantised already rules it out.
+                that it is quantised already rules it out; smooth does not fit, or is missing.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
@@ -130,21 +139,26 @@ class QuantLinear(nn.Linear):
         reason = refuse_linear(linear, scheme)
         if reason is not None:
             raise ValueError(f"linear: {reason}")
+        if scheme.smooth and smooth is None:
+            raise ValueError(f"smooth: expected factors for {scheme}, got none")
         layer_type = LAYERS[scheme.kind]
         dtype = linear.weight.dtype
         with torch.no_grad():
             weight, down, up = linear.weight.detach(), None, None
             _expect_finite(weight)
+            if smooth is not None:
+                smooth = _expect_factors(smooth, linear).to(weight)
+                weight = weight.float() * smooth.float()
             if scheme.rank:
 
                 def requantized(rest: Tensor) -> Tensor:
                     return layer_type.dequantize_weight(*layer_type.quantize_weight(rest, scheme))
 
-                weight, down, up = split(weight.float(), scheme.rank, dtype, requantized)
+                weight, down, up = split(weight.float(), scheme.rank, dtype, requantized, smooth)
             quantized, scale = layer_type.quantize_weight(weight, scheme)
             _expect_finite(scale)  # a scale that its dtype can't hold
             bias = None if linear.bias is None else linear.bias.detach().clone()
-            layer = layer_type(quantized, scale, bias, down, up, dtype=dtype)
+            layer = layer_type(quantized, scale, bias, down, up, smooth, dtype=dtype)
         return layer.train(linear.training)
 
     @staticmethod
@@ -473,6 +487,19 @@ def _expect_finite(rows: Tensor) -> None:
         raise ValueError(f"linear: expected finite weights, got inf or NaN in row {row}")
 
 
+def _expect_factors(smooth: Tensor, linear: nn.Linear) -> Tensor:
+    if smooth.shape != (linear.in_features,) or not smooth.is_floating_point():
+        raise ValueError(
+            f"smooth: expected floating [{linear.in_features}], got {smooth.dtype} "
+            f"{list(smooth.shape)}"
+        )
+    # In the layer's dtype, where a factor can become 0 or inf.
+    stored = smooth.detach().to(linear.weight.dtype)
+    if not (stored.isfinite() & (stored > 0)).all():
+        raise ValueError("smooth: expected positive finite factors, got others")
+    return stored
+
+
 def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
@@ -481,8 +508,6 @@ def refuse_linear(linear: nn.Linear, scheme: Scheme) -> str | None:
     """Return why this layer can't be quantised so, or None."""
     if isinstance(linear, QuantLinear):
         return f"expected a layer that is not quantised, got one in {linear.scheme}"
-    if scheme.smooth:
-        return f"expected a scheme without smoothing, whose factors only files hold, got {scheme}"
     weight, inputs = linear.weight, linear.in_features
     if weight.dtype not in DTYPES:
         return f"expected float32, bfloat16 or float16 weights, got {weight.dtype}"

@@ -39,21 +39,32 @@ def factorize(weight: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def split(
-    weight: Tensor, rank: int, dtype: torch.dtype, requantized: Callable[[Tensor], Tensor]
+    weight: Tensor,
+    rank: int,
+    dtype: torch.dtype,
+    requantized: Callable[[Tensor], Tensor],
+    smooth: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (rest, down, up): the weight to quantise, and the branch beside it.
 
     Args:
-        weight: float32 [N, K].
+        weight: float32 [N, K]; with smooth, the smoothed one.
         rank: at least 1, below min(N, K).
         dtype: of the branch.
         requantized: what quantising a float32 weight makes of it, in float32.
+        smooth: [K]: the quantised weight will see x / smooth, the branch x as it is. The
+            directions are those of the smoothed weight (SVDQuant's order), so that the branch
+            takes what is hard to quantise there; its down is divided by smooth for the way back.
     """
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
     target = weight
     for _ in range(1 + ROUNDS):
         down, up = factorize(target, rank, dtype)
-        rest = weight - up.float() @ down.float()
+        taken = down.float()
+        if smooth is not None:
+            down = (taken / smooth.float()).to(dtype)
+            taken = down.float() * smooth.float()  # what is left of it after rounding
+        rest = weight - up.float() @ taken
         quantized = requantized(rest)
         error = float((rest - quantized).square().sum())
         if best is None or error < best[0]:

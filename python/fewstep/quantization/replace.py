@@ -10,14 +10,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .calibration import Calibration
 from .linear import DTYPES, QuantLinear, refuse_linear
 from .plan import Plan
 from .scheme import Scheme
+from .smoothing import quantize_smoothed
 
 MIB = 2**20
 # At 1,024 rows a bfloat16 layer of 128 x 128 breaks even: quantising and dispatch, about 0.1 ms,
@@ -280,6 +283,58 @@ def choose_layers(
     return {name: s for name, s in schemes.items() if name not in skipped}, skipped
 
 
+def _calibration(smooth: Calibration | str | Path | None, model: nn.Module) -> Calibration | None:
+    if smooth is None:
+        return None
+    if isinstance(smooth, (str, Path)):
+        smooth = Calibration.load(smooth)
+    if not isinstance(smooth, Calibration):
+        raise TypeError(
+            f"smooth: expected a Calibration or a file with one, got {type(smooth).__name__}"
+        )
+    if not smooth.amax.keys() & {slot.name for slot in _slots(model)}:
+        raise ValueError(
+            f"smooth: expected a calibration of {type(model).__name__}, got one of "
+            f"{', '.join([*smooth.amax][:3]) or 'no layer'}"
+        )
+    return smooth
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How each layer is quantised.
+
+    schemes       name -> scheme
+    calibration   to smooth with, or None
+    literal       whether smoothing is what the scheme says, and not a choice
+    """
+
+    schemes: dict[str, Scheme]
+    calibration: Calibration | None
+    literal: bool
+
+    def refuse(self, slot: Slot) -> str | None:
+        """Return why a layer can't be quantised so, or None."""
+        scheme, seen = self.schemes[slot.name], self.calibration
+        if seen is not None and slot.name in seen.amax:
+            columns, sizes = seen.amax[slot.name], (slot.linear.in_features,)
+            if columns.shape != sizes or seen.inputs[slot.name].shape[1:] != sizes:
+                return f"smooth: expected inputs of {sizes[0]}, got {len(columns)}: another model"
+            if not columns.isfinite().all():
+                return "smooth: expected finite inputs in the calibration, got inf or NaN"
+        elif scheme.smooth:
+            detail = "none was given" if seen is None else "none of its calls reached this layer"
+            return f"smooth: expected a calibration for {scheme}; {detail}"
+        return refuse_linear(slot.linear, scheme)
+
+    def make(self, name: str, linear: nn.Linear) -> QuantLinear:
+        """Return the quantised layer."""
+        scheme, seen = self.schemes[name], self.calibration
+        if seen is None or name not in seen.amax or (self.literal and not scheme.smooth):
+            return QuantLinear.from_linear(linear, scheme)
+        return quantize_smoothed(linear, scheme, seen.inputs[name], seen.amax[name])
+
+
 def quantize(
     model: nn.Module,
     scheme: str | Scheme | None = None,
@@ -288,6 +343,7 @@ def quantize(
     group: int | None = None,
     skip: Skip | None = None,
     plan: Plan | None = None,
+    smooth: Calibration | str | Path | None = None,
     keep_originals: bool = True,
 ) -> QuantizedModules:
     """Replace the `nn.Linear` modules inside `model` by quantised ones, in place.
@@ -303,6 +359,9 @@ def quantize(
         skip: (name, layer) -> why to leave the layer alone, or None; True and False will do.
             `default_skip` if not given.
         plan: a scheme for each layer, instead of all the above.
+        smooth: what `calibrate` saw of this model, or a file with it (`Calibration.save`). Each
+            layer then tries smoothing factors and takes them where they lower its error; with a
+            plan, or "w8a8-smooth", where that says so. Layers no call reached stay without.
         keep_originals: for `undo`. Without them a layer's memory is freed as soon as it is
             replaced, so the peak is the model and one layer.
 
@@ -314,8 +373,8 @@ def quantize(
         TypeError: a scheme or plan of another type.
         ValueError: an unknown scheme, nothing to quantise, a plan for another model, or a layer
             that can't be quantised so: its inputs are no multiple of the group, its weight is not
-            finite, on the meta device, or quantised already. The message names the layer, and the
-            model is unchanged.
+            finite, on the meta device, or quantised already; smoothing is asked for and there is
+            no calibration of it. The message names the layer, and the model is unchanged.
     """
     if plan is not None:
         if any(value is not None for value in (scheme, rank, group, skip)):
@@ -341,18 +400,19 @@ def quantize(
             f"{type(model).__name__}, got {detail}"
         )
     slots = [slot for slot in _slots(model) if slot.name in schemes]
+    recipe = _Recipe(schemes, _calibration(smooth, model), plan is not None)
     for slot in slots:  # what can be seen at once comes before the first singular value
-        reason = refuse_linear(slot.linear, schemes[slot.name])
+        reason = recipe.refuse(slot)
         if reason is not None:
             raise ValueError(f"{slot.name}: {reason}")
     if not keep_originals:
         del slot  # nothing here may keep a layer alive
-        return _replace_for_good(handle, slots, schemes)
+        return _replace_for_good(handle, slots, recipe)
     made: dict[int, QuantLinear] = {}
     for slot in slots:  # everything that can fail comes before the first change
         try:
             if id(slot.linear) not in made:
-                made[id(slot.linear)] = QuantLinear.from_linear(slot.linear, schemes[slot.name])
+                made[id(slot.linear)] = recipe.make(slot.name, slot.linear)
         except ValueError as error:
             raise ValueError(f"{slot.name}: {error}") from error
         handle.replaced[slot.name] = made[id(slot.linear)]
@@ -361,7 +421,7 @@ def quantize(
 
 
 def _replace_for_good(
-    handle: QuantizedModules, slots: list[Slot], schemes: dict[str, Scheme]
+    handle: QuantizedModules, slots: list[Slot], recipe: _Recipe
 ) -> QuantizedModules:
     """Replace layer by layer and let go of each original at once."""
     for slot in slots:  # the only thing left that can fail
@@ -372,7 +432,7 @@ def _replace_for_good(
         linear = slots[0].linear
         here = [slot for slot in slots if slot.linear is linear]
         slots[:] = [slot for slot in slots if slot.linear is not linear]  # the caller's too
-        layer = QuantLinear.from_linear(linear, schemes[here[0].name])
+        layer = recipe.make(here[0].name, linear)
         while here:
             slot = here.pop()
             slot.parent._modules[slot.key] = handle.replaced[slot.name] = layer

@@ -6,8 +6,9 @@
 
 `rank` adds a low-rank branch in the model's dtype that holds what quantising the weight would lose
 of its largest directions (SVDQuant, arXiv 2411.05007). `smooth` divides the columns of the
-activations by factors first; they come with weights that someone else has quantised
-(`load_nunchaku`). As text: "w8a8", "w4a8-g64-r32", "w4a8-g64-r32-smooth".
+activations by factors first, which are searched for on calibration data (`smoothing`) or come with
+weights that someone else has quantised (`load_nunchaku`). As text: "w8a8", "w4a8-g64-r32",
+"w4a8-g64-r32-smooth".
 """
 
 from __future__ import annotations

@@ -1,0 +1,76 @@
+"""Smoothing factors from calibration, kept only where they lower a layer's error.
+
+    y = (x / s) @ (W * s).T          s_k = amax_x_k ** alpha / amax_w_k ** (1 - alpha)
+
+amax_x_k and amax_w_k are the largest magnitudes of column k, of the inputs that calibration has
+seen and of the weight. alpha moves what is hard to quantise from the activations (1) to the weight
+(0): SmoothQuant, arXiv 2211.10438. One alpha for a model is a compromise, and for some layers any
+is a loss, so each layer tries a few and none, quantised exactly as it will be (group scales,
+branch, rounding of the activations), and takes what errs least at its output over its calibration
+rows. With a branch the smoothed weight is what is split (SVDQuant, arXiv 2411.05007). Activations
+of w4a16 are not rounded; there the factors give a group's range to columns that matter, as AWQ
+does (arXiv 2306.00978).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .linear import QuantLinear
+from .scheme import Scheme
+
+ALPHAS = (0.2, 0.35, 0.5, 0.65, 0.8)
+# Dividing x is not free, and less than a tenth of the error's energy (0.5 dB) does not carry over
+# to the model's output.
+GAIN = 0.9
+# Columns that calibration hardly saw, or a weight hardly has, must not blow up others' inputs.
+FLOOR, RANGE = 2.0**-10, 2.0**8
+
+
+def factors(amax_x: Tensor, amax_w: Tensor, alpha: float) -> Tensor:
+    """Return s [K], float32, scaled to a geometric mean of 1 (a common factor changes nothing)."""
+    logs = [
+        amax.float().clamp(min=float(amax.max()) * FLOOR).log2().nan_to_num(0.0, 0.0, 0.0)
+        for amax in (amax_x, amax_w)
+    ]
+    log = alpha * logs[0] - (1 - alpha) * logs[1]
+    return (log - log.mean()).exp2().clamp(1 / RANGE, RANGE)
+
+
+def layer_error(layer: nn.Module, x: Tensor, want: Tensor) -> float:
+    """Return the energy of a layer's error at its output in units of the output's."""
+    energy = float(want.double().square().sum())
+    error = float((layer(x).double() - want.double()).square().sum())
+    return error / energy if energy else error
+
+
+@torch.no_grad()
+def quantize_smoothed(linear: nn.Linear, scheme: Scheme, rows: Tensor, amax: Tensor) -> QuantLinear:
+    """Return the quantised layer with the factors that err least, or with none if none help.
+
+    Args:
+        linear: the layer; left as it is.
+        scheme: with `smooth`, to take factors even where they do not help.
+        rows: [R, K], samples of its input.
+        amax: [K], largest magnitudes of its inputs.
+    """
+    weight = linear.weight.detach()
+    x = rows.to(weight)
+    want = F.linear(x.float(), weight.float(), None if linear.bias is None else linear.bias.float())
+    amax, amax_w = amax.to(weight.device), weight.abs().amax(0)
+    best, least = None, float("inf")
+    if not scheme.smooth:
+        best = QuantLinear.from_linear(linear, scheme)
+        least = GAIN * layer_error(best, x, want)
+    for alpha in ALPHAS:
+        s = factors(amax, amax_w, alpha)
+        layer = QuantLinear.from_linear(linear, replace(scheme, smooth=True), smooth=s)
+        error = layer_error(layer, x, want)
+        if best is None or error < least:
+            best, least = layer, error
+    assert best is not None
+    return best
