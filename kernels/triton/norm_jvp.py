@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ._common import present, strides_of
+from ._norm import normalise
 from ._rows import load_tile, store_tile
 
 TILE = 2048  # elements of a tile of rows that are shorter
@@ -71,12 +72,7 @@ def _norm_jvp_kernel(
     mask = (row < rows)[:, None] & (cols < C)[None, :]
 
     x = load_tile(x_ptr, stride_xb, stride_xn, b, n, cols, mask)
-    mean = tl.zeros([BLOCK_R], tl.float32)
-    if CENTRED:
-        mean = tl.sum(x, 1) / C
-        x = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / C + eps)
-    unit = x * rstd[:, None]
+    mean, rstd, unit = normalise(x, mask, eps, C, CENTRED)
     z = unit
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0)[None, :]

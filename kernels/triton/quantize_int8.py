@@ -16,6 +16,24 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, 
 
 
 @triton.jit
+def row_scales(amax, finite):
+    """Return (inverse, scale) of rows with these finite maxima, where all of the row is finite."""
+    used = finite & (amax >= TINY)
+    # div_rn: the plain division is approximate on GPUs, and all implementations agree to the bit.
+    top = tl.full(amax.shape, 127.0, tl.float32)
+    divisor = tl.where(used, amax, 127.0)
+    inverse = tl.where(used, tl.div_rn(top, divisor), 0.0)
+    scale = tl.where(used, tl.div_rn(amax, top), 1.0)
+    return inverse, tl.where(finite, scale, float("nan"))
+
+
+@triton.jit
+def round_to_int8(steps):
+    """Round to nearest, ties to even; compile without contraction of the product before it."""
+    return ((steps + ROUND) - ROUND).to(tl.int8)
+
+
+@triton.jit
 def _quantize_int8_kernel(x_ptr, q_ptr, scale_ptr, stride_xr, columns, BLOCK: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     x_ptr += r * stride_xr
@@ -31,19 +49,13 @@ def _quantize_int8_kernel(x_ptr, q_ptr, scale_ptr, stride_xr, columns, BLOCK: tl
         bad |= tl.where(finite, 0, 1)
         top = tl.maximum(top, tl.where(finite, magnitude, 0.0))
     amax = tl.max(top, 0)
-    ok = tl.max(bad, 0) == 0
-    used = ok & (amax >= TINY)
-    # div_rn: the plain division is approximate on GPUs, and all implementations agree to the bit.
-    divisor = tl.where(used, amax, 127.0)
-    inverse = tl.where(used, tl.div_rn(tl.full([], 127.0, tl.float32), divisor), 0.0)
-    scale = tl.where(used, tl.div_rn(amax, tl.full([], 127.0, tl.float32)), 1.0)
-    tl.store(scale_ptr + r, tl.where(ok, scale, float("nan")))
+    inverse, scale = row_scales(amax, tl.max(bad, 0) == 0)
+    tl.store(scale_ptr + r, scale)
     for start in range(0, columns, BLOCK):
         mask = start + offs < columns
         x = tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
         x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-        rounded = (x * inverse + ROUND) - ROUND
-        tl.store(q_ptr + start + offs, rounded.to(tl.int8), mask=mask)
+        tl.store(q_ptr + start + offs, round_to_int8(x * inverse), mask=mask)
 
 
 def launch_quantize_int8(x: Tensor, q: Tensor, scale: Tensor) -> None:

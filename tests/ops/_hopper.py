@@ -22,6 +22,7 @@ from fewstep.kernels import (
     gemm_w4a8,
     gemm_w4a16,
     gemm_w8a8,
+    norm_quantize_int8,
     quantize_fp8,
     quantize_int4,
 )
@@ -29,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED = 227 * 1024
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 WGMMA = r"wgmma\.mma_async"
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -46,6 +48,7 @@ KERNELS = {
     gemm_w4a16: ["_gemm_w4a16_kernel", "_gemv_w4a16_kernel"],
     quantize_int4: ["_quantize_int4_kernel"],
     quantize_fp8: ["_quantize_fp8_kernel"],
+    norm_quantize_int8: ["_norm_quantize_int8_kernel"],
 }
 
 
@@ -96,7 +99,7 @@ def describe(value, path, constants, attributes):
 
 def compiled(kernel, args, kwargs, may_spill=0, products=WGMMA) -> tuple[dict[str, int], str]:
     """Return (resources, what is wrong with them or "")."""
-    options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages") if n in kwargs}
+    options = {n: kwargs.pop(n) for n in OPTIONS if n in kwargs}
     names, constants, attributes = kernel.arg_names, {}, {}
     signature = {
         names[i]: describe(value, (i,), constants, attributes) for i, value in enumerate(args)
@@ -227,6 +230,21 @@ def quantize(group, dtype):
     return launches(lambda: quantize_int4.launch_quantize_int4(w, q, scale.bfloat16()))
 
 
+def norm_quantize(columns, whole=True):
+    """Return the launches of a modulated norm in int8, `whole` with all its operands."""
+    x = torch.empty((2, 1024, columns), dtype=torch.bfloat16, device="meta")
+    row, table = (
+        (x.new_empty(columns).float(), x.new_empty((2, 1, columns))) if whole else [None] * 2
+    )
+    modulation = table if table is None else table.expand(x.shape)
+    out = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1]).float()
+    return launches(
+        lambda: norm_quantize_int8.launch_norm_quantize_int8(
+            x, row, row, modulation, modulation, *out, True, 1e-6
+        )
+    )
+
+
 # What is known to spill, bytes a thread at most.
 SPILLED = {
     "forward 256 additive": 64,
@@ -287,6 +305,9 @@ VARIANTS = {
     "gemm_w4a16 1024 float32": lambda: product(gemm_w4a16, 1024, dtype=torch.float32),
     "quantize_int4 32": lambda: quantize(32, torch.float32),
     "quantize_int4 128": lambda: quantize(128, torch.bfloat16),
+    "norm_quantize_int8 1152": lambda: norm_quantize(1152),
+    "norm_quantize_int8 5120": lambda: norm_quantize(5120),
+    "norm_quantize_int8 16384 alone": lambda: norm_quantize(16384, whole=False),
     "quantize_fp8 row": lambda: quantize_blocks(3072, torch.bfloat16),
     "quantize_fp8 128": lambda: quantize_blocks(128, torch.float32),
 }

@@ -175,7 +175,7 @@ def check(op: str, impl: str, device: torch.device) -> None:
             continue
         exact = function(*map(_double, args), **_double_values(kwargs), impl="reference")
         for i, (ours, want) in enumerate(zip(got, exact, strict=True)):
-            _expect_close_in_norm(i, ours.double(), want, bounds[0], (args, kwargs))
+            _expect_close_in_norm(i, ours.double(), want.double(), bounds[0], (args, kwargs))
 
 
 def _double(x: Any) -> Any:

@@ -3,19 +3,23 @@
 // each widens it again. The modulation and the parameters are taken together,
 //   P = (1 + scale) weight     Q = (1 + scale) bias + shift     y   = P n + Q
 //   R = t_scale weight         S = t_scale bias + t_shift       t_y = P t_n + R n + S
-// and kBlock rows that share them write their results together, so that P to S, which are longer
-// than the rows, are read once for all. The bits of y don't depend on the tangents.
+// and kNormBlock rows that share them write their results together, so that P to S, which are
+// longer than the rows, are read once for all. The bits of y don't depend on the tangents.
 
 #include "fewstep/cpu/row_body.h"
 
-template <typename T>
+template <typename T, bool kTangent>
 void fold_modulation(const NormTask<T>& x, std::int64_t row, const NormWorkspace<acc_t<T>>& w) {
     const T *scale = x.scale[row], *shift = x.shift[row];
-    const T *t_scale = x.t_scale[row], *t_shift = x.t_shift[row];
     for (std::int64_t i = 0; i < x.columns; ++i) {
-        const acc_t<T> factor = 1 + to_acc(scale[i]), t_factor = to_acc(t_scale[i]);
+        const acc_t<T> factor = 1 + to_acc(scale[i]);
         w.p[i] = factor * w.weight[i];
         w.q[i] = factor * w.bias[i] + to_acc(shift[i]);
+    }
+    if constexpr (!kTangent) return;
+    const T *t_scale = x.t_scale[row], *t_shift = x.t_shift[row];
+    for (std::int64_t i = 0; i < x.columns; ++i) {
+        const acc_t<T> t_factor = to_acc(t_scale[i]);
         w.r[i] = t_factor * w.weight[i];
         w.s[i] = t_factor * w.bias[i] + to_acc(t_shift[i]);
     }
@@ -79,6 +83,7 @@ struct WriteRows {
     const NormWorkspace<acc_t<T>>& w;
     const NormStats<acc_t<T>>* stats;
     std::int64_t row;
+    Rows<T> y;
 
     template <bool kTail>
     [[gnu::always_inline]] void at(std::int64_t i, std::int64_t columns) {
@@ -88,7 +93,7 @@ struct WriteRows {
         for (int k = 0; k < kRows; ++k) {
             const auto& of = stats[k];
             const V n = (load_columns<kTail>(x.x[row + k] + i, columns) - of.mean) * of.rstd;
-            store_columns<kTail>(x.y[row + k] + i, p * n + q, columns);
+            store_columns<kTail>(y[k] + i, p * n + q, columns);
             if constexpr (kTangent) {
                 const V t_u = load_columns<kTail>(x.t_x[row + k] + i, columns) - of.t_mean;
                 const V t_n = (t_u - n * of.a) * of.rstd;
@@ -98,39 +103,57 @@ struct WriteRows {
     }
 };
 
+// y is where the first of kRows rows goes.
 template <typename T, bool kTangent, int kRows>
-void norm_block(const NormTask<T>& x, const NormWorkspace<acc_t<T>>& w, std::int64_t row) {
+void norm_block(const NormTask<T>& x, const NormWorkspace<acc_t<T>>& w, std::int64_t row,
+                const Rows<T>& y) {
     using Acc = acc_t<T>;
     NormStats<Acc> stats[kRows];
     for (int k = 0; k < kRows; ++k) {
         stats[k] = take_statistics<T, kTangent>(x, row + k);
+        if (x.stats == nullptr) continue;
         Acc* const to = static_cast<Acc*>(x.stats) + (row + k) * 4;
         to[0] = stats[k].mean;
         to[1] = stats[k].rstd;
         to[2] = stats[k].t_mean;
         to[3] = stats[k].a;
     }
-    WriteRows<T, kTangent, kRows> write{x, w, stats, row};
+    WriteRows<T, kTangent, kRows> write{x, w, stats, row, y};
     for_columns<Acc>(write, x.columns);
 }
 
-template <typename T, bool kTangent>
-void norm_task(const NormTask<T>& x, const NormWorkspace<acc_t<T>>& w) {
-    constexpr int kBlock = 4;
+// Calls block.at<rows>(row) for all rows of the task, with their modulation folded.
+template <typename T, bool kTangent, typename Block>
+void for_blocks(const NormTask<T>& x, const NormWorkspace<acc_t<T>>& w, const Block& block) {
     const bool shared = x.scale.stride == 0 && x.shift.stride == 0 && x.t_scale.stride == 0 &&
                         x.t_shift.stride == 0;
     std::int64_t row = 0;
     if (shared) {
-        fold_modulation(x, 0, w);
-        for (; row + kBlock <= x.count; row += kBlock) norm_block<T, kTangent, kBlock>(x, w, row);
+        fold_modulation<T, kTangent>(x, 0, w);
+        for (; row + kNormBlock <= x.count; row += kNormBlock) block.template at<kNormBlock>(row);
     }
     for (; row < x.count; ++row) {
-        if (!shared) fold_modulation(x, row, w);
-        norm_block<T, kTangent, 1>(x, w, row);
+        if (!shared) fold_modulation<T, kTangent>(x, row, w);
+        block.template at<1>(row);
     }
 }
 
+template <typename T, bool kTangent>
+struct WriteNorm {
+    const NormTask<T>& x;
+    const NormWorkspace<acc_t<T>>& w;
+
+    template <int kRows>
+    void at(std::int64_t row) const {
+        norm_block<T, kTangent, kRows>(x, w, row, Rows<T>{x.y[row], x.y.stride});
+    }
+};
+
 template <typename T>
 void norm_rows(const NormTask<T>& x, const NormWorkspace<acc_t<T>>& w) {
-    return x.t_y ? norm_task<T, true>(x, w) : norm_task<T, false>(x, w);
+    if (x.t_y) {
+        for_blocks<T, true>(x, w, WriteNorm<T, true>{x, w});
+    } else {
+        for_blocks<T, false>(x, w, WriteNorm<T, false>{x, w});
+    }
 }

@@ -1,0 +1,111 @@
+// norm_quantize_int8 on the CPU: the norm of norm_jvp and the row of quantize_int8, one after the
+// other while the row is in cache, so x is read once and q written once. Tasks, modulation and
+// independence of threads are those of norm_jvp. The kernel is norm_quantize_int8_body.h.
+#include "fewstep/ops/norm_quantize_int8.h"
+
+#include <cmath>
+#include <vector>
+
+#include "fewstep/check.h"
+#include "fewstep/cpu/isa.h"
+#include "fewstep/cpu/norm_task.h"
+#include "fewstep/cpu/quantize_row.h"
+
+namespace fewstep::cpu {
+namespace {
+
+// Where the rows of a task go; `quantize` fills one and returns its scale.
+template <typename T>
+struct NormQuantizeTask {
+    std::int8_t* q;  // [count, columns]
+    float* scale;    // [count]
+    quantize::RowFunction<T> quantize;
+};
+
+}  // namespace
+}  // namespace fewstep::cpu
+
+#define FEWSTEP_ISA_BODY "fewstep/cpu/norm_quantize_int8_body.h"
+#include "fewstep/cpu/foreach_isa.h"
+
+namespace fewstep::cpu {
+namespace {
+
+template <typename T>
+using Kernel = void (*)(const NormTask<T>&, const NormWorkspace<float>&,
+                        const NormQuantizeTask<T>&);
+
+template <typename T>
+Kernel<T> choose_kernel() {
+#if defined(__x86_64__)
+    if (isa() == Isa::kAvx512) return avx512::norm_quantize_rows<T>;
+    if (isa() == Isa::kAvx2) return avx2::norm_quantize_rows<T>;
+#endif
+    return portable::norm_quantize_rows<T>;
+}
+
+struct Arguments {
+    const TensorView &x, *weight, *bias, *scale, *shift, &q, &q_scale;
+    bool centred;
+    double eps;
+};
+
+template <typename T>
+void run(const Arguments& a) {
+    const std::int64_t batch = a.x.size(0), rows = a.x.size(1), columns = a.x.size(2);
+    const Kernel<T> kernel = choose_kernel<T>();
+    const auto quantize = quantize::choose_row<T>();
+    const std::int64_t workspace_size = NormWorkspace<float>::kRows * pad_up(columns);
+    const std::vector<T> zeros(columns);
+    for_each_task<float>(
+        batch, rows, workspace_size + kNormBlock * pad_up(columns), [&](auto base) {
+            const NormWorkspace<float> workspace(base, columns, a.weight, a.bias);
+            T* const normed = reinterpret_cast<T*>(base + workspace_size);
+            return [&, workspace, normed](std::int64_t b, std::int64_t first, std::int64_t count) {
+                const Rows<const T> absent{zeros.data(), 0};
+                const NormTask<T> task{rows_of<const T>(&a.x, b, first),
+                                       absent,
+                                       rows_or(a.scale, b, first, zeros.data()),
+                                       rows_or(a.shift, b, first, zeros.data()),
+                                       absent,
+                                       absent,
+                                       Rows<T>{normed, pad_up(columns)},
+                                       {},
+                                       nullptr,
+                                       count,
+                                       columns,
+                                       a.centred,
+                                       a.eps};
+                const std::int64_t row = b * rows + first;
+                kernel(task, workspace,
+                       {a.q.ptr<std::int8_t>() + row * columns, a.q_scale.ptr<float>() + row,
+                        quantize});
+            };
+        });
+}
+
+}  // namespace
+
+void norm_quantize_int8(const TensorView& x, const TensorView* weight, const TensorView* bias,
+                        const TensorView* scale, const TensorView* shift, const TensorView& q,
+                        const TensorView& q_scale, bool centred, double eps) {
+    FEWSTEP_CHECK(x.ndim == 3, "x: expected 3 axes, got ", x.ndim);
+    const std::int64_t batch = x.size(0), rows = x.size(1), columns = x.size(2);
+    expect_rows(x, "x", x.dtype, {batch, rows, columns});
+    if (scale != nullptr) expect_rows(*scale, "scale", x.dtype, {batch, rows, columns});
+    if (shift != nullptr) expect_rows(*shift, "shift", x.dtype, {batch, rows, columns});
+    if (weight != nullptr) expect_contiguous(*weight, "weight", DType::kFloat32, {columns});
+    if (bias != nullptr) expect_contiguous(*bias, "bias", DType::kFloat32, {columns});
+    expect_contiguous(q, "q", DType::kInt8, {batch, rows, columns});
+    expect_contiguous(q_scale, "q_scale", DType::kFloat32, {batch, rows});
+    const Arguments arguments{x, weight, bias, scale, shift, q, q_scale, centred, eps};
+    switch (x.dtype) {
+        case DType::kFloat32: return run<float>(arguments);
+        case DType::kBFloat16: return run<bfloat16>(arguments);
+        case DType::kFloat16: return run<float16>(arguments);
+        default:
+            FEWSTEP_CHECK(false, "x: expected float32, bfloat16 or float16, got ", name(x.dtype));
+    }
+}
+
+}  // namespace fewstep::cpu

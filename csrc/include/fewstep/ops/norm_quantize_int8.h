@@ -1,0 +1,24 @@
+// norm_quantize_int8: LayerNorm or RMSNorm with its modulation, quantised to int8 per row.
+//
+//   u = x - mean(x) if `centred` (LayerNorm), else x
+//   n = u (mean(u^2) + eps)^-1/2
+//   z = (n weight + bias) (1 + scale) + shift         rounded to x's type
+//   q, q_scale as by quantize_int8 of z
+//
+// All but x may be absent (null): weight and 1 + scale are one then, the others zero. x, scale,
+// shift: [B, N, C], one of float32, bfloat16 and float16, unit stride in C; scale and shift may
+// have stride 0 in B and N. weight, bias: [C] float32; q: [B, N, C] int8 and q_scale: [B, N]
+// float32, all contiguous. z has the bits of norm_jvp's y, so q has those of quantize_int8 of it.
+#pragma once
+
+#include "fewstep/tensor.h"
+
+namespace fewstep {
+
+namespace cpu {
+void norm_quantize_int8(const TensorView& x, const TensorView* weight, const TensorView* bias,
+                        const TensorView* scale, const TensorView* shift, const TensorView& q,
+                        const TensorView& q_scale, bool centred, double eps);
+}
+
+}  // namespace fewstep
