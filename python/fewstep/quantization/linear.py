@@ -18,8 +18,9 @@ The division is a pass of its own over x, in x's dtype; fusing it into the quant
 comes next.
 
 The layers are subclasses of nn.Linear, so what looks for linear layers (peft's LoRA, diffusers'
-loaders) finds them. They take gradients through to x (the rounding of x counts as the identity), so
-a LoRA on top of them, or before them, trains; the quantised weight itself does not.
+loaders) finds them; a LoRA around one joins its branch (`lora.py`). They take gradients through to
+x (the rounding of x counts as the identity), so a LoRA on top of them, or before them, trains; the
+quantised weight itself does not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .. import _native, ops
 from ..ops._gemm import MAX_K
@@ -43,6 +45,7 @@ from .scheme import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+Join = Callable[[Tensor | None, Tensor | None, torch.dtype], tuple[Tensor, Tensor]]
 _Branch = dict[str, Tensor | None]
 _Key = tuple[tuple[Tensor, int, int], ...]  # of each tensor: itself, its version, its storage
 
@@ -255,21 +258,28 @@ class QuantLinear(nn.Linear):
             linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return linear.train(self.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return input @ weight.T + bias in input's dtype (autocast's, where it is on)."""
+    def forward(self, input: Tensor, join: Join | None = None) -> Tensor:
+        """Return input @ weight.T + bias in input's dtype (autocast's, where it is on).
+
+        `join` adds rows to the low-rank branch: from (down, up, dtype) of the layer it makes the
+        pair to use, as `lora.Linear` does for adapters.
+        """
         x = input
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        autocast = autocast_dtype(x)
+        if autocast is not None:
+            x = x.to(autocast)
         if x.dtype not in DTYPES:
             raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
-        down, smooth = _cast(self.down, x.dtype), _cast(self.smooth, x.dtype)
-        branch = {"up": self.up, "down": down}
+        down, up = self.down, self.up
+        if join is not None:
+            down, up = join(down, up, x.dtype)
+        down, smooth = _cast(down, x.dtype), _cast(self.smooth, x.dtype)
+        branch = {"up": up, "down": down}
         if smooth is not None:
             if down is not None:
-                branch = {"up": self.up, "low": F.linear(x, down)}
+                branch = {"up": up, "low": F.linear(x, down)}
             x = x / smooth
         return self._multiply(x, self._current_pack(x), branch)
 
@@ -476,8 +486,33 @@ LAYERS: dict[str, type[QuantLinear]] = {
 }
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast asks for on x's device, None where it is off."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return value if value is None or value.dtype == dtype else value.to(dtype)
+
+
+def _adopt_adapter(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Have a LoRA that is being put around a quantised layer join the layer's branch.
+
+    peft chooses a LoRA's class by the layer's and takes another only from the caller's own config,
+    which diffusers' loaders make themselves. That a layer is put into one is seen here.
+    """
+    if name != "base_layer" or not isinstance(child, QuantLinear):
+        return
+    if type(parent).__module__.startswith("peft."):
+        from .lora import adopt
+
+        adopt(parent)
+
+
+register_module_module_registration_hook(_adopt_adapter)
 
 
 def _expect_finite(rows: Tensor) -> None:
