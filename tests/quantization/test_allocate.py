@@ -11,12 +11,11 @@ from fewstep.quantization import Plan, Scheme, allocate, calibrate, quantize
 from fewstep.quantization.allocate import (
     Choice,
     _first_tensor,
-    content,
     measure,
-    output_error,
     solve,
     weight_bytes,
 )
+from fewstep.quantization.errors import content, output_error
 
 
 def skip(name, linear):

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fewstep.quantization import Calibration, QuantLinear, Scheme, calibrate, quantize
-from fewstep.quantization.smoothing import ALPHAS, RANGE, factors, layer_error, quantize_smoothed
+from fewstep.quantization.errors import error_energy
+from fewstep.quantization.smoothing import ALPHAS, RANGE, factors, quantize_smoothed
 
 
 class Net(nn.Module):
@@ -34,7 +35,7 @@ def calls():
 
 def errors(linear, layer, x):
     with torch.no_grad():
-        return layer_error(layer, x, F.linear(x, linear.weight, linear.bias))
+        return error_energy(layer(x), linear(x))
 
 
 def test_factors_follow_the_formula():

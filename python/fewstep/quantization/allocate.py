@@ -33,9 +33,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .calibration import Calibration, denoiser_of, to_device
+from .errors import output_error
 from .linear import QuantLinear, refuse_linear
 from .plan import Plan
 from .replace import Skip, choose_layers
@@ -45,7 +45,6 @@ CANDIDATES = (
     *("w8a8", "w4a8-g128", "w4a8-g64", "w4a8-g32", "w4a8-g64-r16", "w4a8-g64-r32"),
     "w4a16-g64",  # for time, at few rows
 )
-BLOCK = 4
 POWERS = (1.0, 0.75, 0.5)
 RESOURCES = {"bytes": "bytes", "time": "seconds"}  # of a budget -> field of a choice
 _ROUNDS = 7
@@ -66,38 +65,6 @@ def _first_tensor(output: Any) -> Tensor:
         return output
     values = output.values() if isinstance(output, Mapping) else output
     return _first_tensor(next(iter(values)))
-
-
-def content(y: Tensor) -> Tensor:
-    """Return y with each block of 4 along its axes of space or tokens replaced by its mean.
-
-    [B, C, ..., H, W] has two such axes, [B, N, C] one; others have none.
-    """
-    if y.dim() == 3:
-        return content(y.mT[..., None])[..., 0].mT
-    if y.dim() < 4:
-        return y
-    height, width = y.shape[-2:]
-    planes = y.flatten(0, -3)[:, None]
-    size = (min(BLOCK, height), min(BLOCK, width))
-    means = F.avg_pool2d(planes, size, ceil_mode=True, count_include_pad=False)
-    grown = means.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)
-    return grown[:, 0, :height, :width].reshape(y.shape)
-
-
-def output_error(got: Tensor, want: Tensor) -> float:
-    """Return the energies of content and quality of got - want in units of want's, added."""
-    got, want = got.double(), want.double()
-    change, total = got - want, 0.0
-    for noise, signal in zip(_parts(change), _parts(want), strict=True):
-        energy = float(signal.square().sum())
-        total += float(noise.square().sum()) / energy if energy else 0.0
-    return total
-
-
-def _parts(y: Tensor) -> tuple[Tensor, Tensor]:
-    mean = content(y)
-    return mean, y - mean
 
 
 def weight_bytes(layer: nn.Module) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import error_energy
 from .linear import QuantLinear
 from .scheme import Scheme
 
@@ -41,13 +42,6 @@ def factors(amax_x: Tensor, amax_w: Tensor, alpha: float) -> Tensor:
     return (log - log.mean()).exp2().clamp(1 / RANGE, RANGE)
 
 
-def layer_error(layer: nn.Module, x: Tensor, want: Tensor) -> float:
-    """Return the energy of a layer's error at its output in units of the output's."""
-    energy = float(want.double().square().sum())
-    error = float((layer(x).double() - want.double()).square().sum())
-    return error / energy if energy else error
-
-
 @torch.no_grad()
 def quantize_smoothed(linear: nn.Linear, scheme: Scheme, rows: Tensor, amax: Tensor) -> QuantLinear:
     """Return the quantised layer with the factors that err least, or with none if none help.
@@ -65,11 +59,11 @@ def quantize_smoothed(linear: nn.Linear, scheme: Scheme, rows: Tensor, amax: Ten
     best, least = None, float("inf")
     if not scheme.smooth:
         best = QuantLinear.from_linear(linear, scheme)
-        least = GAIN * layer_error(best, x, want)
+        least = GAIN * error_energy(best(x), want)
     for alpha in ALPHAS:
         s = factors(amax, amax_w, alpha)
         layer = QuantLinear.from_linear(linear, replace(scheme, smooth=True), smooth=s)
-        error = layer_error(layer, x, want)
+        error = error_energy(layer(x), want)
         if best is None or error < least:
             best, least = layer, error
     assert best is not None

@@ -1,0 +1,63 @@
+"""How far outputs are off: signal to noise of a layer, content and quality of a model's output."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 4
+
+
+def error_energy(got: Tensor, want: Tensor) -> float:
+    """Return the energy of got - want in units of want's; inf where want has none."""
+    energy = float(want.double().square().sum())
+    error = float((got.double() - want.double()).square().sum())
+    if energy:
+        return error / energy
+    return math.inf if error else 0.0
+
+
+def decibels(error: float) -> float:
+    """Return an error's energy, in units of the signal's, as signal to noise in dB."""
+    if error == 0:
+        return math.inf
+    return -10 * math.log10(error) if error < math.inf else -math.inf
+
+
+def sqnr(got: Tensor, want: Tensor) -> float:
+    """Return 10 log10 of the energies of want and got - want, in dB."""
+    return decibels(error_energy(got, want))
+
+
+def content(y: Tensor) -> Tensor:
+    """Return y with each block of 4 along its axes of space or tokens replaced by its mean.
+
+    [B, C, ..., H, W] has two such axes, [B, N, C] one; others have none.
+    """
+    if y.dim() == 3:
+        return content(y.mT[..., None])[..., 0].mT
+    if y.dim() < 4:
+        return y
+    height, width = y.shape[-2:]
+    planes = y.flatten(0, -3)[:, None]
+    size = (min(BLOCK, height), min(BLOCK, width))
+    means = F.avg_pool2d(planes, size, ceil_mode=True, count_include_pad=False)
+    grown = means.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)
+    return grown[:, 0, :height, :width].reshape(y.shape)
+
+
+def output_error(got: Tensor, want: Tensor) -> float:
+    """Return the energies of content and quality of got - want in units of want's, added."""
+    got, want = got.double(), want.double()
+    change, total = got - want, 0.0
+    for noise, signal in zip(_parts(change), _parts(want), strict=True):
+        energy = float(signal.square().sum())
+        total += float(noise.square().sum()) / energy if energy else 0.0
+    return total
+
+
+def _parts(y: Tensor) -> tuple[Tensor, Tensor]:
+    mean = content(y)
+    return mean, y - mean
