@@ -26,7 +26,8 @@ def train():
     finally:
         torch.set_flush_denormal(False)  # main() sets it for its process
         sys.path.remove(str(EXAMPLE))
-        sys.modules.pop("digits_train", None)
+        for name in ("digits_train", "trainer", "evaluate"):
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +78,9 @@ def test_a_checkpoint_of_other_settings_is_refused(train, finished):
 
 @pytest.fixture
 def steps_taken(train, monkeypatch):
-    taken, learning_rate = [], train.learning_rate
+    taken, learning_rate = [], train.trainer.learning_rate
     monkeypatch.setattr(
-        train,
+        train.trainer,
         "learning_rate",
         lambda config, step: taken.append(step) or learning_rate(config, step),
     )
@@ -95,7 +96,7 @@ def test_a_finished_stage_is_trained_again_where_it_is_asked_for(
     train.main([*stage, "--resume"])
     assert steps_taken == []
     train.main(stage)
-    assert steps_taken == list(range(train.SMOKE_STEPS))
+    assert steps_taken == list(range(train.trainer.SMOKE_STEPS))
     after = load_file(output / WEIGHTS["classifier"])
     assert all(torch.equal(before[key], after[key]) for key in before)  # the same seed
 
@@ -109,11 +110,11 @@ def test_a_student_of_another_teacher_is_not_continued(train, finished, tmp_path
         train.main([*stage, "--resume"])
     assert steps_taken == []
     train.main(stage)
-    assert steps_taken == list(range(train.SMOKE_STEPS))
+    assert steps_taken == list(range(train.trainer.SMOKE_STEPS))
 
 
 def test_the_packaged_weights_are_not_the_default_output(train):
-    assert train.parse([]).output == Path("out/digits")
+    assert train.trainer.parse(train.TASK, []).output == Path("out/digits")
 
 
 def test_unknown_settings_are_refused(train, tmp_path):
