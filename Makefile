@@ -34,7 +34,7 @@ bench: $(VENV)/.test
 	$(VENV)/bin/fewstep bench ops
 
 # The records that the documents' tables are drawn from: on an idle machine, at a clean commit.
-figures: $(VENV)/.test
+figures: $(VENV)/.test $(VENV)/.peers
 	$(VENV)/bin/fewstep demo --device cpu --output demo --record benchmarks/results
 	$(PY) benchmarks/pipelines/digits_patches.py --record benchmarks/results
 	$(PY) benchmarks/pipelines/digits_quantized.py --record benchmarks/results
@@ -58,7 +58,7 @@ $(CUDA_STAMP): $(TORCH_STAMP)
 	rm -f $(VENV)/.cuda-*
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(CUDA_STAMP) $(SOURCES)
+$(VENV)/.demo $(VENV)/.test $(VENV)/.peers $(VENV)/.dev: $(VENV)/.%: $(CUDA_STAMP) $(SOURCES)
 	@echo "building fewstep and installing the requirements of '$*'"
 	$(PIP) --editable ".[$*]"
 	touch $@

@@ -61,6 +61,7 @@ HEADLINES = [
 FROM_X = "fewstep native, from x"
 KERNEL = "fewstep native, kernel"
 LARGE_M = 256
+PEERS = ("torchao", "ONNX Runtime", "OpenVINO")  # how the baselines of other packages begin
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,17 @@ def demo_table(report: dict[str, Any]) -> str:
     return table(header, "lrrrrrrrr", rows)
 
 
+def best_peer(records: list[dict[str, Any]], record: dict[str, Any]) -> str:
+    """Return what this record gains over the fastest other package in its case, "" without any."""
+    case = {name: record[name] for name in ("op", "case", "dtype")} | {"role": "baseline"}
+    rivals = [r for r in records if case.items() <= r.items() and r["provider"].startswith(PEERS)]
+    timed = [r for r in rivals if not r["skipped"]]
+    if not timed:
+        return "none installed" if rivals else ""
+    name = min(timed, key=lambda r: r["median_s"])["provider"]
+    return f"{record['ratios'][name]:.2f}x {name}"
+
+
 def headline_table(records: list[dict[str, Any]]) -> str:
     """Return one row per op as Markdown, against the baseline that HEADLINES names."""
     rows = []
@@ -167,14 +179,16 @@ def headline_table(records: list[dict[str, Any]]) -> str:
                 kernel,
                 seconds(result.median_s),
                 f"{result.ratios[baseline]:.2f}x {baseline}",
+                best_peer(records, found[0]),
                 share(result),
             ]
         )
-    return table("| op | case | kernel | median | against | of the limit |", "lllrll", rows)
+    header = "| op | case | kernel | median | against | best other package | of the limit |"
+    return table(header, "lllrlll", rows)
 
 
 def linear_sentence(records: list[dict[str, Any]], op: str) -> str:
-    """Return what a low-bit product gains over torch's bf16 linear at many rows, in sentences."""
+    """Return what a low-bit product gains over bf16 and other packages at many rows, in words."""
 
     def of(provider: str) -> list[dict[str, Any]]:
         wanted = {"op": op, "provider": provider, "dtype": "bfloat16", "skipped": None}
@@ -187,8 +201,18 @@ def linear_sentence(records: list[dict[str, Any]], op: str) -> str:
         f"`{op}` from x, quantising included, against torch's bf16 linear: {min(ratios):.2f}x "
         f"to {max(ratios):.2f}x over the {len(ratios)} cases of {LARGE_M} rows and more. "
         f"Its kernel alone, without the way from Python: {min(shares):.0%} to {max(shares):.0%} "
-        f"of {kernels[0]['limit']}.\n\n"
+        f"of {kernels[0]['limit']}.{against_peers(layers)}\n\n"
     )
+
+
+def against_peers(layers: list[dict[str, Any]]) -> str:
+    """Return the ratios of these records to each other package that was timed beside them."""
+    names = sorted({n for r in layers for n in r["ratios"] if n.startswith(PEERS)})
+    parts = []
+    for name in names:
+        ratios = [r["ratios"][name] for r in layers if name in r["ratios"]]
+        parts.append(f"{min(ratios):.2f}x to {max(ratios):.2f}x {name}")
+    return f" Against other packages: {'; '.join(parts)}." if parts else ""
 
 
 def patches_table(report: dict[str, Any]) -> str:

@@ -66,6 +66,26 @@ def test_another_record_draws_other_tables(tables, results):
     assert "9.87x torch linear" in drawn[tables.BENCHMARKS]
 
 
+def test_other_packages_are_named_where_they_were_timed(tables, results):
+    name = "ONNX Runtime DynamicQuantizeMatMul"
+
+    def timed(record):
+        if record["provider"] == name:
+            return record | {"skipped": None, "median_s": 1.0}
+        return record | {"ratios": record["ratios"] | {name: 1.23}}
+
+    drawn = tables.documents(results("gemm_w8a8.jsonl", timed))[tables.README]
+    assert f"1.23x {name} |" in drawn
+    assert f"Against other packages: 1.23x to 1.23x {name}." in drawn
+
+
+def test_other_packages_that_were_not_installed_are_no_figure(tables):
+    record = {"op": "gemm_w8a8", "case": "layer", "dtype": "bfloat16", "role": "baseline"}
+    absent = record | {"provider": "torchao int8, compiled", "skipped": "torchao is not installed"}
+    assert tables.best_peer([absent], record) == "none installed"
+    assert tables.best_peer([absent], record | {"op": "cache_metric"}) == ""
+
+
 @pytest.mark.parametrize(
     "difference", [{"dirty": True}, {"commit": "another"}, {"commit": None}, {"threads": 77}]
 )

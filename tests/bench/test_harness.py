@@ -123,6 +123,20 @@ def test_unavailable_providers_say_why(small_cache):
     assert found["torch"].skipped is None
 
 
+def test_compiled_baselines_stay_compiled_over_many_shapes(small_cache):
+    seen = []
+
+    def backend(graph, example_inputs):
+        seen.append(graph)
+        return graph.forward
+
+    # torch.compile falls back to eager past 8 shapes of one function.
+    cases = [bench.Case(f"{n}", {"N": n}, torch.float32) for n in range(100, 110)]
+    compiled = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
+    benchmark = fake([bench.baseline("compiled", compiled)], cases=cases)
+    assert len(list(bench.run_benchmark(benchmark, SETTINGS))) == len(seen) == len(cases)
+
+
 def test_inputs_rotate_past_the_cache(small_cache):
     made = itertools.count()
     seen = []

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,6 +176,12 @@ def compare(results: list[Result], limits: dict[str, tuple[str, float]]) -> list
     return compared
 
 
+def _forget_compiled() -> None:
+    """Have torch.compile begin anew: past 8 shapes of one function it runs in eager, unasked."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def run_case(
     benchmark: Benchmark,
     case: Case,
@@ -184,6 +191,7 @@ def run_case(
 ) -> list[Result]:
     """Return one result per provider, the skipped ones with their reason."""
     device = settings.device
+    _forget_compiled()
     sets = _input_sets(benchmark, case, device)
     results, timed, limits = [], [], {}
     for provider in benchmark.providers:
