@@ -3,6 +3,9 @@
 # small gate shapes, and the benches; print a table; leave one folder.
 #
 #   benchmarks/gpu.sh [--dry-run] [OP ...]
+#   benchmarks/gpu.sh 'quantize_*' 'gemm_*' 'norm_quantize_*'    # the low-bit layers
+#
+# OP is an op or a pattern of names; without one it is all of them.
 #
 #   OUT             results folder (default: benchmarks/out/<date>-<device>)
 #   PYTHON          use this interpreter and its packages, and install none but this one; by default
@@ -116,9 +119,13 @@ if [[ -n $given ]]; then
     step "build with CUDA" 300 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index \
         -e . || exit 1
 fi
-if ((${#ops[@]} == 0)); then
-    mapfile -t ops < <("$PYTHON" -c 'from fewstep import ops; print(*ops.OPS, sep="\n")')
-fi
+# Patterns become names; a name that is no op stays, and its steps say so.
+mapfile -t ops < <("$PYTHON" -c 'import sys
+from fnmatch import filter
+from fewstep.ops import OPS
+wanted = sys.argv[1:] or ["*"]
+print(*dict.fromkeys(op for name in wanted for op in filter(OPS, name) or [name]), sep="\n")' \
+    ${ops[@]+"${ops[@]}"})
 
 for op in "${ops[@]}"; do
     if [[ -f benchmarks/ops/${op}_backward.py && " ${ops[*]} " != *" ${op}_backward "* ]]; then

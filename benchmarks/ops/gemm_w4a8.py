@@ -19,6 +19,7 @@ from fewstep import _native, ops
 from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit, needs
 from fewstep.bench.products import (
     call,
+    model_cases,
     needs_onnx,
     on_cpu,
     onnx_int4,
@@ -30,6 +31,7 @@ from fewstep.ops.gemm_w4a8 import pack_w4
 from fewstep.ops.gemm_w8a8 import pack_w8
 
 LOW, GPU = torch.bfloat16, ("cuda",)
+IMAGE_OUT = {"M": 4096, "N": 3072, "K": 3072, "G": 64}
 CASES = [
     Case("SDXL 640 proj", {"M": 1024, "N": 640, "K": 640, "G": 128}, LOW, quick=True),
     Case("SDXL 1280 proj", {"M": 1024, "N": 1280, "K": 1280, "G": 128}, LOW),
@@ -38,9 +40,10 @@ CASES = [
     Case("FLUX.1 text out", {"M": 512, "N": 3072, "K": 3072, "G": 128}, LOW),
     Case("  rank 32", {"M": 512, "N": 3072, "K": 3072, "G": 128, "R": 32}, LOW),
     Case("SDXL GEGLU", {"M": 1024, "N": 10240, "K": 1280, "G": 128}, LOW, ("cpu",)),
-    Case("FLUX.1 image ff1", {"M": 4096, "N": 12288, "K": 3072, "G": 64}, LOW, GPU),
-    Case("FLUX.1 image ff2", {"M": 4096, "N": 3072, "K": 12288, "G": 64}, LOW, GPU),
     Case("FLUX.1 adaLN", {"M": 16, "N": 9216, "K": 3072, "G": 128}, LOW),
+    *model_cases(group=64),
+    Case("FLUX.1 image out, rank 32", IMAGE_OUT | {"R": 32}, LOW, GPU),
+    Case("FLUX.1 image out, rank 128", IMAGE_OUT | {"R": 128}, LOW, GPU),
 ]
 
 

@@ -20,6 +20,7 @@ from fewstep import _native, ops
 from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit, needs
 from fewstep.bench.products import (
     call,
+    model_cases,
     needs_onnx,
     on_cpu,
     onnx_int8,
@@ -34,11 +35,10 @@ CASES = [
     Case("SDXL 1280 proj", {"M": 1024, "N": 1280, "K": 1280}, torch.bfloat16),
     Case("SDXL 1280 proj", {"M": 1024, "N": 1280, "K": 1280}, torch.float32),
     Case("SDXL 1280 proj, 256 rows", {"M": 256, "N": 1280, "K": 1280}, torch.bfloat16),
-    Case("FLUX.1 text out", {"M": 512, "N": 3072, "K": 3072}, torch.bfloat16),
+    Case("FLUX.1 text out", {"M": 512, "N": 3072, "K": 3072}, torch.bfloat16, ("cpu",)),
     Case("SDXL GEGLU", {"M": 1024, "N": 10240, "K": 1280}, torch.bfloat16, ("cpu",)),
-    Case("FLUX.1 image ff1", {"M": 4096, "N": 12288, "K": 3072}, torch.bfloat16, ("cuda",)),
-    Case("FLUX.1 image ff2", {"M": 4096, "N": 3072, "K": 12288}, torch.bfloat16, ("cuda",)),
     Case("FLUX.1 adaLN", {"M": 16, "N": 9216, "K": 3072}, torch.bfloat16),
+    *model_cases(),
 ]
 
 
@@ -101,6 +101,30 @@ def int_mm(
     return (torch._int_mm(a, w).float() * a_scale[:, None] * w_scale + bias).to(dtype)
 
 
+def int_mm_from_x(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    q, scale = ops.quantize_int8(w)
+
+    def layer(x: Tensor) -> Tensor:
+        a_scale = x.abs().amax(1).float() / 127
+        a = (x / a_scale[:, None].clamp_min(1e-12)).round().to(torch.int8)
+        return int_mm(a, a_scale, q.t(), scale, bias, case.dtype)
+
+    return layer, x
+
+
+def enough_rows(case: Case, *tensors: Tensor) -> str | None:
+    if tensors[0].device.type == "cuda" and case["M"] <= 16:
+        return "torch._int_mm wants more than 16 rows on GPUs"
+    return None
+
+
+def worth_compiling(case: Case, *tensors: Tensor) -> str | None:
+    # Some ten seconds per shape: the model shapes of GPUs take it at FLUX.1's image stream only.
+    if case.devices == ("cuda",) and not case.name.startswith("FLUX.1 image"):
+        return "compiled at FLUX.1's image shapes only"
+    return needs("torchao")(case, *tensors)
+
+
 def torchao_layer(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -134,9 +158,10 @@ BENCHMARK = Benchmark(
         *end_to_end(),
         Provider("fewstep native, kernel", kernel, "op", "native"),
         baseline("torch linear", F.linear),
-        baseline("torch._int_mm, eager scales", int_mm, int_mm_operands),
+        baseline("torch._int_mm, eager scales", int_mm, int_mm_operands, enough_rows),
+        baseline("torch._int_mm, eager, from x", call, int_mm_from_x, enough_rows),
         baseline("torch dynamic int8", call, dynamic_layer, on_cpu),
-        baseline("torchao int8, compiled", call, torchao_layer, needs("torchao")),
+        baseline("torchao int8, compiled", call, torchao_layer, worth_compiling),
         baseline("ONNX Runtime DynamicQuantizeMatMul", call, onnx_int8, needs_onnx),
         baseline("OpenVINO int8, dynamic", call, openvino_int8, needs("openvino", "cpu")),
         vnni_limit(),

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from fewstep import ops
 from fewstep.bench import Benchmark, Case, baseline, copy_limit, implementations
+from fewstep.bench.products import activation_cases
 
 CASES = [
     Case("SDXL 1280 channels", {"M": 1024, "K": 1280, "block": 0}, torch.bfloat16, quick=True),
     Case("SDXL 1280 channels, blocks", {"M": 1024, "K": 1280, "block": 128}, torch.bfloat16),
-    Case("FLUX.1 1024px", {"M": 4096, "K": 3072, "block": 0}, torch.bfloat16),
+    Case("FLUX.1 1024px", {"M": 4096, "K": 3072, "block": 0}, torch.bfloat16, ("cpu",)),
     Case("FLUX.1 1024px, blocks", {"M": 4096, "K": 3072, "block": 128}, torch.bfloat16, ("cuda",)),
+    *activation_cases(block=0),
 ]
 
 

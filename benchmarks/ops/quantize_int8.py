@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fewstep import ops
 from fewstep.bench import Benchmark, Case, baseline, copy_limit, implementations
+from fewstep.bench.products import activation_cases
 
 CASES = [
     Case("SDXL 1280 channels", {"M": 1024, "K": 1280}, torch.bfloat16, quick=True),
     Case("SDXL 1280 channels", {"M": 1024, "K": 1280}, torch.float32),
-    Case("FLUX.1 1024px", {"M": 4096, "K": 3072}, torch.bfloat16),
-    Case("FLUX.1 1024px, ff", {"M": 4096, "K": 12288}, torch.bfloat16, ("cuda",)),
+    Case("FLUX.1 1024px", {"M": 4096, "K": 3072}, torch.bfloat16, ("cpu",)),
+    *activation_cases(),
 ]
 
 

@@ -241,6 +241,8 @@ def test_every_benchmark_file_declares_cases_and_a_baseline(op):
     assert any(p.role == "limit" for p in benchmark.providers)
     names = [p.name for p in benchmark.providers]
     assert len(set(names)) == len(names)
+    cases = {(c.name, *c.shape.items(), c.dtype, c.devices) for c in benchmark.cases}
+    assert len(cases) == len(benchmark.cases)
     for case in benchmark.cases:
         assert benchmark.bytes_moved(case) > 0
         assert benchmark.flops(case) > 0

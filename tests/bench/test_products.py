@@ -32,6 +32,17 @@ def test_peers_compute_the_layer(peer):
     assert relative_error(out, want) < 0.02
 
 
+def test_model_shapes_are_whole_groups_and_tiles():
+    for case in products.model_cases(group=64):
+        M, N, K, G = (case[symbol] for symbol in "MNKG")
+        assert K % G == 0
+        assert N % 8 == K % 8 == 0  # what torch._int_mm wants on GPUs
+        assert M > 16
+    rows = [tuple(case.shape.values()) for case in products.activation_cases()]
+    assert len(set(rows)) == len(rows)
+    assert set(rows) == {(M, K) for M, _, K in products.MODEL_SHAPES.values()}
+
+
 def test_missing_packages_are_named(monkeypatch):
     x = torch.zeros(1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)

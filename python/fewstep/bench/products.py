@@ -20,6 +20,60 @@ from .providers import needs
 
 PROBE_ITERATIONS = 1_000_000
 
+# (M, N, K) of public models' linear layers, for GPUs: images of 1024 x 1024 pixels; SDXL, SANA and
+# PixArt with guidance (batch 2). Qwen-Image's image stream has FLUX.1's shapes.
+MODEL_SHAPES = {
+    "FLUX.1 image qkv": (4096, 9216, 3072),
+    "FLUX.1 image out": (4096, 3072, 3072),
+    "FLUX.1 image ff1": (4096, 12288, 3072),
+    "FLUX.1 image ff2": (4096, 3072, 12288),
+    "FLUX.1 text qkv": (512, 9216, 3072),
+    "FLUX.1 text out": (512, 3072, 3072),
+    "FLUX.1 text ff1": (512, 12288, 3072),
+    "FLUX.1 text ff2": (512, 3072, 12288),
+    "FLUX.1 single qkv and mlp": (4608, 21504, 3072),
+    "FLUX.1 single out": (4608, 3072, 15360),
+    "SDXL 1280 proj, batch 2": (2048, 1280, 1280),
+    "SDXL 1280 ff1": (2048, 10240, 1280),
+    "SDXL 1280 ff2": (2048, 1280, 5120),
+    "SDXL 640 proj, batch 2": (8192, 640, 640),
+    "SDXL 640 ff1": (8192, 5120, 640),
+    "SDXL 640 ff2": (8192, 640, 2560),
+    "SDXL 1280 text k, v": (154, 1280, 2048),
+    "SDXL 640 text k, v": (154, 640, 2048),
+    "SANA qkv": (2048, 6720, 2240),
+    "SANA out": (2048, 2240, 2240),
+    "SANA ff1": (2048, 11200, 2240),
+    "SANA ff2": (2048, 2240, 5600),
+    "PixArt qkv": (8192, 3456, 1152),
+    "PixArt out": (8192, 1152, 1152),
+    "PixArt ff1": (8192, 4608, 1152),
+    "PixArt ff2": (8192, 1152, 4608),
+    "FLUX.2 single qkv and mlp": (4608, 55296, 6144),
+    "FLUX.2 single out": (4608, 6144, 24576),
+}
+
+
+def model_cases(group: int | None = None) -> list[Case]:
+    """Return MODEL_SHAPES as GPU cases in bfloat16.
+
+    `group` adds G, the group of 4-bit weights: this one where it divides K, else 32.
+    """
+    cases = []
+    for name, (M, N, K) in MODEL_SHAPES.items():
+        groups = {} if group is None else {"G": group if K % group == 0 else 32}
+        cases.append(Case(name, {"M": M, "N": N, "K": K} | groups, torch.bfloat16, ("cuda",)))
+    return cases
+
+
+def activation_cases(**more: int) -> list[Case]:
+    """Return what the layers of MODEL_SHAPES quantise, [M, K], as GPU cases; each shape once."""
+    shapes = {(M, K): name for name, (M, _, K) in reversed(MODEL_SHAPES.items())}
+    return [
+        Case(f"x of {name}", {"M": M, "K": K} | more, torch.bfloat16, ("cuda",))
+        for (M, K), name in reversed(shapes.items())
+    ]
+
 
 def call(layer: Callable[..., Any], *args: Any) -> Any:
     """Return layer(*args)."""
