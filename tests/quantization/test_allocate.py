@@ -1,6 +1,8 @@
 """allocate: measured errors, an integer programme, and plans that beat uniform ones."""
 
 import itertools
+import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from fewstep.assets.digits import load_digits_pipeline
 from fewstep.quantization import Plan, Scheme, allocate, calibrate, quantize
 from fewstep.quantization.allocate import (
+    OBJECTIVES,
     Choice,
     _first_tensor,
     measure,
@@ -21,6 +24,11 @@ from fewstep.quantization.errors import content, output_error
 def skip(name, linear):
     """Two blocks are enough."""
     return None if name.startswith(("transformer_blocks.0.", "transformer_blocks.5.")) else "no"
+
+
+def skip_more(name, linear):
+    """One block is enough."""
+    return None if name.startswith("transformer_blocks.5.") else "no"
 
 
 CANDIDATES = ("w8a8", "w4a8-g64", "w4a8-g64-r8")
@@ -38,6 +46,11 @@ def calibration(pipe):
         for i in range(2)
     ]
     return calibrate(pipe, calls, rows=64, evaluations=2)
+
+
+@pytest.fixture(scope="module")
+def choices(pipe, calibration):
+    return measure(pipe.transformer, calibration, candidates=CANDIDATES, skip=skip)
 
 
 def total_error(model, calibration, plan_or_scheme):
@@ -58,10 +71,9 @@ def total_error(model, calibration, plan_or_scheme):
     return sum(map(output_error, got, want)), moved
 
 
-def test_plans_beat_uniform_schemes_at_equal_bytes(pipe, calibration, tmp_path):
+def test_plans_beat_uniform_schemes_at_equal_bytes(pipe, calibration, choices, tmp_path):
     model = pipe.transformer
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    choices = measure(model, calibration, candidates=CANDIDATES, skip=skip)
     whole = sum(options[0].bytes for options in choices.values())
     errors = {}
     for uniform in ("w8a8", "w4a8-g64-r8"):
@@ -76,9 +88,8 @@ def test_plans_beat_uniform_schemes_at_equal_bytes(pipe, calibration, tmp_path):
     # Where the branch can go to the layers that need it, there is something to choose.
     found, error = errors["w4a8-g64-r8"]
     assert found < 0.8 * error
-    assert solve(choices, budget) == solve(
-        measure(model, calibration, candidates=CANDIDATES, skip=skip), budget
-    )
+    again = measure(model, calibration, candidates=CANDIDATES, skip=skip_more)
+    assert again == {name: choices[name] for name in again}
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     assert all(torch.equal(state[n], value) for n, value in model.state_dict().items())
@@ -129,8 +140,81 @@ def test_content_is_the_mean_over_blocks():
     assert shift == pytest.approx(64 / float(content(y).square().sum()))
 
 
+def test_what_is_measured_of_each_layer(choices):
+    for name, (plain, int8, *rest) in choices.items():
+        assert (plain.error, plain.sqnr) == (0, math.inf)
+        assert [c.scheme.kind for c in rest] == ["w4a8"] * len(rest), name
+        for choice in (int8, *rest):
+            assert choice.error == choice.content + choice.quality
+            assert min(choice.content, choice.quality) > 0
+        # Half a unit of 4 bits is 16 times that of 8: 24 dB, less what rounding x costs.
+        assert int8.sqnr >= 30
+        assert int8.sqnr - rest[0].sqnr > 10
+        assert rest[1].sqnr > rest[0].sqnr
+
+
+def test_objectives_weigh_what_they_say():
+    sixteenth = Choice(Scheme("w8a8"), 1 / 16, 1, 1.0, 20.0, 1 / 64, 3 / 64)
+    found = {name: [f(name, sixteenth) for f in OBJECTIVES] for name in ("a.ff.net.2", "a.attn1.q")}
+    powers = [1 / 16, 1 / 8, 1 / 4]
+    assert found["a.ff.net.2"] == pytest.approx([*powers, 1 / 64, 0.01])
+    assert found["a.attn1.q"] == pytest.approx([*powers, 3 / 64, 0.01])
+    for name in ("attn2.to_k", "b.0.cross_attn.q", "b.mlp.fc1", "b.ff_context.net.0.proj", "x.ffn"):
+        assert OBJECTIVES[3](name, sixteenth) == 1 / 64
+    dead = Choice(Scheme("w8a8"), 0.0, 1, 1.0, -math.inf)
+    assert solve({"a": [dead]}, {"bytes": 1.0}, OBJECTIVES[4])["a"] == dead
+
+
+def test_candidates_with_smoothing(pipe, calibration):
+    names = ("w8a8", "w8a8-smooth")
+    choices = measure(pipe.transformer, calibration, candidates=names, skip=skip_more)
+    gains = [smooth.sqnr - plain.sqnr for _, plain, smooth in choices.values()]
+    assert max(gains) > 1
+    budget = {"bytes": 0.52}
+    plan = allocate(pipe, calibration, budget, candidates=names, skip=skip_more)
+    assert {scheme.smooth for scheme in plan.layers.values() if scheme} == {True, False}
+    with pytest.raises(ValueError, match=r"smooth: expected a calibration for w8a8-smooth"):
+        quantize(pipe.transformer, plan=plan)
+    with quantize(pipe.transformer, plan=plan, smooth=calibration) as handle:
+        assert handle.plan() == plan
+
+
+def test_plans_tell_what_was_measured(pipe, calibration, tmp_path):
+    plan = allocate(pipe, calibration, {"bytes": 0.52}, candidates=["w8a8"], skip=skip)
+    text = plan.explain()
+    lines = text.splitlines()
+    count = sum(scheme is not None for scheme in plan.layers.values())
+    assert f"  {count} w8a8" in lines[1:3]
+    assert "of bytes, error" in lines[3]
+    errors = {n: m["content"] + m["quality"] for n, m in plan.notes["layers"].items()}
+    worst = max(errors, key=errors.get)
+    decibels = plan.notes["layers"][worst]["sqnr_db"]
+    assert lines[4].startswith(f"  {worst} in w8a8: {decibels:.1f} dB")
+    assert lines[-1] == f"  and {count - 10} layers that err less"
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").explain() == text
+    assert "as it is" in Plan.of(pipe.transformer, {}).explain()
+
+
+def test_layers_of_one_shape_are_timed_once(pipe, calibration, monkeypatch):
+    shapes = []
+
+    def time_all(layers, x):
+        shapes.append((tuple(layers[0].weight.shape), x.shape[0]))
+        return [1.0 / (1 + i) for i in range(len(layers))]
+
+    module = sys.modules["fewstep.quantization.allocate"]  # the name is the function's
+    monkeypatch.setattr(module, "_time_all", time_all)
+    choices = measure(pipe, calibration, candidates=["w8a8"], skip=skip, timed=True)
+    assert len(shapes) == len(set(shapes)) == 8 < len(choices)
+    for options in choices.values():
+        assert [c.seconds for c in options] == [1, 1 / 2]
+
+
 def test_times_are_measured_where_they_are_asked_for(pipe, calibration):
-    plan = allocate(pipe, calibration, {"time": 1.5, "bytes": 0.9}, candidates=["w8a8"], skip=skip)
+    plan = allocate(
+        pipe, calibration, {"time": 1.5, "bytes": 0.9}, candidates=["w8a8"], skip=skip_more
+    )
     assert 0 < plan.notes["time"] <= 1.5
 
 

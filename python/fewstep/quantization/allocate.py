@@ -7,15 +7,20 @@
 error_l(s) is measured at the model's output with layer l alone in scheme s, over the calibration's
 evaluations. The change is taken apart into content (its means over blocks of 4 along every axis of
 space or tokens) and quality (the rest), each in units of that part's energy in the output, and
-added: so a layer that moves objects does not hide behind the energy of textures (the split of
-MixDQ, arXiv 2405.17873, which measures two groups of layers apart). Noise of different layers is
-nearly independent, so energies add; ranking layers by SQNR rests on the same (arXiv 2312.05431).
-Nearly: errors of 4-bit weights are the same at every step and can line up. So the programme is
-solved for powers of the errors, from independent (1) to all in line (1/2), and the plan whose
-layers together err least is kept, uniform schemes that fit the budget among them.
+added: so a layer that moves objects does not hide behind the energy of textures. Noise of different
+layers is nearly independent, so energies add; nearly: errors of 4-bit weights are the same at every
+step and can line up. So the programme is solved for several objectives,
 
-time_l(s) is measured on this machine at the layer's average rows, interleaved, medians of rounds.
-With measured errors but no times asked for, the same calls and seed give the same plan.
+    output   content + quality, to powers from independent (1) to all in line (1/2)
+    groups   content alone for cross-attention and feed-forward layers, quality alone for the rest:
+             the two groups that MixDQ (arXiv 2405.17873) measures apart, by SSIM and SQNR of images
+    layer    1 / SQNR at the layer's own output (the ranking of arXiv 2312.05431)
+
+and the plan whose layers together err least at the model's output is kept, uniform schemes that fit
+the budget among them: a plan is never worse than they are.
+
+time_l(s) is measured on this machine once for every shape and count of rows, interleaved, medians
+of rounds. With no budget of time, the same calls and seed give the same plan.
 
 scipy's milp (HiGHS) solves it: an integer programme with thousands of binary unknowns is what it is
 made for, and nothing to write again.
@@ -25,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,29 +41,59 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Calibration, denoiser_of, to_device
-from .errors import output_error
+from .errors import output_error, split_error, sqnr
 from .linear import QuantLinear, refuse_linear
 from .plan import Plan
 from .replace import Skip, choose_layers
 from .scheme import Scheme
+from .smoothing import quantize_smoothed
 
 CANDIDATES = (
     *("w8a8", "w4a8-g128", "w4a8-g64", "w4a8-g32", "w4a8-g64-r16", "w4a8-g64-r32"),
     "w4a16-g64",  # for time, at few rows
 )
 POWERS = (1.0, 0.75, 0.5)
+CONTENT_LAYERS = r"(^|\.)(attn2|cross_attn\w*|ff\w*|mlp\w*|feed_forward\w*|ffn)(\.|$)"
 RESOURCES = {"bytes": "bytes", "time": "seconds"}  # of a budget -> field of a choice
 _ROUNDS = 7
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One scheme for one layer, measured. `scheme` None is the layer as it is."""
+    """One scheme for one layer, measured. `scheme` None is the layer as it is.
+
+    error     at the model's output, content and quality added
+    sqnr      at the layer's own output, over its calibration rows, in dB
+    content   the part of error that moves objects
+    quality   the part of error that changes textures
+    """
 
     scheme: Scheme | None
     error: float
     bytes: int
     seconds: float
+    sqnr: float = math.inf
+    content: float = 0.0
+    quality: float = 0.0
+
+
+Objective = Callable[[str, Choice], float]
+
+
+def _powered(power: float) -> Objective:
+    return lambda name, choice: choice.error**power
+
+
+def _grouped(name: str, choice: Choice) -> float:
+    return choice.content if re.search(CONTENT_LAYERS, name) else choice.quality
+
+
+def _at_layer(name: str, choice: Choice) -> float:
+    # A layer that gives nothing but zeros has no SQNR; the programme wants finite numbers.
+    return min(10 ** (-choice.sqnr / 10), 1e6)
+
+
+OBJECTIVES: tuple[Objective, ...] = (*map(_powered, POWERS), _grouped, _at_layer)
 
 
 def _first_tensor(output: Any) -> Tensor:
@@ -148,32 +184,43 @@ def measure(
     schemes, _ = choose_layers(model, Scheme("w8a8"), skip)
     names = list({model.get_submodule(name): name for name in reversed(schemes)}.values())[::-1]
     _check(model, calibration, names)
-    parameter = next(model.parameters())
-    want = _evaluate(model, calibration, parameter.device)
+    device = next(model.parameters()).device
+    want = _evaluate(model, calibration, device)
+    times: dict[Any, list[float]] = {}  # layers of one shape are timed once
     choices: dict[str, list[Choice]] = {}
     for done, name in enumerate(names):
         on_layer(name, done, len(names))
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         fitting = [scheme for scheme in parsed if refuse_linear(linear, scheme) is None]
-        layers = [QuantLinear.from_linear(linear, scheme) for scheme in fitting]
-        errors = []
+        layers = [_make(linear, scheme, calibration, name) for scheme in fitting]
+        sample = calibration.inputs[name].to(device, linear.weight.dtype)
+        exact = linear(sample)
+        found = []
         for layer in layers:
             with _in_place(model, name, layer):
-                got = _evaluate(model, calibration, parameter.device)
-            errors.append(statistics.fmean(map(output_error, got, want)))
+                got = _evaluate(model, calibration, device)
+            parts = [split_error(*pair) for pair in zip(got, want, strict=True)]
+            found.append(tuple(map(statistics.fmean, zip(*parts, strict=True))))
         seconds = [0.0] * (1 + len(layers))
         if timed:
-            sample = calibration.inputs[name].to(parameter.device, linear.weight.dtype)
             count = max(1, round(calibration.rows[name]))
-            x = sample.repeat(math.ceil(count / sample.shape[0]), 1)[:count]
-            seconds = _time_all([linear, *layers], x)
-        plain = Choice(None, 0.0, weight_bytes(linear), seconds[0])
-        choices[name] = [plain] + [
-            Choice(scheme, error, weight_bytes(layer), s)
-            for scheme, error, layer, s in zip(fitting, errors, layers, seconds[1:], strict=True)
-        ]
+            shape = (*linear.weight.shape, linear.weight.dtype, linear.bias is None, count)
+            if shape not in times:
+                x = sample.repeat(math.ceil(count / sample.shape[0]), 1)[:count]
+                times[shape] = _time_all([linear, *layers], x)
+            seconds = times[shape]
+        choices[name] = [Choice(None, 0.0, weight_bytes(linear), seconds[0])]
+        for scheme, parts, layer, s in zip(fitting, found, layers, seconds[1:], strict=True):
+            own = sqnr(layer(sample), exact)
+            choices[name].append(Choice(scheme, sum(parts), weight_bytes(layer), s, own, *parts))
     return choices
+
+
+def _make(linear: nn.Linear, scheme: Scheme, calibration: Calibration, name: str) -> QuantLinear:
+    if not scheme.smooth:
+        return QuantLinear.from_linear(linear, scheme)
+    return quantize_smoothed(linear, scheme, calibration.inputs[name], calibration.amax[name])
 
 
 def _check(model: nn.Module, calibration: Calibration, names: Sequence[str]) -> None:
@@ -194,9 +241,11 @@ def _check(model: nn.Module, calibration: Calibration, names: Sequence[str]) -> 
 
 
 def solve(
-    choices: Mapping[str, Sequence[Choice]], budget: Mapping[str, float], power: float = 1.0
+    choices: Mapping[str, Sequence[Choice]],
+    budget: Mapping[str, float],
+    objective: Objective = OBJECTIVES[0],
 ) -> dict[str, Choice]:
-    """Return the choice of every layer with the least sum of error ** power within the budget.
+    """Return the choice of every layer with the least sum of an objective within the budget.
 
     Raises:
         ValueError: an unknown resource, a share that is not above 0, or no choice that fits.
@@ -228,7 +277,7 @@ def solve(
             raise ValueError(f"budget: expected choices that were measured for {name}, got none")
         # In units of the whole: HiGHS's tolerances are absolute.
         constraints.append(LinearConstraint(cost[None] / whole, -np.inf, share))
-    error = np.array([choice.error for _, choice in flat]) ** power
+    error = np.array([objective(*item) for item in flat])
     scale = error.max() or 1.0
     found = milp(
         error / scale,
@@ -257,13 +306,16 @@ def allocate(
         pipe: a pipeline, or the model itself; it is as it was afterwards.
         calibration: what `calibrate` returned for it.
         budget: {"bytes": 0.3} and / or {"time": 0.7}: shares of what the layers take as they are.
-        candidates: the schemes to choose from; leaving a layer as it is is always one.
+        candidates: the schemes to choose from; leaving a layer as it is is always one. With
+            smoothing ("w8a8-smooth"), the plan needs this calibration too where it is applied:
+            `quantize(model, plan=plan, smooth=calibration)`.
         skip: (name, layer) -> why to leave the layer alone, or None; `default_skip` if not given.
         on_layer: (name, layers done, layers) before each layer is measured.
 
     Returns:
         The plan, for `quantize(model, plan=plan)`; `plan.notes` holds the budget, the error at the
-        model's output that was measured with it, and its shares.
+        model's output that was measured with it, its shares, and what was measured of each layer
+        in its scheme (`plan.explain()` shows that).
 
     Raises:
         ValueError: no scheme, a calibration of another model, or a budget that nothing fits.
@@ -278,8 +330,11 @@ def allocate(
         timed="time" in budget,
         on_layer=on_layer,
     )
-    plans = [solve(choices, budget, power) for power in POWERS]
-    plans += [found for found in _uniform(choices, candidates) if _fits(found, choices, budget)]
+    plans = [solve(choices, budget, objective) for objective in OBJECTIVES]
+    for found in _uniform(choices, candidates):
+        if _fits(found, choices, budget) and found not in plans:
+            plans.append(found)
+    plans = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
     best, error = None, math.inf
     with torch.no_grad():
         want = _evaluate(model, calibration, next(model.parameters()).device)
@@ -292,6 +347,15 @@ def allocate(
     for name, field in RESOURCES.items():
         if _total(choices, field):
             notes[name] = _share(best, choices, field)
+    notes["layers"] = {
+        name: {
+            "sqnr_db": c.sqnr if math.isfinite(c.sqnr) else None,  # JSON has no infinity
+            "content": c.content,
+            "quality": c.quality,
+        }
+        for name, c in best.items()
+        if c.scheme is not None
+    }
     chosen = {model.get_submodule(name): choice.scheme for name, choice in best.items()}
     everywhere = {
         name: chosen[module]
@@ -338,7 +402,7 @@ def _joint_error(
             if choice.scheme is not None:
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                layer = QuantLinear.from_linear(linear, choice.scheme)
+                layer = _make(linear, choice.scheme, calibration, name)
                 stack.enter_context(_in_place(model, name, layer))
         got = _evaluate(model, calibration, next(model.parameters()).device)
     return statistics.fmean(map(output_error, got, want))

@@ -48,14 +48,19 @@ def content(y: Tensor) -> Tensor:
     return grown[:, 0, :height, :width].reshape(y.shape)
 
 
+def split_error(got: Tensor, want: Tensor) -> tuple[float, float]:
+    """Return the energies of content and quality of got - want in units of want's."""
+    got, want = got.double(), want.double()
+    found = []
+    for noise, signal in zip(_parts(got - want), _parts(want), strict=True):
+        energy = float(signal.square().sum())
+        found.append(float(noise.square().sum()) / energy if energy else 0.0)
+    return found[0], found[1]
+
+
 def output_error(got: Tensor, want: Tensor) -> float:
     """Return the energies of content and quality of got - want in units of want's, added."""
-    got, want = got.double(), want.double()
-    change, total = got - want, 0.0
-    for noise, signal in zip(_parts(change), _parts(want), strict=True):
-        energy = float(signal.square().sum())
-        total += float(noise.square().sum()) / energy if energy else 0.0
-    return total
+    return sum(split_error(got, want))
 
 
 def _parts(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ so that one made for another model is noticed before anything is changed.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 from torch import nn
 
 from .scheme import Scheme
+
+_SHOWN = 10  # layers in `Plan.explain`
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,28 @@ class Plan:
                 f"plan: expected the linear layers of the {self.model} it was made for, got a "
                 f"{type(model).__name__} with {extra[0]} besides"
             )
+
+    def explain(self) -> str:
+        """Say how many layers get what and, of a plan by `allocate`, what was measured."""
+        counts = Counter("as it is" if s is None else str(s) for s in self.layers.values())
+        lines = [f"{self.model}, {len(self.layers)} linear layers"]
+        lines += [f"  {count} {scheme}" for scheme, count in counts.most_common()]
+        if "error" in self.notes:
+            shares = [f"{self.notes[n]:.3f} of {n}" for n in ("bytes", "time") if n in self.notes]
+            shares.append(f"error {self.notes['error']:.2e} at the output")
+            lines.append("  " + ", ".join(shares))
+        measured = self.notes.get("layers", {})
+        worst = sorted(measured, key=lambda n: -measured[n]["content"] - measured[n]["quality"])
+        for name in worst[:_SHOWN]:
+            found = measured[name]
+            own = "exact" if found["sqnr_db"] is None else f"{found['sqnr_db']:.1f} dB"
+            lines.append(
+                f"  {name} in {self.layers[name]}: {own} at the layer; alone it moves content by "
+                f"{found['content']:.1e}, quality by {found['quality']:.1e}"
+            )
+        if len(worst) > _SHOWN:
+            lines.append(f"  and {len(worst) - _SHOWN} layers that err less")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-ready data."""
