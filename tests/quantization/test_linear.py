@@ -1,6 +1,7 @@
 """QuantLinear: accuracy, and everything that is done to a module besides calling it."""
 
 import copy
+import importlib
 import io
 
 import pytest
@@ -325,6 +326,122 @@ def test_compiles_without_graph_break(scheme):
     assert torch.equal(compiled(x), quantized(x))
     quantized.load_state_dict(make(torch.bfloat16, scheme=scheme)[1].state_dict())
     assert torch.equal(compiled(x), quantized(x))
+
+
+def _counted(module, name, seen):
+    inner = getattr(module, name)
+
+    def call(*args):
+        seen.append(name)
+        return inner(*args)
+
+    return call
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """The names of the packing functions that products call, one per call."""
+    seen = []
+    for op, name in (("gemm_w8a8", "pack_w8"), ("gemm_w4a8", "pack_w4")):
+        module = importlib.import_module(f"fewstep.ops.{op}")  # whose name is the function's
+        monkeypatch.setattr(module, name, _counted(module, name, seen))
+    return seen
+
+
+def swap_storage(layer, state):
+    layer.quantized.data = state[layer.storage]
+    layer.weight_scale.data = state["weight_scale"]
+
+
+def replace_buffers(layer, state):
+    for name in (layer.storage, "weight_scale"):
+        layer._buffers[name] = state[name]
+
+
+def cast_after_a_write(layer, state):
+    replace_buffers(layer, {name: value.clone() for name, value in state.items()})
+    layer.float()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer, state: layer.load_state_dict(state),
+        lambda layer, state: layer.load_state_dict(state, assign=True),
+        lambda layer, state: layer.quantized.copy_(state[layer.storage]),
+        lambda layer, state: layer.weight_scale.mul_(0.5),
+        swap_storage,
+        replace_buffers,
+        cast_after_a_write,
+    ],
+    ids=["load", "assign", "write", "scale", "storage", "buffers", "cast"],
+)
+def test_a_compiled_graph_follows_the_weight(scheme, change, packs):
+    layer, other = make(scheme=scheme)[1], make(scheme=scheme)[1]
+    x = torch.randn(4, 192)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    before = compiled(x)
+    assert torch.equal(compiled(x), before)
+    assert not packs  # the graph reads the layer's copy
+    change(layer, other.state_dict())
+    want = copy.deepcopy(layer)(x)  # which has nothing derived
+    assert not torch.equal(want, before)
+    assert torch.equal(compiled(x), want)
+    assert torch.equal(layer(x), want)
+    packs.clear()
+    assert torch.equal(compiled(x), want)
+    assert not packs
+
+
+def test_other_weights_in_a_functional_call(scheme):
+    layer, x = make(scheme=scheme)[1], torch.randn(4, 192)
+    states = [make(scheme=scheme)[1].state_dict() for _ in range(2)]
+
+    def call(state, x):
+        return torch.func.functional_call(layer, state, (x,))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    want = layer(x)
+    for state in (*states, states[0]):
+        other = make(scheme=scheme)[1]
+        other.load_state_dict(state)
+        assert torch.equal(compiled(state, x), other(x))
+        assert torch.equal(call(state, x), other(x))
+        y, t_y = torch.func.jvp(lambda x, s=state: call(s, x), (x,), (x,))
+        assert torch.equal(y, other(x))
+        assert t_y.isfinite().all()
+    assert torch.equal(layer(x), want)
+    stacked = {n: torch.stack([s[n] for s in states]) for n in states[0]}
+    both = torch.func.vmap(call, (0, None))(stacked, x)
+    assert torch.equal(both, torch.stack([call(s, x) for s in states]))
+
+
+def test_what_is_derived_belongs_to_no_mode():
+    for call in (
+        lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
+        lambda layer, x: torch.func.vmap(layer)(x),
+        torch.inference_mode()(lambda layer, x: layer(x)),
+    ):
+        layer, x = make()[1], torch.randn(4, 192)
+        want = layer(x)
+        layer = copy.deepcopy(layer)  # with nothing derived
+        call(layer, x)
+        assert torch.equal(layer(x), want)
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            layer(leaf).sum().backward()
+        assert leaf.grad.isfinite().all()
+
+
+def test_an_exported_program_reads_its_own_weight(scheme):
+    layer, x = make(scheme=scheme)[1], torch.randn(4, 192)
+    program = torch.export.export(layer, (x,)).module()
+    assert torch.equal(program(x), layer(x))
+    other = make(scheme=scheme)[1]
+    program.load_state_dict(other.state_dict())
+    assert torch.equal(program(x), other(x))
 
 
 def test_gradients_and_tangents_are_those_of_the_dequantised_layer(scheme):

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from .. import _native
 from ._autograd import Derivative, DerivativeError, loop_vmap
+from ._derived import is_stale
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton
 from .quantize_int8 import run_triton as quantize_triton
@@ -314,7 +315,8 @@ def register_int8_product(
     def run_native(*args: Any) -> Tensor:
         p = Operands(*args)
         a, a_scale, out, rows = p.flat()
-        packed = pack(p) if p.packed is None else p.packed.contiguous()
+        known = p.packed is not None and not is_stale(p.packed, p.w, p.w_scale)
+        packed = p.packed.contiguous() if known else pack(p)
         bias, w_scale = contiguous(p.bias), p.w_scale.contiguous()
         _native.call(name, a, a_scale, packed, w_scale, bias, *p.branch(), rows)
         return out

@@ -35,6 +35,8 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .. import _native, ops
+from ..ops._autograd import transform
+from ..ops._derived import Source, mark
 from ..ops._gemm import MAX_K
 from ..ops.gemm_w4a8 import fold_int4, pack_w4
 from ..ops.gemm_w4a16 import dequantize_int4
@@ -47,7 +49,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Join = Callable[[Tensor | None, Tensor | None, torch.dtype], tuple[Tensor, Tensor]]
 _Branch = dict[str, Tensor | None]
-_Key = tuple[tuple[Tensor, int, int], ...]  # of each tensor: itself, its version, its storage
 
 
 class ComputedWeight(Tensor):
@@ -115,7 +116,7 @@ class QuantLinear(nn.Linear):
         self._dtype = dtype  # follows .to(dtype) as a floating weight would
         # No buffer: what is derived goes neither to other devices nor into files.
         self._packed: Tensor | None = None
-        self._packed_from: _Key | None = None
+        self._packed_from: Source | None = None
         self.pack()
 
     @staticmethod
@@ -290,25 +291,18 @@ class QuantLinear(nn.Linear):
         )
 
     def _current_pack(self, x: Tensor) -> Tensor | None:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_exporting():
             return None
-        # Offloading hooks replace buffers without telling the module.
-        if not torch.compiler.is_compiling() and not self._packed_is_current():
+        # A graph passes on what is there when it runs; the op sees if that is not the weight's.
+        if torch.compiler.is_compiling():
+            return self._packed
+        # Offloading hooks and torch.func replace buffers without telling the module.
+        current = self._packed_from
+        if current is None or not current.is_current(self.quantized, self.weight_scale):
+            if transform() is not None:  # to which everything made here belongs
+                return None
             self.pack()
         return self._packed
-
-    def _packed_is_current(self) -> bool:
-        if self._packed_from is None:
-            return False
-        key = self._key()
-        return all(
-            now[0] is then[0] and now[1:] == then[1:]
-            for now, then in zip(key, self._packed_from, strict=True)
-        )
-
-    def _key(self) -> _Key:
-        weight, scale = self.quantized, self.weight_scale
-        return tuple((x, _version(x), x.untyped_storage()._cdata) for x in (weight, scale))
 
     def pack(self) -> None:
         """Rebuild what the CPU kernel wants of the weight; nothing on other devices.
@@ -318,8 +312,14 @@ class QuantLinear(nn.Linear):
         """
         device = self.quantized.device
         native = device.type == "cpu" and _native.unavailable(f"gemm_{self.kind}", device) is None
-        self._packed = self._pack_weight() if native else None
-        self._packed_from = self._key()
+        with torch.inference_mode(False):  # or a later call could not be differentiated
+            self._packed = self._pack_weight() if native else None
+        self._remember_source()
+
+    def _remember_source(self) -> None:
+        self._packed_from = Source(self.quantized, self.weight_scale)
+        if self._packed is not None:
+            mark(self._packed, self._packed_from)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": None, "_packed_from": None}
@@ -327,7 +327,8 @@ class QuantLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move or cast, but keep the weight and its scale to the last bit."""
         kept = {name: self._buffers[name] for name in (self.storage, "weight_scale")}
-        packed, packed_from = self._packed, self._packed_from
+        packed, source = self._packed, self._packed_from
+        current = source is not None and source.is_current(*kept.values())
         self._packed = self._packed_from = None  # moving it too would be a transfer for nothing
         super()._apply(fn, recurse)
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
@@ -335,8 +336,9 @@ class QuantLinear(nn.Linear):
             now = self._buffers[name]
             if now.dtype != before.dtype:
                 self._buffers[name] = before.to(now.device)
-        if self.quantized is kept[self.storage]:  # a cast, or a move to where it is
-            self._packed, self._packed_from = packed, packed_from and self._key()
+        if current and self.quantized is kept[self.storage]:  # a cast, or a move to where it is
+            self._packed = packed
+            self._remember_source()
         return self
 
     def _load_from_state_dict(
@@ -533,10 +535,6 @@ def _expect_factors(smooth: Tensor, linear: nn.Linear) -> Tensor:
     if not (stored.isfinite() & (stored > 0)).all():
         raise ValueError("smooth: expected positive finite factors, got others")
     return stored
-
-
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
 
 
 def refuse_linear(linear: nn.Linear, scheme: Scheme) -> str | None:
