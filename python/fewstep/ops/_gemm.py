@@ -1,4 +1,5 @@
 """What the low-bit products share: operands as matrices, the low-rank branch, derivatives, checks.
+What follows the sums - activation, gate, residual, int8 outputs - is in `_epilogue.py`.
 
     y_mn = sum_k x_mk W_nk + bias_n + sum_r low_mr up_nr           low = x down^T
 
@@ -18,13 +19,15 @@ before the rounding to out_dtype,
 
 Derivatives take the rounding of x for the identity (straight-through), W and the scales for
 constants: d_x = d_y W + (d_y up) down. That is what trains a LoRA over a quantised layer, and the
-exact tangent of the dequantised one.
+exact tangent of the dequantised one. Through an activation or to a gate they need y, which is not
+kept: the product is taken again, in float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,19 +36,23 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .. import _native
-from ._autograd import Derivative, DerivativeError, loop_vmap
+from ._autograd import Derivative, DerivativeError, loop_vmap, push_forward
 from ._derived import is_stale
+from ._epilogue import FLOATS, activate, expect_epilogue, finish, gate_rows, width
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton
+from .quantize_int8 import run_native as quantize_native
+from .quantize_int8 import run_reference as quantize_reference
 from .quantize_int8 import run_triton as quantize_triton
 
 MAX_K = 1 << 17
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INPUTS = (torch.int8, *FLOATS)
 SCHEMA = (
     "(Tensor a, Tensor? a_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? packed,"
-    " Tensor? down, Tensor? up, Tensor? low, ScalarType out_dtype, str impl) -> Tensor"
+    " Tensor? down, Tensor? up, Tensor? low, str? activation, Tensor? gate, Tensor? residual,"
+    " ScalarType out_dtype, str impl) -> Tensor"
 )
+SCHEMA_INT8 = SCHEMA.replace("-> Tensor", "-> (Tensor, Tensor)")
 
 
 class Operands(NamedTuple):
@@ -60,26 +67,53 @@ class Operands(NamedTuple):
     down: Tensor | None
     up: Tensor | None
     low: Tensor | None
+    activation: str | None
+    gate: Tensor | None
+    residual: Tensor | None
     out_dtype: torch.dtype
 
-    def new_output(self) -> Tensor:
-        """Return an output [..., M, N]."""
-        return self.a.new_empty((*self.a.shape[:-1], self.w.shape[0]), dtype=self.out_dtype)
+    def new_output(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return an output [..., M, N'], in out_dtype unless told."""
+        N = width(self.w.shape[0], self.activation)
+        return self.a.new_empty((*self.a.shape[:-1], N), dtype=dtype or self.out_dtype)
 
-    def flat(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Return a as [M, K], a_scale as [M], and a new output with a view of it as [M, N]."""
-        a, a_scale, out = self.a, self.a_scale, self.new_output()
+    def new_scale(self) -> Tensor:
+        """Return an output [..., M] for the scales of int8 rows."""
+        return self.a.new_empty(self.a.shape[:-1], dtype=torch.float32)
+
+    def flat(self) -> tuple[Tensor, Tensor | None]:
+        """Return a as [M, K] and a_scale as [M]."""
+        a, a_scale = self.a, self.a_scale
         if len(a.shape) == 2:  # saves calls, which are dear once the caches are full of matrices
-            return unit_stride(a), contiguous(a_scale), out, out
+            return unit_stride(a), contiguous(a_scale)
         if a_scale is not None:
             a_scale = a_scale.reshape(-1).contiguous()
-        return unit_stride(matrix(a)), a_scale, out, matrix(out)
+        return unit_stride(matrix(a)), a_scale
 
     def branch(self) -> tuple[Tensor | None, Tensor | None]:
         """Return low as [M, R] and up, both contiguous, or (None, None) without a branch."""
         if self.up is None:
             return None, None
         return matrix(project(self.a, self.down, self.low)).contiguous(), self.up.contiguous()
+
+    def is_plain(self) -> bool:
+        """Return whether outputs are the rounded sums."""
+        return self.activation is None and self.gate is None and self.residual is None
+
+    def epilogue(self) -> tuple[str | None, Tensor | None, Tensor | None]:
+        """Return the activation, the gate as [G, N'] (see `gate_rows`), the residual as [M, N']."""
+        return epilogue_rows(self.activation, self.gate, self.residual, self.a.shape[:-1])
+
+
+def epilogue_rows(
+    activation: str | None, gate: Tensor | None, residual: Tensor | None, rows: tuple[int, ...]
+) -> tuple[str | None, Tensor | None, Tensor | None]:
+    """Return what follows the sums as kernels take it: matrices with neighbours side by side."""
+    if gate is not None:
+        gate = unit_stride(gate_rows(gate, rows))
+    if residual is not None:
+        residual = unit_stride(matrix(residual))
+    return activation, gate, residual
 
 
 def project(x: Tensor, down: Tensor | None, low: Tensor | None) -> Tensor:
@@ -158,7 +192,7 @@ def expect_operands(
     p: Operands, weight_shape: tuple[int, ...], packed_shape: tuple[int, ...]
 ) -> None:
     """Check everything but w itself: its op does."""
-    a, a_scale, w, _, bias, packed, down, up, low, out_dtype = p
+    a, a_scale, w, bias, packed = p.a, p.a_scale, p.w, p.bias, p.packed
     if not a.shape or a.dtype not in (FLOATS if a_scale is None else (torch.int8,)):
         wanted = "floating" if a_scale is None else "torch.int8"
         raise ValueError(f"a: expected {wanted} [..., M, K], got {a.dtype} {list(a.shape)}")
@@ -167,11 +201,23 @@ def expect_operands(
     expect("a_scale", a_scale, tuple(rows), (torch.float32,), device)
     expect("bias", bias, (N,), FLOATS, device)
     expect("packed", packed, packed_shape, (torch.uint8,), device)
-    expect_branch(a, N, down, up, low)
+    expect_branch(a, N, p.down, p.up, p.low)
+    expect_epilogue(tuple(rows), N, device, p.activation, p.gate, p.residual)
     if K >= MAX_K:
         raise ValueError(f"a: expected K below {MAX_K} for exact int32 sums, got {K}")
-    if out_dtype not in FLOATS:
-        raise ValueError(f"out_dtype: expected float32, bfloat16 or float16, got {out_dtype}")
+    if p.out_dtype not in FLOATS:
+        raise ValueError(
+            f"out_dtype: expected float32, bfloat16, float16 or int8, got {p.out_dtype}"
+        )
+
+
+def rounding_dtype(a: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype that outputs are rounded to, before int8 ones are quantised."""
+    if out_dtype == torch.int8:
+        return a.dtype if a.is_floating_point() else torch.bfloat16
+    if out_dtype is None:
+        return a.dtype if a.is_floating_point() else torch.float32
+    return out_dtype
 
 
 class Linear(NamedTuple):
@@ -193,12 +239,13 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
     """Return the rules of a product.
 
     `names` are the op's inputs in the order of its schema, the activations first. `weight(*inputs)`
-    returns W in float32, `op()` the registered op. Of the other inputs only bias, down, up and low
-    have a derivative; the rest refuse one.
+    returns W in float32, `op()` the registered op. Of the other inputs only bias, down, up, low,
+    gate and residual have a derivative; the rest refuse one.
     """
     order = ("x", *names.split()[1:])
-    constant = [i for i, name in enumerate(order) if name not in Linear._fields]
-    rowwise = ("x", "a_scale", "low")
+    known = (*Linear._fields, "gate", "residual")
+    constant = [i for i, name in enumerate(order) if name not in known]
+    rowwise = ("x", "a_scale", "low", "gate", "residual")
 
     def refuse(given: Any) -> None:
         for i in constant:
@@ -212,27 +259,55 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
         given = dict(zip(order, values, strict=False))
         return Linear(*(given.get(name) for name in Linear._fields))
 
+    def sums(ctx: Any, saved: Any) -> Tensor:
+        """Return y, in float32 where the op can."""
+        args = [rest if x is None else x for x, rest in zip(saved, ctx.rest, strict=True)]
+        for i, name in enumerate(order):
+            if name in ("activation", "gate", "residual"):
+                args[i] = None
+        args = [torch.float32 if isinstance(x, torch.dtype) else x for x in args]
+        return op()(*args).float()
+
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         refuse(ctx.needs_input_grad)
         tensors = [x if isinstance(x, Tensor) else None for x in inputs]
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*tensors)
-        # Only the branch's own gradients need x: else a frozen layer would keep it alive.
+        given = dict(zip(order, inputs, strict=False))
         wanted = dict(zip(order, ctx.needs_input_grad, strict=False))
-        if not (wanted["up"] or wanted["down"]):
+        ctx.activation = given["activation"]
+        curved = ctx.activation is not None and any(wanted[name] for name in Linear._fields)
+        ctx.needs_y = curved or wanted["gate"]
+        # Only these need x: else a frozen layer would keep it alive.
+        if not (wanted["up"] or wanted["down"] or ctx.needs_y):
             tensors[0] = None
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.out_dtype = output.shape, output.dtype
-        given = zip(order, inputs, strict=False)
-        ctx.dtypes = {name: x.dtype for name, x in given if isinstance(x, Tensor)}
+        ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.dtypes = {name: x.dtype for name, x in given.items() if isinstance(x, Tensor)}
 
-    def backward(ctx: Any, d_y: Tensor | None) -> tuple[Tensor | None, ...]:
-        if d_y is None:
+    def backward(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_out is None:
             return (None,)
         saved = ctx.saved_tensors
-        p, needs = linear(saved), dict(zip(order, ctx.needs_input_grad, strict=False))
-        gradients: dict[str, Tensor] = {}
+        needs = dict(zip(order, ctx.needs_input_grad, strict=False))
+        gate = dict(zip(order, saved, strict=False))["gate"]
+        gradients: dict[str, Tensor] = {"residual": d_out} if needs["residual"] else {}
+        d_y = d_out if gate is None else (d_out.float() * gate.float()).to(d_out.dtype)
+        if ctx.needs_y:
+            v, pull = torch.func.vjp(lambda y: activate(y, ctx.activation), sums(ctx, saved))
+            d_y = pull(d_y.float())[0].to(d_out.dtype)
+            if needs["gate"]:
+                gradients["gate"] = (d_out.float() * v).sum_to_size(gate.shape)
+        if any(needs[name] for name in Linear._fields):
+            gradients |= linear_gradients(d_y, needs, saved)
+        return tuple(
+            gradients[name].to(ctx.dtypes[name]) if name in gradients else None for name in order
+        )
+
+    def linear_gradients(d_y: Tensor, needs: dict[str, bool], saved: Any) -> dict[str, Tensor]:
+        p, gradients = linear(saved), {}
         d_low = None if p.up is None else d_y @ p.up.to(d_y.dtype)
         if needs["x"]:
             gradients["x"] = d_y @ weight(*saved).to(d_y.dtype)
@@ -246,9 +321,7 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
             gradients["down"] = _sum_rows(d_low, p.x)
         if needs["low"]:
             gradients["low"] = d_low
-        return tuple(
-            gradients[name].to(ctx.dtypes[name]) if name in gradients else None for name in order
-        )
+        return gradients
 
     def jvp(ctx: Any, saved: Any, *tangents: Any) -> Tensor:
         refuse([t is not None for t in tangents])
@@ -257,7 +330,7 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
         if t.x is not None:
             terms.append(F.linear(t.x, weight(*saved).to(t.x.dtype)))
         if t.bias is not None:
-            terms.append(t.bias.expand(ctx.shape))
+            terms.append(t.bias)
         if p.up is not None:
             t_low = [t.low] if t.low is not None else []
             if p.down is not None and t.x is not None:
@@ -267,7 +340,24 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
             terms += [F.linear(low, p.up.to(low.dtype)) for low in t_low]
             if t.up is not None:
                 terms.append(F.linear(project(p.x, p.down, p.low).to(t.up.dtype), t.up))
-        return sum(term.float() for term in terms).to(ctx.out_dtype)
+        (gate, *_), (t_gate, t_residual) = (
+            [dict(zip(order, x, strict=False))[name] for name in ("gate", "residual")]
+            for x in (saved, tangents)
+        )
+        curved = ctx.activation is not None and terms
+        y = sums(ctx, saved) if curved or t_gate is not None else None
+        parts = []
+        if terms:
+            t_v = sum(term.float() for term in terms)
+            if y is not None:
+                along = [t_v.expand_as(y)]
+                (t_v,) = push_forward(lambda y: activate(y, ctx.activation), [y], along)
+            parts.append(t_v if gate is None else gate.float() * t_v)
+        if t_gate is not None:
+            parts.append(t_gate.float() * activate(y, ctx.activation))
+        if t_residual is not None:
+            parts.append(t_residual.float())
+        return sum(parts).expand(ctx.shape).to(ctx.out_dtype)
 
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         names = [*order, *["option"] * (len(args) - len(order))]
@@ -280,8 +370,14 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
         moved = list(args)
         for i, (x, dim, name) in enumerate(zip(args, in_dims, names, strict=True)):
             if isinstance(x, Tensor) and name in rowwise:
-                batched = dim is not None
-                moved[i] = x.movedim(dim, 0) if batched else x.expand(info.batch_size, *x.shape)
+                if dim is not None:
+                    x = x.movedim(dim, 0)
+                    if name == "gate":  # aligned with the last axes, which rows are in front of
+                        ones = args[0].dim() - (in_dims[0] is not None) - (x.dim() - 1)
+                        x = x.reshape(x.shape[0], *[1] * ones, *x.shape[1:])
+                elif name != "gate":
+                    x = x.expand(info.batch_size, *x.shape)
+                moved[i] = x
         return op()(*moved), 0
 
     return Derivative(setup, backward, vmap, jvp)
@@ -294,8 +390,11 @@ def register_int8_product(
     pack: Callable[[Operands], Tensor],
     launcher: Callable[[], Callable[..., None]],
     weight: Callable[[Operands], Tensor],
-) -> tuple[tuple[Implementation, ...], Callable[..., Tensor]]:
-    """Return the implementations of a product with 8-bit activations, and the registered op.
+) -> tuple[tuple[Implementation, ...], Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """Return the implementations of a product with 8-bit activations, and the registered ops.
+
+    The second op, `<name>_int8`, returns (q, scale) of what the first returns, and has no
+    derivative: its inputs' out_dtype is what outputs are rounded to before they are quantised.
 
     Args:
         name: of the op and of its native kernel.
@@ -307,34 +406,51 @@ def register_int8_product(
 
     def run_reference(*args: Any) -> Tensor:
         p = Operands(*args)
-        branch = {"down": p.down, "up": p.up, "low": p.low}
-        return reference(
-            p.a, p.a_scale, p.w, p.w_scale, bias=p.bias, **branch, out_dtype=p.out_dtype
-        )
+        options = p._asdict()
+        first = [options.pop(key) for key in ("a", "a_scale", "w", "w_scale")]
+        del options["packed"]
+        return reference(*first, **options).contiguous()
+
+    def launch_native(p: Operands, out: Tensor) -> None:
+        a, a_scale = p.flat()
+        known = p.packed is not None and not is_stale(p.packed, p.w, p.w_scale)
+        packed = p.packed.contiguous() if known else pack(p)
+        left = (a, a_scale, packed, p.w_scale.contiguous(), contiguous(p.bias), *p.branch())
+        _native.call(name, *left, matrix(out))
+
+    def unfused(p: Operands, run: Callable[..., Tensor]) -> Tensor:
+        plain = p._replace(activation=None, gate=None, residual=None, out_dtype=torch.float32)
+        return finish(run(*plain), p.activation, p.gate, p.residual).to(p.out_dtype)
 
     def run_native(*args: Any) -> Tensor:
         p = Operands(*args)
-        a, a_scale, out, rows = p.flat()
-        known = p.packed is not None and not is_stale(p.packed, p.w, p.w_scale)
-        packed = p.packed.contiguous() if known else pack(p)
-        bias, w_scale = contiguous(p.bias), p.w_scale.contiguous()
-        _native.call(name, a, a_scale, packed, w_scale, bias, *p.branch(), rows)
+        if not p.is_plain():
+            return unfused(p, run_native)
+        out = p.new_output()
+        if out.numel():
+            launch_native(p, out)
         return out
 
     def run_triton(*args: Any) -> Tensor:
         p = Operands(*args)
-        branch = p.branch()
-        if p.a_scale is None:
-            a, a_scale = quantize_triton(p.a)
-            p = p._replace(a=a, a_scale=a_scale)
-        a, a_scale, out, rows = p.flat()
+        if not p.is_plain():
+            return unfused(p, run_triton)
+        out = p.new_output()
         if out.numel():
-            w, w_scale, bias = p.w.contiguous(), p.w_scale.contiguous(), contiguous(p.bias)
-            launcher()(a, a_scale, w, w_scale, bias, *branch, rows)
+            branch = p.branch()
+            if p.a_scale is None:
+                a, a_scale = quantize_triton(p.a)
+                p = p._replace(a=a, a_scale=a_scale)
+            weight = (p.w.contiguous(), p.w_scale.contiguous(), contiguous(p.bias))
+            launcher()(*p.flat(), *weight, *branch, matrix(out))
         return out
 
     def fake(*args: Any) -> Tensor:
         return Operands(*args[:-1]).new_output()
+
+    def fake_int8(*args: Any) -> tuple[Tensor, Tensor]:
+        p = Operands(*args[:-1])
+        return p.new_output(torch.int8), p.new_scale()
 
     def weight_of(*inputs: Any) -> Tensor:
         return weight(Operands._make(inputs[: len(Operands._fields)]))
@@ -344,9 +460,15 @@ def register_int8_product(
         Implementation("triton", run_triton, lambda a, *_, **__: refuse_triton([a], INPUTS)),
         Implementation("reference", run_reference, lambda *_, **__: None),
     )
+    ways_int8 = (
+        replace(ways[0], run=lambda *args: quantize_native(run_native(*args))),
+        replace(ways[1], run=lambda *args: quantize_triton(run_triton(*args))),
+        replace(ways[2], run=lambda *args: quantize_reference(run_reference(*args))),
+    )
     names = " ".join(Operands._fields[:-1])
     op = register(name, SCHEMA, ways, fake, differentiate(names, weight_of, lambda: op))
-    return ways, op
+    op_int8 = register(f"{name}_int8", SCHEMA_INT8, ways_int8, fake_int8)
+    return ways, op, op_int8
 
 
 def gate_layers(

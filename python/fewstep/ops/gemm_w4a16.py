@@ -7,6 +7,7 @@ w        [N, K / 2]   uint8            w_scale  [N, K / G]   bfloat16 or float16
 bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  x's dtype
 down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
+activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
 q s is exact in float32 (4 + 11 bits). Sums are float32 in any order and grouping, so without a
 branch and before the rounding to x's dtype
@@ -20,6 +21,7 @@ float32. Modulation layers (adaLN), time and text embeddings have one row per im
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +30,8 @@ from torch import Tensor
 from .. import _native
 from ..reference.gemm_w4a16 import dequantize_int4
 from ..reference.gemm_w4a16 import gemm_w4a16 as _reference
+from ._epilogue import FLOATS, expect_epilogue, finish, width
 from ._gemm import (
-    FLOATS,
     contiguous,
     differentiate,
     expect,
@@ -41,6 +43,9 @@ from ._gemm import (
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 from .quantize_int4 import expect_int4
+from .quantize_int8 import run_native as quantize_native
+from .quantize_int8 import run_reference as quantize_reference
+from .quantize_int8 import run_triton as quantize_triton
 
 __all__ = ["dequantize_int4", "gemm_w4a16"]
 
@@ -55,19 +60,25 @@ class _Operands(NamedTuple):
     down: Tensor | None
     up: Tensor | None
     low: Tensor | None
+    activation: str | None
+    gate: Tensor | None
+    residual: Tensor | None
 
-    def new_output(self) -> Tensor:
-        return self.x.new_empty((*self.x.shape[:-1], self.w.shape[0]))
+    def new_output(self, dtype: torch.dtype | None = None) -> Tensor:
+        N = width(self.w.shape[0], self.activation)
+        return self.x.new_empty((*self.x.shape[:-1], N), dtype=dtype)
 
 
 def _run_reference(*args: Any) -> Tensor:
-    p = _Operands(*args)
-    return _reference(
-        p.x, p.w, p.w_scale, bias=p.bias, down=p.down, up=p.up, low=p.low
-    ).contiguous()
+    options = _Operands(*args)._asdict()
+    first = [options.pop(name) for name in ("x", "w", "w_scale")]
+    return _reference(*first, **options).contiguous()
 
 
 def _run_kernel(launch: Any, p: _Operands) -> Tensor:
+    if (p.activation, p.gate, p.residual) != (None, None, None):
+        y = _run_kernel(launch, p._replace(activation=None, gate=None, residual=None))
+        return finish(y.float(), p.activation, p.gate, p.residual).to(p.x.dtype)
     out = p.new_output()
     if out.numel():
         low = None
@@ -104,18 +115,36 @@ def _fake(*args: Any) -> Tensor:
     return _Operands(*args[:-1]).new_output()
 
 
+def _fake_int8(*args: Any) -> tuple[Tensor, Tensor]:
+    p = _Operands(*args[:-1])
+    return p.new_output(torch.int8), p.x.new_empty(p.x.shape[:-1], dtype=torch.float32)
+
+
 def _weight(*inputs: Any) -> Tensor:
     p = _Operands._make(inputs[: len(_Operands._fields)])
     return dequantize_int4(p.w, p.w_scale).float()
 
 
+_SCHEMA = (
+    "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, Tensor? down, Tensor? up, Tensor? low,"
+    " str? activation, Tensor? gate, Tensor? residual, str impl) -> "
+)
 _op = register(
     "gemm_w4a16",
-    "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, Tensor? down, Tensor? up, Tensor? low,"
-    " str impl) -> Tensor",
+    _SCHEMA + "Tensor",
     IMPLEMENTATIONS,
     _fake,
     differentiate(" ".join(_Operands._fields), _weight, lambda: _op),
+)
+_op_int8 = register(
+    "gemm_w4a16_int8",
+    _SCHEMA + "(Tensor, Tensor)",
+    (
+        replace(IMPLEMENTATIONS[0], run=lambda *args: quantize_native(_run_native(*args))),
+        replace(IMPLEMENTATIONS[1], run=lambda *args: quantize_triton(_run_triton(*args))),
+        replace(IMPLEMENTATIONS[2], run=lambda *args: quantize_reference(_run_reference(*args))),
+    ),
+    _fake_int8,
 )
 
 
@@ -128,8 +157,12 @@ def gemm_w4a16(
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return x @ W.T + bias + low @ up.T for a 4-bit weight W.
 
     Args:
@@ -140,16 +173,21 @@ def gemm_w4a16(
         down: [R, K] in x's dtype: low is x @ down.T.
         up: floating [N, R]: the low-rank branch, with down or low.
         low: floating [..., M, R], instead of down.
+        activation: None, "gelu", "gelu_tanh", "silu", or "geglu" and "swiglu", which halve N.
+        gate: floating [N'], [..., 1, N'] or [..., M, N']: outputs are multiplied by it.
+        residual: floating [..., M, N'], added last.
+        out_dtype: x's dtype, which is the default, or int8: quantised again, row by row.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        [..., M, N] in x's dtype. Differentiable with respect to x, bias, down, up and low, in both
-        modes.
+        [..., M, N'] in x's dtype, N' columns being left of N. Differentiable with respect to x,
+        bias, down, up, low, gate and residual, in both modes. For int8 (q, scale), as
+        `quantize_int8` of that.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: a scale carries a tangent or requires grad.
+        DerivativeError: a scale carries a tangent or requires grad; anything does for int8.
     """
     if not x.shape or x.dtype not in FLOATS:
         raise ValueError(f"x: expected floating [..., M, K], got {x.dtype} {list(x.shape)}")
@@ -160,8 +198,12 @@ def gemm_w4a16(
     expect("w", w, (N, K // 2), (torch.uint8,), x.device)
     expect("bias", bias, (N,), FLOATS, x.device)
     expect_branch(x, N, down, up, low)
+    expect_epilogue(x.shape[:-1], N, x.device, activation, gate, residual)
+    if out_dtype not in (None, x.dtype, torch.int8):
+        raise ValueError(f"out_dtype: expected x's {x.dtype} or torch.int8, got {out_dtype}")
+    op = _op_int8 if out_dtype == torch.int8 else _op
     impl = select("gemm_w4a16", impl, IMPLEMENTATIONS, x)
-    return _op(x, w, w_scale, bias, down, up, low, impl)
+    return op(x, w, w_scale, bias, down, up, low, activation, gate, residual, impl)
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:

@@ -10,6 +10,7 @@ w        [N, K / 2]   uint8            w_scale  [N, K / G]   bfloat16 or float16
 bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  float32, bfloat16 or float16
 down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
+activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
 The scales of the groups are folded into an int8 weight with one scale per column, so the product is
 `gemm_w8a8`'s, on any machine that has one: no promotion of sums group by group. f is taken with one
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from ..reference.gemm_w4a8 import fold_factors, fold_int4
 from ..reference.gemm_w4a8 import gemm_w4a8 as _reference
-from ._gemm import Operands, expect_operands, gate_layers, register_int8_product
+from ._gemm import Operands, expect_operands, gate_layers, register_int8_product, rounding_dtype
 from ._select import select
 from .quantize_int4 import expect_int4, unpack_nibbles
 
@@ -84,7 +85,7 @@ def _weight(p: Operands) -> Tensor:
     return w8.float() * scale[:, None]
 
 
-IMPLEMENTATIONS, _op = register_int8_product(
+IMPLEMENTATIONS, _op, _op_int8 = register_int8_product(
     "gemm_w4a8",
     reference=_reference,
     pack=lambda p: pack_w4(p.w, p.w_scale),
@@ -104,9 +105,12 @@ def gemm_w4a8(
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return (a * a_scale) @ W.T + bias + low @ up.T for int8 a and a 4-bit weight W.
 
     Args:
@@ -119,27 +123,33 @@ def gemm_w4a8(
         down: [R, K] of floating a, in its dtype: low is a @ down.T.
         up: floating [N, R]: the low-rank branch, with down or low.
         low: floating [..., M, R], instead of down.
+        activation: None, "gelu", "gelu_tanh", "silu", or "geglu" and "swiglu", which halve N.
+        gate: floating [N'], [..., 1, N'] or [..., M, N']: outputs are multiplied by it.
+        residual: floating [..., M, N'], added last.
         out_dtype: float32, bfloat16 or float16; a's dtype if floating, else float32 by default.
+            int8: quantised again, row by row.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        [..., M, N] in out_dtype. Differentiable with respect to floating a, bias, down, up and
-        low, in both modes.
+        [..., M, N'] in out_dtype, N' columns being left of N. Differentiable with respect to
+        floating a, bias, down, up, low, gate and residual, in both modes. For int8 (q, scale), as
+        `quantize_int8` of the result in a's dtype if floating, else in bfloat16.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: a scale carries a tangent or requires grad.
+        DerivativeError: a scale carries a tangent or requires grad; anything does for int8.
     """
-    if out_dtype is None:
-        out_dtype = a.dtype if a.is_floating_point() else torch.float32
-    operands = Operands(a, a_scale, w, w_scale, bias, packed, down, up, low, out_dtype)
+    branch, epilogue = (down, up, low), (activation, gate, residual)
+    rounded = rounding_dtype(a, out_dtype)
+    operands = Operands(a, a_scale, w, w_scale, bias, packed, *branch, *epilogue, rounded)
     expect_int4(w, w_scale)
     K = a.shape[-1] if a.shape else 0
     if K % 2:
         raise ValueError(f"a: expected an even K, got {K}")
     expect_operands(operands, (w.shape[0], K // 2), packed_shape(w, w_scale))
-    return _op(*operands, select("gemm_w4a8", impl, IMPLEMENTATIONS, a))
+    op = _op_int8 if out_dtype == torch.int8 else _op
+    return op(*operands, select("gemm_w4a8", impl, IMPLEMENTATIONS, a))
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:

@@ -9,6 +9,7 @@ w        [N, K]       int8             w_scale  [N]       float32
 bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  float32, bfloat16 or float16
 down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
+activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
 The scaling runs in float32 in the order written; the last product and the bias are one fused
 multiply-add in native code, and may be two operations in Triton. Each of the at most four
@@ -32,7 +33,14 @@ import torch
 from torch import Tensor
 
 from ..reference.gemm_w8a8 import gemm_w8a8 as _reference
-from ._gemm import Operands, expect, expect_operands, gate_layers, register_int8_product
+from ._gemm import (
+    Operands,
+    expect,
+    expect_operands,
+    gate_layers,
+    register_int8_product,
+    rounding_dtype,
+)
 from ._select import select
 
 __all__ = ["gemm_w8a8", "pack_w8"]
@@ -78,7 +86,7 @@ def _launcher() -> Callable[..., None]:
     return launch_gemm_w8a8
 
 
-IMPLEMENTATIONS, _op = register_int8_product(
+IMPLEMENTATIONS, _op, _op_int8 = register_int8_product(
     "gemm_w8a8",
     reference=_reference,
     pack=lambda p: pack_w8(p.w),
@@ -104,9 +112,12 @@ def gemm_w8a8(
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return (a * a_scale) @ (w * w_scale).T + bias + low @ up.T for int8 a and w.
 
     Args:
@@ -119,23 +130,29 @@ def gemm_w8a8(
         down: [R, K] of floating a, in its dtype: low is a @ down.T.
         up: floating [N, R]: the low-rank branch, with down or low.
         low: floating [..., M, R], instead of down.
+        activation: None, "gelu", "gelu_tanh", "silu", or "geglu" and "swiglu", which halve N.
+        gate: floating [N'], [..., 1, N'] or [..., M, N']: outputs are multiplied by it.
+        residual: floating [..., M, N'], added last.
         out_dtype: float32, bfloat16 or float16; a's dtype if floating, else float32 by default.
+            int8: quantised again, row by row.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        [..., M, N] in out_dtype. Differentiable with respect to floating a, bias, down, up and
-        low, in both modes.
+        [..., M, N'] in out_dtype, N' columns being left of N. Differentiable with respect to
+        floating a, bias, down, up, low, gate and residual, in both modes. For int8 (q, scale), as
+        `quantize_int8` of the result in a's dtype if floating, else in bfloat16.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: a scale carries a tangent or requires grad.
+        DerivativeError: a scale carries a tangent or requires grad; anything does for int8.
     """
-    if out_dtype is None:
-        out_dtype = a.dtype if a.is_floating_point() else torch.float32
-    operands = Operands(a, a_scale, w, w_scale, bias, packed, down, up, low, out_dtype)
+    branch, epilogue = (down, up, low), (activation, gate, residual)
+    rounded = rounding_dtype(a, out_dtype)
+    operands = Operands(a, a_scale, w, w_scale, bias, packed, *branch, *epilogue, rounded)
     _validate(operands)
-    return _op(*operands, select("gemm_w8a8", impl, IMPLEMENTATIONS, a))
+    op = _op_int8 if out_dtype == torch.int8 else _op
+    return op(*operands, select("gemm_w8a8", impl, IMPLEMENTATIONS, a))
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:

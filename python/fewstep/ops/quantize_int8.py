@@ -56,7 +56,8 @@ def _run_kernel(launch: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def _run_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+def run_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the reference."""
     # Contiguous like every implementation's, whatever the strides of x: `_fake` promises it.
     q, scale = _reference(x)
     return q.contiguous(), scale.contiguous()
@@ -79,7 +80,7 @@ IMPLEMENTATIONS = (
         "native", run_native, lambda x: refuse_native("quantize_int8", [x], _KERNEL_DTYPES)
     ),
     Implementation("triton", run_triton, lambda x: refuse_triton([x], _KERNEL_DTYPES)),
-    Implementation("reference", _run_reference, lambda x: None),
+    Implementation("reference", run_reference, lambda x: None),
 )
 
 

@@ -1,12 +1,14 @@
 """Oracle of `fewstep.ops.gemm_w4a16`.
 
-out_mn = sum_k x_mk q_nk s_ng(k) + bias_n + sum_r low_mr up_nr        rounded once to x's dtype
+y_mn = sum_k x_mk q_nk s_ng(k) + bias_n + sum_r low_mr up_nr
+out  = residual + gate * activation(y)                rounded once to x's dtype
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from ._epilogue import finish
 from .quantize_int4 import unpack_nibbles
 
 
@@ -27,6 +29,9 @@ def gemm_w4a16(
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Return the product with the dequantised weight; float64 throughout."""
     if down is not None:
@@ -36,4 +41,4 @@ def gemm_w4a16(
         out = out + bias.double()
     if up is not None and low is not None:
         out = out + low.double() @ up.double().mT
-    return out.to(x.dtype)
+    return finish(out, activation, gate, residual).to(x.dtype)

@@ -45,6 +45,9 @@ def gemm_w4a8(
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the scaled product with the folded weight; float64 throughout."""
@@ -54,5 +57,8 @@ def gemm_w4a8(
         down=down,
         up=up,
         low=low,
+        activation=activation,
+        gate=gate,
+        residual=residual,
         out_dtype=out_dtype,
     )

@@ -1,7 +1,8 @@
 """Oracle of `fewstep.ops.gemm_w8a8`.
 
     acc_mn = sum_k a_mk w_nk                              exact
-    out_mn = acc_mn * a_scale_m * w_scale_n + bias_n + sum_r low_mr up_nr
+    y_mn   = acc_mn * a_scale_m * w_scale_n + bias_n + sum_r low_mr up_nr
+    out    = residual + gate * activation(y)              `reference/_epilogue.py`
 
 rounded once to out_dtype. Without a_scale, a is floating and quantised first
 (`reference.quantize_int8`); low is then a down^T, rounded to a's dtype.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._epilogue import finish
 from .quantize_int8 import quantize_int8
 
 
@@ -26,6 +28,9 @@ def gemm_w8a8(
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the scaled product; float64 throughout."""
@@ -39,4 +44,4 @@ def gemm_w8a8(
         out = out + bias.double()
     if up is not None and low is not None:
         out = out + low.double() @ up.double().mT
-    return out.to(out_dtype)
+    return finish(out, activation, gate, residual).to(out_dtype)
