@@ -209,10 +209,11 @@ def test_opcheck():
     x, w, w_scale, bias = operands((2, 6), 20, 64, 32)
     op = torch.ops.fewstep.gemm_w4a16.default
     low, up = branch_of((2, 6), 20, 3).values()
-    torch.library.opcheck(op, (x, w, w_scale, None, None, None, None, "native"))
-    torch.library.opcheck(op, (x, w, w_scale, bias, None, up, low, "native"))
+    end = (None, None, None)  # test__epilogue.py has these
+    torch.library.opcheck(op, (x, w, w_scale, None, None, None, None, *end, "native"))
+    torch.library.opcheck(op, (x, w, w_scale, bias, None, up, low, *end, "native"))
     x, down = x.requires_grad_(), torch.randn(3, 64, requires_grad=True)
-    torch.library.opcheck(op, (x, w, w_scale, bias, down, up, None, "native"))
+    torch.library.opcheck(op, (x, w, w_scale, bias, down, up, None, *end, "native"))
 
 
 def test_compiles_without_graph_break():

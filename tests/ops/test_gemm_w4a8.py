@@ -269,10 +269,11 @@ def test_opcheck():
     *args, bias = operands((2, 6), 20, 64, 32)
     op = torch.ops.fewstep.gemm_w4a8.default
     low, up = branch_of((2, 6), 20, 3).values()
+    end = (None, None, None)  # test__epilogue.py has these
     for packed, branch in ((None, (None, None, None)), (pack_w4(*args[2:]), (None, up, low))):
-        torch.library.opcheck(op, (*args, bias, packed, *branch, torch.bfloat16, "native"))
+        torch.library.opcheck(op, (*args, bias, packed, *branch, *end, torch.bfloat16, "native"))
     x, down = torch.randn(2, 6, 64, requires_grad=True), torch.randn(3, 64, requires_grad=True)
-    full = (x, None, *args[2:], bias, None, down, up, None, torch.float32, "native")
+    full = (x, None, *args[2:], bias, None, down, up, None, *end, torch.float32, "native")
     torch.library.opcheck(op, full)
 
 
@@ -332,7 +333,7 @@ def test_scales_have_no_derivative():
         ({"a_scale": torch.ones(5)}, r"a_scale: expected shape \[6\], got \[5\]"),
         ({"bias": torch.ones(19)}, r"bias: expected shape \[20\], got \[19\]"),
         ({"packed": torch.ones(20, 32)}, r"packed: expected shape \[32, 36\], got \[20, 32\]"),
-        ({"out_dtype": torch.int32}, "out_dtype: expected float32, bfloat16 or float16"),
+        ({"out_dtype": torch.int32}, "out_dtype: expected float32, bfloat16, float16 or int8"),
         ({"impl": "cuda"}, "impl: expected one of"),
         (
             {"down": torch.ones(2, 64), "up": torch.ones(20, 2)},
