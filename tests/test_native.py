@@ -13,6 +13,7 @@ UP, LOW = torch.ones(5, 2), torch.ones(3, 2)
 WIDE, W4 = torch.ones(3, 64), torch.ones(5, 32, dtype=torch.uint8)
 GROUPS, A4 = torch.ones(5, 2).bfloat16(), torch.ones(3, 64, dtype=torch.int8)
 PACKED4 = ops.module("gemm_w4a8").pack_w4(W4, GROUPS)
+Q8 = torch.empty(3, 8, dtype=torch.int8)
 PACKED, OUT = ops.module("gemm_w8a8").pack_w8(W), torch.empty(3, 5)
 Q, TQ = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 2, 3, 8)
 K, TK = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 1, 3, 8)
@@ -28,10 +29,18 @@ def put(values, index, value):
 
 CALLS = {
     "cache_metric": (X, Y, None, None, PARTIALS, METRIC),
-    "quantize_int8": (X[0], torch.empty(3, 8, dtype=torch.int8), torch.empty(3)),
-    "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, LOW, UP, OUT),
-    "quantize_int4": (WIDE, W4[:3].clone(), GROUPS[:3].clone()),
-    "gemm_w4a8": (A4, A_SCALE, PACKED4, GROUPS, W_SCALE, LOW, UP, OUT),
+    "quantize_int8": (
+        X[0],
+        None,
+        0,
+        None,
+        torch.empty(3, 8, dtype=torch.int8),
+        torch.empty(3),
+        None,
+    ),
+    "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, LOW, UP, None, 0, OUT),
+    "quantize_int4": (WIDE, 0, W4[:3].clone(), GROUPS[:3].clone()),
+    "gemm_w4a8": (A4, A_SCALE, PACKED4, GROUPS, W_SCALE, LOW, UP, None, 0, OUT),
     "gemm_w4a16": (WIDE, W4, GROUPS, W_SCALE, LOW, UP, OUT),
     "attention_jvp": (
         *(Q, K, K, TQ, TK, TK, MASK, MASK[None], None, None, False),
@@ -51,9 +60,15 @@ BAD = [
     ("cache_metric", 3, SHORT, "residual: expected size"),
     ("cache_metric", 4, PARTIALS.float(), "partials: expected float64"),
     ("cache_metric", 5, torch.empty(3), "metric: expected size 2"),
-    ("quantize_int8", 1, torch.empty(3, 8), "q: expected int8, got float32"),
-    ("quantize_int8", 1, torch.empty(8, 3, dtype=torch.int8).t(), "q: expected unit stride"),
-    ("quantize_int8", 2, torch.empty(2), "scale: expected size 3"),
+    ("quantize_int8", 4, torch.empty(3, 8), "q: expected int8, got float32"),
+    ("quantize_int8", 4, torch.empty(8, 3, dtype=torch.int8).t(), "q: expected unit stride"),
+    ("quantize_int8", 5, torch.empty(2), "scale: expected size 3"),
+    ("quantize_int8", 1, torch.ones(7), "smooth: expected size 8"),
+    ("quantize_int8", 2, 16, "rotate: expected 0 or a power of two .* divides K = 8, got 16"),
+    ("quantize_int8", 2, 3, "rotate: expected 0 or a power of two .* got 3"),
+    ("quantize_int8", 3, X[0], "low: expected one with down, got none"),
+    ("quantize_int8", 3, X[0].double(), "down: expected float32, got float64"),
+    ("quantize_int8", 6, X[0], "low: expected one with down, got one without"),
     (
         "gemm_w8a8",
         0,
@@ -70,10 +85,12 @@ BAD = [
     ("gemm_w8a8", 5, LOW[:2], "low: expected size 3 in axis 0"),
     ("gemm_w8a8", 6, None, "low, up: expected both or neither, got low alone"),
     ("gemm_w8a8", 6, torch.ones(5, 3), "up: expected size 2 in axis 1"),
-    ("gemm_w8a8", 7, torch.empty(3, 9)[:, :5], "out: expected a contiguous tensor"),
-    ("quantize_int4", 1, torch.empty(3, 32), "q: expected uint8, got float32"),
-    ("quantize_int4", 2, torch.ones(3, 3).bfloat16(), "scale: expected .* got 3 groups"),
-    ("quantize_int4", 2, torch.ones(3, 0).bfloat16(), "scale: expected .* got 0 groups"),
+    ("gemm_w8a8", 7, torch.ones(8), "smooth, rotate: expected none with int8 a, got one"),
+    ("gemm_w8a8", 8, 16, "smooth, rotate: expected none with int8 a, got one"),
+    ("gemm_w8a8", 9, torch.empty(3, 9)[:, :5], "out: expected a contiguous tensor"),
+    ("quantize_int4", 2, torch.empty(3, 32), "q: expected uint8, got float32"),
+    ("quantize_int4", 3, torch.ones(3, 3).bfloat16(), "scale: expected .* got 3 groups"),
+    ("quantize_int4", 3, torch.ones(3, 0).bfloat16(), "scale: expected .* got 0 groups"),
     ("gemm_w4a8", 2, PACKED4[:, :32], "packed: expected size 36 in axis 1"),
     ("gemm_w4a8", 3, GROUPS.float(), "w_scale: expected bfloat16 or float16, got float32"),
     ("gemm_w4a8", 3, torch.ones(5, 4).bfloat16(), "w_scale: expected .* got 4 groups"),
@@ -152,7 +169,7 @@ def test_what_is_no_view_is_refused(kind):
 def test_parameters_and_slices_are_read_where_they_lie():
     for x in (torch.nn.Parameter(X[0]), torch.randn(3, 20)[:, 5:13], torch.randn(6, 8)[::2]):
         q, scale = torch.empty(3, 8, dtype=torch.int8), torch.empty(3)
-        _native.call("quantize_int8", x, q, scale)
+        _native.call("quantize_int8", x, None, 0, None, q, scale, None)
         want = ops.quantize_int8(x.detach().clone(), impl="reference")
         assert torch.equal(q, want[0])
         assert torch.equal(scale, want[1])

@@ -92,7 +92,7 @@ def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] 
         return "there is no native kernel for this device"
     out = x.new_zeros((case["M"], case["N"]))
     arguments = (p["a"], p["a_scale"], p["packed"], p["w_scale"], bias, p.get("low"), p.get("up"))
-    return functools.partial(_native.call, "gemm_w4a8", *arguments, out)
+    return functools.partial(_native.call, "gemm_w4a8", *arguments, None, 0, out)
 
 
 def eight_bits(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:

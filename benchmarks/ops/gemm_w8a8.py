@@ -86,7 +86,7 @@ def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] 
     if packed is None:
         return "there is no native kernel for this device"
     out = x.new_zeros((case["M"], case["N"]), dtype=case.dtype)
-    arguments = (a, a_scale, packed, w_scale, bias, None, None, out)
+    arguments = (a, a_scale, packed, w_scale, bias, None, None, None, 0, out)
     return functools.partial(_native.call, "gemm_w8a8", *arguments)
 
 

@@ -3,9 +3,8 @@
 
 #include <algorithm>
 
-#include "fewstep/check.h"
 #include "fewstep/cpu/quantize_row_fp8.h"
-#include "fewstep/dispatch.h"
+#include "fewstep/cpu/quantize_rows.h"
 
 namespace fewstep::cpu {
 namespace {
@@ -53,23 +52,11 @@ RowFunction<T> choose_row() {
     return row_portable<T>;
 }
 
-template <typename T>
-void quantize_rows(const TensorView& x, const TensorView& q, const TensorView& scale,
-                   std::int64_t size) {
-    constexpr std::int64_t kWorthThreads = 1 << 14;
-    const RowFunction<T> row = choose_row<T>();
-    const std::int64_t rows = x.size(0), columns = x.size(1), blocks = scale.size(1);
-#pragma omp parallel for schedule(static) if (rows * columns > kWorthThreads)
-    for (std::int64_t r = 0; r < rows; ++r) {
-        row(x.ptr<T>() + r * x.stride(0), q.ptr<std::uint8_t>() + r * columns,
-            scale.ptr<float>() + r * blocks, columns, size, blocks);
-    }
-}
-
 }  // namespace
 
-void quantize_fp8(const TensorView& x, const TensorView& q, const TensorView& scale,
-                  std::int64_t size) {
+void quantize_fp8(const TensorView& x, const TensorView* smooth, std::int64_t rotate,
+                  const TensorView* down, const TensorView& q, const TensorView& scale,
+                  std::int64_t size, const TensorView* low) {
     const std::int64_t R = x.size(0), K = x.size(1), blocks = scale.size(1);
     FEWSTEP_CHECK(size > 0 && blocks == std::max<std::int64_t>((K + size - 1) / size, 1),
                   "scale: expected [R, ceil(K / size)] for K = ", K, " and size = ", size, ", got ",
@@ -77,13 +64,12 @@ void quantize_fp8(const TensorView& x, const TensorView& q, const TensorView& sc
     expect_rows(x, "x", x.dtype, {R, K});
     expect_contiguous(q, "q", DType::kUInt8, {R, K});
     expect_contiguous(scale, "scale", DType::kFloat32, {R, blocks});
-    switch (x.dtype) {
-        case DType::kFloat32: return quantize_rows<float>(x, q, scale, size);
-        case DType::kBFloat16: return quantize_rows<bfloat16>(x, q, scale, size);
-        case DType::kFloat16: return quantize_rows<float16>(x, q, scale, size);
-        default:
-            FEWSTEP_CHECK(false, "x: expected float32, bfloat16 or float16, got ", name(x.dtype));
-    }
+    quantize::each_row(x, "x", smooth, rotate, down, low, [&](auto tag) {
+        return [&, row = choose_row<decltype(tag)>()](std::int64_t r, const decltype(tag)* values) {
+            row(values, q.ptr<std::uint8_t>() + r * K, scale.ptr<float>() + r * blocks, K, size,
+                blocks);
+        };
+    });
 }
 
 }  // namespace fewstep::cpu

@@ -7,9 +7,8 @@
 #include <cstring>
 #include <limits>
 
-#include "fewstep/check.h"
 #include "fewstep/cpu/quantize_row.h"
-#include "fewstep/dispatch.h"
+#include "fewstep/cpu/quantize_rows.h"
 
 namespace fewstep::cpu {
 namespace {
@@ -77,21 +76,10 @@ RowFunction<T> choose_row() {
     return row_portable<T>;
 }
 
-template <typename T>
-void quantize_rows(const TensorView& w, const TensorView& q, const TensorView& scale) {
-    constexpr std::int64_t kWorthThreads = 1 << 14;
-    const RowFunction<T> row = choose_row<T>();
-    const std::int64_t rows = w.size(0), columns = w.size(1), groups = scale.size(1);
-#pragma omp parallel for schedule(static) if (rows * columns > kWorthThreads)
-    for (std::int64_t r = 0; r < rows; ++r) {
-        row(w.ptr<T>() + r * w.stride(0), q.ptr<std::uint8_t>() + r * columns / 2,
-            scale.ptr<bfloat16>() + r * groups, groups, columns / groups);
-    }
-}
-
 }  // namespace
 
-void quantize_int4(const TensorView& w, const TensorView& q, const TensorView& scale) {
+void quantize_int4(const TensorView& w, std::int64_t rotate, const TensorView& q,
+                   const TensorView& scale) {
     const std::int64_t N = w.size(0), K = w.size(1), groups = scale.size(1);
     const std::int64_t group = groups > 0 ? K / groups : 0;
     FEWSTEP_CHECK(
@@ -101,13 +89,12 @@ void quantize_int4(const TensorView& w, const TensorView& q, const TensorView& s
     expect_rows(w, "w", w.dtype, {N, K});
     expect_contiguous(q, "q", DType::kUInt8, {N, K / 2});
     expect_contiguous(scale, "scale", DType::kBFloat16, {N, groups});
-    switch (w.dtype) {
-        case DType::kFloat32: return quantize_rows<float>(w, q, scale);
-        case DType::kBFloat16: return quantize_rows<bfloat16>(w, q, scale);
-        case DType::kFloat16: return quantize_rows<float16>(w, q, scale);
-        default:
-            FEWSTEP_CHECK(false, "w: expected float32, bfloat16 or float16, got ", name(w.dtype));
-    }
+    quantize::each_row(w, "w", nullptr, rotate, nullptr, nullptr, [&](auto tag) {
+        return [&, row = choose_row<decltype(tag)>()](std::int64_t r, const decltype(tag)* values) {
+            row(values, q.ptr<std::uint8_t>() + r * K / 2, scale.ptr<bfloat16>() + r * groups,
+                groups, group);
+        };
+    });
 }
 
 }  // namespace fewstep::cpu

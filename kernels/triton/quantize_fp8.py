@@ -2,7 +2,7 @@
 
 x [R, K] with unit stride in K, q [R, K] uint8 and scale [R, S] fp32 contiguous: S blocks of `size`
 values in a row, the last one shorter. e4m3 is made of integers, so the interpreter and GPUs without
-the dtype round the same.
+the dtype round the same. Smoothing and rotation are done again at the second reading.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+
+from ._prologue import rotate_blocks, smooth_columns
 
 TINY = tl.constexpr(448 * 2.0**-126)
 
@@ -28,8 +30,28 @@ def round_to_e4m3(x):
 
 
 @triton.jit
+def _load(
+    x_ptr,
+    smooth_ptr,
+    at,
+    mask,
+    LINES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    B: tl.constexpr,
+):
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if SMOOTH:
+        x = smooth_columns(x, smooth_ptr, at, mask)
+    if B > 0:
+        x = rotate_blocks(x, LINES * BLOCK, B).reshape(LINES, BLOCK)
+    return x
+
+
+@triton.jit
 def _quantize_fp8_kernel(
     x_ptr,
+    smooth_ptr,
     q_ptr,
     scale_ptr,
     stride_xr,
@@ -39,6 +61,8 @@ def _quantize_fp8_kernel(
     total,
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    B: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)  # of all scales
     r, first = i // blocks, (i % blocks) * size
@@ -50,7 +74,7 @@ def _quantize_fp8_kernel(
     bad = tl.zeros([LINES, BLOCK], tl.int32)
     for start in range(0, size, BLOCK):
         at = start + offs
-        x = tl.load(x_ptr + at, mask=at < last[:, None], other=0.0).to(tl.float32)
+        x = _load(x_ptr, smooth_ptr, at, at < last[:, None], LINES, BLOCK, SMOOTH, B)
         # NaN compares false, so it lands in `bad` with the infinities; maxima may drop it.
         finite = tl.abs(x) < float("inf")
         bad |= tl.where(finite, 0, 1)
@@ -65,17 +89,21 @@ def _quantize_fp8_kernel(
     for start in range(0, size, BLOCK):
         at = start + offs
         mask = at < last[:, None]
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x = _load(x_ptr, smooth_ptr, at, mask, LINES, BLOCK, SMOOTH, B)
         q = round_to_e4m3(tl.div_rn(tl.where(used[:, None], x, 0.0), divisors))
         tl.store(q_ptr + at, q.to(tl.uint8), mask=mask)
 
 
-def launch_quantize_fp8(x: Tensor, q: Tensor, scale: Tensor, size: int) -> None:
+def launch_quantize_fp8(
+    x: Tensor, smooth: Tensor | None, rotate: int, q: Tensor, scale: Tensor, size: int
+) -> None:
     """Fill `q` and `scale`; shapes as in the module docstring, at least one scale."""
     total, block = scale.numel(), min(2048, triton.next_power_of_2(max(size, 16)))
+    # A rotation of 256 spans two blocks of 128: neighbouring lines, which are then of one row.
     lines = 16 if block <= 128 else 1
     _quantize_fp8_kernel[(triton.cdiv(total, lines),)](
         x,
+        x if smooth is None else smooth,
         q,
         scale,
         x.stride(0),
@@ -85,5 +113,8 @@ def launch_quantize_fp8(x: Tensor, q: Tensor, scale: Tensor, size: int) -> None:
         total,
         LINES=lines,
         BLOCK=block,
+        SMOOTH=smooth is not None,
+        B=rotate,
         num_warps=4,
+        enable_fp_fusion=False,
     )

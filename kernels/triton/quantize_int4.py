@@ -2,7 +2,8 @@
 
 w [N, K] with unit stride in K, q [N, K / 2] uint8 and scale [N, K / G] bf16 contiguous. A group of
 G values stays in registers between its maximum and its rounding; then pairs of neighbours are
-split apart and each becomes a byte.
+split apart and each becomes a byte. A rotation takes neighbouring groups, which a program has
+together.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ._common import narrow
+from ._prologue import rotate_blocks
 
 TINY = tl.constexpr(2.0**-126)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even
@@ -21,13 +23,23 @@ BLOCK = 32
 
 @triton.jit
 def _quantize_int4_kernel(
-    w_ptr, q_ptr, scale_ptr, stride_wn, groups, total, G: tl.constexpr, BLOCK: tl.constexpr
+    w_ptr,
+    q_ptr,
+    scale_ptr,
+    stride_wn,
+    groups,
+    total,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+    B: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # groups, over all rows
     inside = i < total
     starts = w_ptr + (i // groups) * stride_wn + (i % groups) * G
     w = tl.load(starts[:, None] + tl.arange(0, G)[None, :], mask=inside[:, None], other=0.0)
     w = w.to(tl.float32)
+    if B > 0:
+        w = rotate_blocks(w, BLOCK * G, B).reshape(BLOCK, G)
     # NaN compares false, so it counts with the infinities; maxima may drop it.
     finite = tl.abs(w) < float("inf")
     ok = tl.min(finite.to(tl.int32), 1) == 1
@@ -48,9 +60,12 @@ def _quantize_int4_kernel(
     tl.store(ptrs, packed, mask=inside[:, None])
 
 
-def launch_quantize_int4(w: Tensor, q: Tensor, scale: Tensor) -> None:
+def launch_quantize_int4(w: Tensor, rotate: int, q: Tensor, scale: Tensor) -> None:
     """Fill `q` and `scale`; shapes as in the module docstring, at least one group."""
     total, groups = scale.numel(), scale.shape[1]
     _quantize_int4_kernel[(triton.cdiv(total, BLOCK),)](
-        w, q, scale, w.stride(0), groups, total, G=w.shape[1] // groups, BLOCK=BLOCK
+        *(w, q, scale, w.stride(0), groups, total),
+        G=w.shape[1] // groups,
+        BLOCK=BLOCK,
+        B=rotate,
     )

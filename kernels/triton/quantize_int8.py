@@ -1,7 +1,8 @@
 """quantize_int8 in Triton: one program per row, which reads it twice (the second time from cache).
 
 x [R, K] with unit stride in K, q [R, K] int8 and scale [R] fp32 contiguous. The row is walked in
-blocks; each block's running maximum stays in registers.
+blocks; each block's running maximum stays in registers. Smoothing and rotation are done again at
+the second reading: a row need not fit into registers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+
+from ._prologue import rotate_blocks, smooth_columns
 
 TINY = tl.constexpr(127 * 2.0**-126)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even
@@ -34,7 +37,29 @@ def round_to_int8(steps):
 
 
 @triton.jit
-def _quantize_int8_kernel(x_ptr, q_ptr, scale_ptr, stride_xr, columns, BLOCK: tl.constexpr):
+def _load(
+    x_ptr, smooth_ptr, at, columns, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, B: tl.constexpr
+):
+    x = tl.load(x_ptr + at, mask=at < columns, other=0.0).to(tl.float32)
+    if SMOOTH:
+        x = smooth_columns(x, smooth_ptr, at, at < columns)
+    if B > 0:
+        x = rotate_blocks(x, BLOCK, B)
+    return x
+
+
+@triton.jit
+def _quantize_int8_kernel(
+    x_ptr,
+    smooth_ptr,
+    q_ptr,
+    scale_ptr,
+    stride_xr,
+    columns,
+    BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    B: tl.constexpr,
+):
     r = tl.program_id(0).to(tl.int64)
     x_ptr += r * stride_xr
     q_ptr += r * columns
@@ -42,7 +67,7 @@ def _quantize_int8_kernel(x_ptr, q_ptr, scale_ptr, stride_xr, columns, BLOCK: tl
     top = tl.zeros([BLOCK], tl.float32)
     bad = tl.zeros([BLOCK], tl.int32)
     for start in range(0, columns, BLOCK):
-        x = tl.load(x_ptr + start + offs, mask=start + offs < columns, other=0.0).to(tl.float32)
+        x = _load(x_ptr, smooth_ptr, start + offs, columns, BLOCK, SMOOTH, B)
         magnitude = tl.abs(x)
         # NaN compares false, so it lands in `bad` with the infinities; maxima may drop it.
         finite = magnitude < float("inf")
@@ -52,17 +77,26 @@ def _quantize_int8_kernel(x_ptr, q_ptr, scale_ptr, stride_xr, columns, BLOCK: tl
     inverse, scale = row_scales(amax, tl.max(bad, 0) == 0)
     tl.store(scale_ptr + r, scale)
     for start in range(0, columns, BLOCK):
-        mask = start + offs < columns
-        x = tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+        x = _load(x_ptr, smooth_ptr, start + offs, columns, BLOCK, SMOOTH, B)
         x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-        tl.store(q_ptr + start + offs, round_to_int8(x * inverse), mask=mask)
+        tl.store(q_ptr + start + offs, round_to_int8(x * inverse), mask=start + offs < columns)
 
 
-def launch_quantize_int8(x: Tensor, q: Tensor, scale: Tensor) -> None:
+def launch_quantize_int8(
+    x: Tensor, smooth: Tensor | None, rotate: int, q: Tensor, scale: Tensor
+) -> None:
     """Fill `q` and `scale`; shapes as in the module docstring, at least one row."""
     rows, columns = x.shape
-    block = min(4096, triton.next_power_of_2(max(columns, 16)))
     # No fusion: x * inverse must be rounded before ROUND is added, as everywhere else.
     _quantize_int8_kernel[(rows,)](
-        x, q, scale, x.stride(0), columns, BLOCK=block, enable_fp_fusion=False
+        x,
+        x if smooth is None else smooth,
+        q,
+        scale,
+        x.stride(0),
+        columns,
+        BLOCK=min(4096, triton.next_power_of_2(max(columns, 16))),
+        SMOOTH=smooth is not None,
+        B=rotate,
+        enable_fp_fusion=False,
     )

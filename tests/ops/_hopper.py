@@ -220,14 +220,14 @@ def quantize_blocks(size, dtype):
     """Return the launches of the e4m3 quantisation of rows, in blocks of `size`."""
     x = torch.empty((4096, 3072), dtype=dtype, device="meta")
     q, scale = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((4096, 3072 // size)).float()
-    return launches(lambda: quantize_fp8.launch_quantize_fp8(x, q, scale, size))
+    return launches(lambda: quantize_fp8.launch_quantize_fp8(x, None, 0, q, scale, size))
 
 
 def quantize(group, dtype):
     """Return the launches of the 4-bit quantisation of a weight."""
     w = torch.empty((3072, 4096), dtype=dtype, device="meta")
     q, scale = w.new_empty((3072, 2048), dtype=torch.uint8), w.new_empty((3072, 4096 // group))
-    return launches(lambda: quantize_int4.launch_quantize_int4(w, q, scale.bfloat16()))
+    return launches(lambda: quantize_int4.launch_quantize_int4(w, 0, q, scale.bfloat16()))
 
 
 def norm_quantize(columns, whole=True):

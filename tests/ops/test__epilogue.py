@@ -300,7 +300,7 @@ def test_threads_do_not_change_a_bit(op, rows, activation):
 def test_opcheck(op):
     rows = (2, 6)
     args, bias = operands(op, rows, 20, dtype=torch.float32)
-    packed = [] if op == "gemm_w4a16" else [None]
+    packed = [] if op == "gemm_w4a16" else [None, None, 0]  # and smooth, rotate
     dtype = [] if op == "gemm_w4a16" else [torch.float32]
     gate, residual = torch.randn(2, 1, 10), torch.randn(*rows, 10)
     low, up = branch_of(rows, 20, 3).values()

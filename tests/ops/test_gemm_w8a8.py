@@ -146,7 +146,7 @@ def test_native_writes_only_its_outputs(shape):
         call = [padded(a), padded(a_scale), packed, padded(w_scale), padded(bias)]
         for branch in ({}, branch_of((rows,), N, 3)):
             parts = [padded(x) for x in branch.values()] or [None, None]
-            _native.call("gemm_w8a8", *call, *parts, out)
+            _native.call("gemm_w8a8", *call, *parts, None, 0, out)
             assert padding_intact(out)
             want = ops.gemm_w8a8(
                 a, a_scale, w, w_scale, bias=bias, **branch, out_dtype=dtype, impl="native"
@@ -267,9 +267,11 @@ def test_opcheck():
     low, up = branch_of((2, 6), 20, 3).values()
     end = (None, None, None)  # test__epilogue.py has these
     for packed, branch in ((None, (None, None, None)), (pack_w8(args[2]), (None, up, low))):
-        torch.library.opcheck(op, (*args, bias, packed, *branch, *end, torch.bfloat16, "native"))
+        torch.library.opcheck(
+            op, (*args, bias, packed, None, 0, *branch, *end, torch.bfloat16, "native")
+        )
     x, down = torch.randn(2, 6, 32, requires_grad=True), torch.randn(3, 32, requires_grad=True)
-    full = (x, None, *args[2:], bias, None, down, up, None, *end, torch.float32, "native")
+    full = (x, None, *args[2:], bias, None, None, 0, down, up, None, *end, torch.float32, "native")
     torch.library.opcheck(op, full)
 
 

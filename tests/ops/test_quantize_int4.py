@@ -113,7 +113,7 @@ def test_native_writes_only_its_outputs(group, isa, monkeypatch):
     w = torch.randn(3, 3 * group)
     q = padded(torch.zeros(3, 3 * group // 2, dtype=torch.uint8))
     scale = padded(torch.zeros(3, 3, dtype=torch.bfloat16))
-    _native.call("quantize_int4", w, q, scale)
+    _native.call("quantize_int4", w, 0, q, scale)
     assert padding_intact(q)
     assert padding_intact(scale)
     want_q, want_scale = reference.quantize_int4(w, group=group)
@@ -185,7 +185,9 @@ def test_threads_do_not_change_a_bit():
 
 @pytest.mark.parametrize("impl", ["reference", "native"])
 def test_opcheck(impl):
-    torch.library.opcheck(torch.ops.fewstep.quantize_int4.default, (torch.randn(3, 64), 32, impl))
+    torch.library.opcheck(
+        torch.ops.fewstep.quantize_int4.default, (torch.randn(3, 64), 32, 0, impl)
+    )
 
 
 def test_compiles_without_graph_break():
@@ -220,6 +222,7 @@ def test_bad_input_names_the_argument():
         _native.call(
             "quantize_int4",
             torch.zeros(3, 256),
+            0,
             torch.zeros(3, 128, dtype=torch.uint8),
             torch.zeros(3, 1, dtype=torch.bfloat16),
         )

@@ -7,8 +7,12 @@ x     [..., M, K]   floating; or, with integers a and a scale per row, x = a * a
 W     [N, K]        what the op's docstring makes of w and w_scale
 bias  [N]           floating
 up    [N, R]        floating: with it there is a low-rank branch, and one of
-down  [R, K]        x's dtype: low is then torch's own product, in x's dtype, or
+down  [R, K]        x's dtype: low is then x down^T, in x's dtype, or
 low   [..., M, R]   floating: computed before, as where x is given as integers
+
+smooth [K] and rotate go to the quantisation of a floating x, before its rows share a scale
+(`_prologue.py`): the product is then that of x'' = (x / smooth) H with W, so W is what quantises
+(weight * smooth) H. The branch takes x as it is.
 
 The branch holds what quantising a weight would lose of its largest directions (SVDQuant, arXiv
 2411.05007), or a LoRA. Its products are added in float32: in gemm_w8a8 and gemm_w4a8 one by one to
@@ -17,10 +21,10 @@ before the rounding to out_dtype,
 
     |y - exact| <= e + (R + 6) 2^-24 (|exact| + sum_r |low_mr up_nr|).
 
-Derivatives take the rounding of x for the identity (straight-through), W and the scales for
-constants: d_x = d_y W + (d_y up) down. That is what trains a LoRA over a quantised layer, and the
-exact tangent of the dequantised one. Through an activation or to a gate they need y, which is not
-kept: the product is taken again, in float32.
+Derivatives take the rounding of x for the identity (straight-through), W, smooth and the scales
+for constants: d_x = ((d_y W) H) / smooth + (d_y up) down. That is what trains a LoRA over a
+quantised layer, and the exact tangent of the dequantised one. Through an activation or to a gate
+they need y, which is not kept: the product is taken again, in float32.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .. import _native
+from . import _prologue
 from ._autograd import Derivative, DerivativeError, loop_vmap, push_forward
 from ._derived import is_stale
 from ._epilogue import FLOATS, activate, expect_epilogue, finish, gate_rows, width
@@ -49,8 +54,8 @@ MAX_K = 1 << 17
 INPUTS = (torch.int8, *FLOATS)
 SCHEMA = (
     "(Tensor a, Tensor? a_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? packed,"
-    " Tensor? down, Tensor? up, Tensor? low, str? activation, Tensor? gate, Tensor? residual,"
-    " ScalarType out_dtype, str impl) -> Tensor"
+    " Tensor? smooth, int rotate, Tensor? down, Tensor? up, Tensor? low, str? activation,"
+    " Tensor? gate, Tensor? residual, ScalarType out_dtype, str impl) -> Tensor"
 )
 SCHEMA_INT8 = SCHEMA.replace("-> Tensor", "-> (Tensor, Tensor)")
 
@@ -64,6 +69,8 @@ class Operands(NamedTuple):
     w_scale: Tensor
     bias: Tensor | None
     packed: Tensor | None
+    smooth: Tensor | None
+    rotate: int
     down: Tensor | None
     up: Tensor | None
     low: Tensor | None
@@ -121,11 +128,7 @@ def project(x: Tensor, down: Tensor | None, low: Tensor | None) -> Tensor:
     if low is not None:
         return low
     assert down is not None
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            return F.linear(x, down)
-    return F.linear(x, down)
+    return _prologue.project(x, down)
 
 
 def matrix(x: Tensor) -> Tensor:
@@ -201,6 +204,11 @@ def expect_operands(
     expect("a_scale", a_scale, tuple(rows), (torch.float32,), device)
     expect("bias", bias, (N,), FLOATS, device)
     expect("packed", packed, packed_shape, (torch.uint8,), device)
+    if a_scale is None:
+        _prologue.expect_prologue("a", a, p.smooth, p.rotate)
+    elif p.smooth is not None or p.rotate:
+        name = "rotate" if p.smooth is None else "smooth"
+        raise ValueError(f"{name}: expected none, because a is quantised already, got one")
     expect_branch(a, N, p.down, p.up, p.low)
     expect_epilogue(tuple(rows), N, device, p.activation, p.gate, p.residual)
     if K >= MAX_K:
@@ -259,9 +267,13 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
         given = dict(zip(order, values, strict=False))
         return Linear(*(given.get(name) for name in Linear._fields))
 
+    def whole(ctx: Any, saved: Any) -> list[Any]:
+        """Return all inputs, from the saved tensors."""
+        return [rest if x is None else x for x, rest in zip(saved, ctx.rest, strict=True)]
+
     def sums(ctx: Any, saved: Any) -> Tensor:
         """Return y, in float32 where the op can."""
-        args = [rest if x is None else x for x, rest in zip(saved, ctx.rest, strict=True)]
+        args = whole(ctx, saved)
         for i, name in enumerate(order):
             if name in ("activation", "gate", "residual"):
                 args[i] = None
@@ -301,16 +313,18 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
             if needs["gate"]:
                 gradients["gate"] = (d_out.float() * v).sum_to_size(gate.shape)
         if any(needs[name] for name in Linear._fields):
-            gradients |= linear_gradients(d_y, needs, saved)
+            gradients |= linear_gradients(ctx, d_y, needs, saved)
         return tuple(
             gradients[name].to(ctx.dtypes[name]) if name in gradients else None for name in order
         )
 
-    def linear_gradients(d_y: Tensor, needs: dict[str, bool], saved: Any) -> dict[str, Tensor]:
+    def linear_gradients(
+        ctx: Any, d_y: Tensor, needs: dict[str, bool], saved: Any
+    ) -> dict[str, Tensor]:
         p, gradients = linear(saved), {}
         d_low = None if p.up is None else d_y @ p.up.to(d_y.dtype)
         if needs["x"]:
-            gradients["x"] = d_y @ weight(*saved).to(d_y.dtype)
+            gradients["x"] = d_y @ weight(*whole(ctx, saved)).to(d_y.dtype)
             if d_low is not None and p.down is not None:
                 gradients["x"] = gradients["x"] + d_low @ p.down.to(d_y.dtype)
         if needs["bias"]:
@@ -328,7 +342,7 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
         p, t = linear(saved), linear(tangents)
         terms = []
         if t.x is not None:
-            terms.append(F.linear(t.x, weight(*saved).to(t.x.dtype)))
+            terms.append(F.linear(t.x, weight(*whole(ctx, saved)).to(t.x.dtype)))
         if t.bias is not None:
             terms.append(t.bias)
         if p.up is not None:
@@ -416,7 +430,7 @@ def register_int8_product(
         known = p.packed is not None and not is_stale(p.packed, p.w, p.w_scale)
         packed = p.packed.contiguous() if known else pack(p)
         left = (a, a_scale, packed, p.w_scale.contiguous(), contiguous(p.bias), *p.branch())
-        _native.call(name, *left, matrix(out))
+        _native.call(name, *left, contiguous(p.smooth), p.rotate, matrix(out))
 
     def unfused(p: Operands, run: Callable[..., Tensor]) -> Tensor:
         plain = p._replace(activation=None, gate=None, residual=None, out_dtype=torch.float32)
@@ -439,7 +453,7 @@ def register_int8_product(
         if out.numel():
             branch = p.branch()
             if p.a_scale is None:
-                a, a_scale = quantize_triton(p.a)
+                a, a_scale = quantize_triton(p.a, p.smooth, p.rotate)
                 p = p._replace(a=a, a_scale=a_scale)
             weight = (p.w.contiguous(), p.w_scale.contiguous(), contiguous(p.bias))
             launcher()(*p.flat(), *weight, *branch, matrix(out))
@@ -453,7 +467,10 @@ def register_int8_product(
         return p.new_output(torch.int8), p.new_scale()
 
     def weight_of(*inputs: Any) -> Tensor:
-        return weight(Operands._make(inputs[: len(Operands._fields)]))
+        p = Operands._make(inputs[: len(Operands._fields)])
+        # H is symmetric: x'' W^T = x (W H / smooth)^T.
+        W = _prologue.rotate_blocks(weight(p), p.rotate)
+        return W if p.smooth is None else W / p.smooth.float()
 
     ways = (
         Implementation("native", run_native, lambda a, *_, **__: refuse_native(name, [a], INPUTS)),

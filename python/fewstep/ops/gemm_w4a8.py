@@ -9,6 +9,7 @@ a        [..., M, K]  int8             a_scale  [..., M]     float32
 w        [N, K / 2]   uint8            w_scale  [N, K / G]   bfloat16 or float16, as `quantize_int4`
 bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  float32, bfloat16 or float16
+smooth, rotate        what comes before the rows of a floating a are quantised: `ops/_prologue.py`
 down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
 activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
@@ -102,6 +103,8 @@ def gemm_w4a8(
     *,
     bias: Tensor | None = None,
     packed: Tensor | None = None,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
@@ -120,6 +123,9 @@ def gemm_w4a8(
         w_scale: bfloat16 or float16 [N, K / G] with G 32, 64 or 128; not negative.
         bias: floating [N], added in float32.
         packed: `pack_w4(w, w_scale)`, to save packing in every call on the CPU.
+        smooth: floating [K], positive, for floating a: its columns are divided by it first.
+        rotate: 0, or 16, 32, 64, 128 or 256 for floating a: every so many neighbours are rotated
+            after that. W must be rotated too, and have been multiplied by smooth.
         down: [R, K] of floating a, in its dtype: low is a @ down.T.
         up: floating [N, R]: the low-rank branch, with down or low.
         low: floating [..., M, R], instead of down.
@@ -140,9 +146,10 @@ def gemm_w4a8(
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: a scale carries a tangent or requires grad; anything does for int8.
     """
-    branch, epilogue = (down, up, low), (activation, gate, residual)
-    rounded = rounding_dtype(a, out_dtype)
-    operands = Operands(a, a_scale, w, w_scale, bias, packed, *branch, *epilogue, rounded)
+    prologue, branch = (smooth, rotate), (down, up, low)
+    epilogue, rounded = (activation, gate, residual), rounding_dtype(a, out_dtype)
+    first = (a, a_scale, w, w_scale, bias, packed)
+    operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     expect_int4(w, w_scale)
     K = a.shape[-1] if a.shape else 0
     if K % 2:

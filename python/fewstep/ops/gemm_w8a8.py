@@ -8,6 +8,7 @@ a        [..., M, K]  int8             a_scale  [..., M]  float32
 w        [N, K]       int8             w_scale  [N]       float32
 bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  float32, bfloat16 or float16
+smooth, rotate        what comes before the rows of a floating a are quantised: `ops/_prologue.py`
 down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
 activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
@@ -109,6 +110,8 @@ def gemm_w8a8(
     *,
     bias: Tensor | None = None,
     packed: Tensor | None = None,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
@@ -127,6 +130,9 @@ def gemm_w8a8(
         w_scale: float32 [N].
         bias: floating [N], added in float32.
         packed: `pack_w8(w)`, to save packing in every call on the CPU; others ignore it.
+        smooth: floating [K], positive, for floating a: its columns are divided by it first.
+        rotate: 0, or 16, 32, 64, 128 or 256 for floating a: every so many neighbours are rotated
+            after that. W must be rotated too, and have been multiplied by smooth.
         down: [R, K] of floating a, in its dtype: low is a @ down.T.
         up: floating [N, R]: the low-rank branch, with down or low.
         low: floating [..., M, R], instead of down.
@@ -147,9 +153,10 @@ def gemm_w8a8(
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: a scale carries a tangent or requires grad; anything does for int8.
     """
-    branch, epilogue = (down, up, low), (activation, gate, residual)
-    rounded = rounding_dtype(a, out_dtype)
-    operands = Operands(a, a_scale, w, w_scale, bias, packed, *branch, *epilogue, rounded)
+    prologue, branch = (smooth, rotate), (down, up, low)
+    epilogue, rounded = (activation, gate, residual), rounding_dtype(a, out_dtype)
+    first = (a, a_scale, w, w_scale, bias, packed)
+    operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     _validate(operands)
     op = _op_int8 if out_dtype == torch.int8 else _op
     return op(*operands, select("gemm_w8a8", impl, IMPLEMENTATIONS, a))

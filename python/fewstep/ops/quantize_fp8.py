@@ -16,6 +16,9 @@ compares the two.
 
 A row (block) below 448 * 2^-126 counts as zero: scale 1, q 0. One that holds an infinity or a NaN
 gets scale NaN and q 0: whatever it is multiplied into turns NaN and never into plausible numbers.
+
+`smooth` and `rotate` change what is quantised, x'' in the place of x, and with `down` the low-rank
+branch's first product comes out of the same pass: `_prologue.py` has formulas and bounds.
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.quantize_fp8 import quantize_fp8 as _reference
+from ._prologue import expect_prologue, project, prologue_cases
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
-from .quantize_int8 import expect_rows
+from .quantize_int8 import as_rows, expect_rows
 
 __all__ = ["quantize_fp8"]
 
@@ -37,43 +41,57 @@ BLOCK = 128
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _outputs(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
+def _outputs(x: Tensor, block: int | None, down: Tensor | None) -> tuple[Tensor, ...]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     (*rows, K) = x.shape
     shape = rows if block is None else [*rows, -(-K // block)]
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(shape, dtype=dtype)
+    low = () if down is None else (x.new_empty((*rows, down.shape[0])),)
+    q = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return q, x.new_empty(shape, dtype=dtype), *low
 
 
-def _run_kernel(launch: Any, x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
-    q, scale = _outputs(x, block)
+def _run_reference(
+    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, down: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    found = _reference(x, block=block, smooth=smooth, rotate=rotate, down=down)
+    return tuple(output.contiguous() for output in found)
+
+
+def _views(q: Tensor, scale: Tensor, block: int | None) -> tuple[int, Tensor, Tensor, int]:
+    """Return the rows, q and scale seen as rows, and how many values share a scale."""
+    K = q.shape[-1]
+    blocks = 1 if block is None else scale.shape[-1]
+    rows = scale.numel() // blocks
+    # As bytes: neither the native library nor older GPUs know the dtype.
+    return rows, q.view(torch.uint8).view(rows, K), scale.view(rows, blocks), block or max(K, 1)
+
+
+def _run_native(
+    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, down: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    q, scale, *low = outputs = _outputs(x, block, down)
     if scale.numel():
-        K = x.shape[-1]
-        blocks = 1 if block is None else scale.shape[-1]
-        rows = scale.numel() // blocks
-        flat = x.reshape(rows, K)
-        # As bytes: neither the native library nor older GPUs know the dtype.
-        launch(
-            flat if flat.stride(1) == 1 else flat.contiguous(),
-            q.view(torch.uint8).view(rows, K),
-            scale.view(rows, blocks),
-            block or max(K, 1),
-        )
-    return q, scale
+        rows, *views = _views(q, scale, block)
+        smooth, down = (v if v is None else v.contiguous() for v in (smooth, down))
+        low_rows = low[0].view(rows, low[0].shape[-1]) if low else None
+        args = (as_rows(x, rows), smooth, rotate, down, *views, low_rows)
+        _native.call("quantize_fp8", *args)
+    elif low:
+        low[0].zero_()  # rows without values have no scale to compute, but sums
+    return outputs
 
 
-def _run_reference(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
-    q, scale = _reference(x, block=block)
-    return q.contiguous(), scale.contiguous()
-
-
-def _run_native(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
-    return _run_kernel(lambda *args: _native.call("quantize_fp8", *args), x, block)
-
-
-def _run_triton(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
+def _run_triton(
+    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, down: Tensor | None = None
+) -> tuple[Tensor, ...]:
     from ..kernels.quantize_fp8 import launch_quantize_fp8
 
-    return _run_kernel(launch_quantize_fp8, x, block)
+    q, scale = _outputs(x, block, None)
+    if scale.numel():
+        rows, *views = _views(q, scale, block)
+        smooth = smooth if smooth is None else smooth.contiguous()
+        launch_quantize_fp8(as_rows(x, rows), smooth, rotate, *views)
+    return (q, scale) if down is None else (q, scale, project(x, down))
 
 
 IMPLEMENTATIONS = (
@@ -87,38 +105,66 @@ IMPLEMENTATIONS = (
 )
 
 
-def _fake(x: Tensor, block: int | None, impl: str) -> tuple[Tensor, Tensor]:
-    return _outputs(x, block)
+def _fake(
+    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, impl: str
+) -> tuple[Tensor, ...]:
+    return _outputs(x, block, None)
 
 
-_op = register(
-    "quantize_fp8", "(Tensor x, int? block, str impl) -> (Tensor, Tensor)", IMPLEMENTATIONS, _fake
+def _fake_low(
+    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, down: Tensor, impl: str
+) -> tuple[Tensor, ...]:
+    return _outputs(x, block, down)
+
+
+_INPUTS = "Tensor x, int? block, Tensor? smooth, int rotate"
+_op = register("quantize_fp8", f"({_INPUTS}, str impl) -> (Tensor, Tensor)", IMPLEMENTATIONS, _fake)
+_op_low = register(
+    "quantize_fp8_low",
+    f"({_INPUTS}, Tensor down, str impl) -> (Tensor, Tensor, Tensor)",
+    IMPLEMENTATIONS,
+    _fake_low,
 )
 
 
 def quantize_fp8(
-    x: Tensor, *, block: int | None = None, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    *,
+    block: int | None = None,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
+    down: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, ...]:
     """Quantise each row (last axis) of x to e4m3 with one scale, or one for each 128 neighbours.
 
     Args:
         x: [..., K], floating.
         block: None for one scale a row, or 128.
+        smooth: floating [K], positive: columns are divided by it first.
+        rotate: 0, or 16, 32, 64, 128 or 256: every so many neighbours are rotated after that.
+        down: [R, K] in x's dtype: low, x @ down.T of x as it is given, is returned too.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        (q, scale): float8_e4m3fn [..., K] and float32 [...] or [..., ceil(K / 128)]; x is close to
-        q times its scale.
+        (q, scale): float8_e4m3fn [..., K] and float32 [...] or [..., ceil(K / 128)]; x (smoothed
+        and rotated) is close to q times its scale. With `down` (q, scale, low), low [..., R] in
+        x's dtype.
 
     Raises:
-        ValueError: x has no axis, its dtype is not floating, or the block is unknown.
+        ValueError: x has no axis, its dtype is not floating, the block is unknown, or an argument
+            does not fit x.
         UnsupportedError: `impl` can't serve this tensor.
-        DerivativeError: x carries a tangent or requires grad.
+        DerivativeError: a tensor carries a tangent or requires grad.
     """
     expect_rows(x)
     if block not in (None, BLOCK):
         raise ValueError(f"block: expected None or {BLOCK}, got {block!r}")
-    return _op(x, block, select("quantize_fp8", impl, IMPLEMENTATIONS, x))
+    expect_prologue("x", x, smooth, rotate, down)
+    chosen = select("quantize_fp8", impl, IMPLEMENTATIONS, x)
+    if down is None:
+        return _op(x, block, smooth, rotate, chosen)
+    return _op_low(x, block, smooth, rotate, down, chosen)
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
@@ -129,4 +175,9 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         for block in (None, BLOCK):
             x = torch.randn((5, 7, 300), generator=generator).to(device, dtype)
             cases.append(((x,), {"block": block}, 0.0, 0.0))
+    for block in (None, BLOCK):
+        cases += [
+            (args, kwargs | {"block": block}, *bounds)
+            for args, kwargs, *bounds in prologue_cases(device, 2560)
+        ]
     return cases

@@ -15,6 +15,10 @@ group must not be it). A group that holds an infinity or a NaN, or whose scale b
 hold, gets scale NaN and q 0: what it is multiplied into turns NaN and never into plausible numbers.
 
 The same format serves `gemm_w4a8` (8-bit activations) and `gemm_w4a16` (activations as they are).
+`rotate` rotates every so many neighbours of w first, as the activations are that it meets
+(`_prologue.py`): w'' = w H_B / sqrt(B) is what is quantised. There is no `smooth` here: a weight is
+multiplied by it, which is `w * smooth`, once.
+
 Other 4-bit weights with scales of groups along K, such as SVDQuant's (arXiv 2411.05007), are in it
 after a permutation; their scales may be float16.
 """
@@ -29,6 +33,7 @@ from torch import Tensor
 from .. import _native
 from ..reference.quantize_int4 import pack_nibbles, unpack_nibbles
 from ..reference.quantize_int4 import quantize_int4 as _reference
+from ._prologue import FLOATS, ROTATIONS, expect_rotation
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
@@ -36,8 +41,7 @@ __all__ = ["GROUPS", "pack_nibbles", "quantize_int4", "unpack_nibbles"]
 
 GROUPS = (32, 64, 128)
 SCALES = (torch.bfloat16, torch.float16)
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (*_KERNEL_DTYPES, torch.float64)
+_DTYPES = (*FLOATS, torch.float64)
 
 
 def expect_int4(w: Tensor, w_scale: Tensor) -> int:
@@ -65,62 +69,69 @@ def _outputs(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _run_kernel(launch: Any, w: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def _run_kernel(launch: Any, w: Tensor, group: int, rotate: int) -> tuple[Tensor, Tensor]:
     q, scale = _outputs(w, group)
     if q.numel():
-        launch(w if w.stride(1) == 1 else w.contiguous(), q, scale)
+        launch(w if w.stride(1) == 1 else w.contiguous(), rotate, q, scale)
     return q, scale
 
 
-def _run_reference(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    q, scale = _reference(w, group=group)
+def _run_reference(w: Tensor, group: int, rotate: int) -> tuple[Tensor, Tensor]:
+    q, scale = _reference(w, group=group, rotate=rotate)
     return q.contiguous(), scale.contiguous()
 
 
-def _run_native(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    return _run_kernel(lambda *views: _native.call("quantize_int4", *views), w, group)
+def _run_native(w: Tensor, group: int, rotate: int) -> tuple[Tensor, Tensor]:
+    return _run_kernel(lambda *args: _native.call("quantize_int4", *args), w, group, rotate)
 
 
-def _run_triton(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def _run_triton(w: Tensor, group: int, rotate: int) -> tuple[Tensor, Tensor]:
     from ..kernels.quantize_int4 import launch_quantize_int4
 
-    return _run_kernel(launch_quantize_int4, w, group)
+    return _run_kernel(launch_quantize_int4, w, group, rotate)
 
 
 IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda w, **kwargs: refuse_native("quantize_int4", [w], _KERNEL_DTYPES),
+        lambda w, **kwargs: refuse_native("quantize_int4", [w], FLOATS),
     ),
-    Implementation("triton", _run_triton, lambda w, **kwargs: refuse_triton([w], _KERNEL_DTYPES)),
+    Implementation("triton", _run_triton, lambda w, **kwargs: refuse_triton([w], FLOATS)),
     Implementation("reference", _run_reference, lambda w, **kwargs: None),
 )
 
 
-def _fake(w: Tensor, group: int, impl: str) -> tuple[Tensor, Tensor]:
+def _fake(w: Tensor, group: int, rotate: int, impl: str) -> tuple[Tensor, Tensor]:
     return _outputs(w, group)
 
 
 _op = register(
-    "quantize_int4", "(Tensor w, int group, str impl) -> (Tensor, Tensor)", IMPLEMENTATIONS, _fake
+    "quantize_int4",
+    "(Tensor w, int group, int rotate, str impl) -> (Tensor, Tensor)",
+    IMPLEMENTATIONS,
+    _fake,
 )
 
 
-def quantize_int4(w: Tensor, *, group: int = 64, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def quantize_int4(
+    w: Tensor, *, group: int = 64, rotate: int = 0, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Quantise a weight [N, K] to 4 bits with one scale for each group of neighbours in a row.
 
     Args:
         w: [N, K], floating; K a multiple of `group`.
         group: 32, 64 or 128.
+        rotate: 0, or 16, 32, 64, 128 or 256: every so many neighbours are rotated first.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        (q, scale): uint8 [N, K / 2] and bfloat16 [N, K / group]; w is close to
-        unpack_nibbles(q) times its group's scale.
+        (q, scale): uint8 [N, K / 2] and bfloat16 [N, K / group]; w (rotated) is close
+        to unpack_nibbles(q) times its group's scale.
 
     Raises:
-        ValueError: w is not floating [N, K], the group is unknown, or K is no multiple of it.
+        ValueError: w is not floating [N, K], the group or the rotation is unknown, or K is no
+            multiple of it.
         UnsupportedError: `impl` can't serve this tensor.
         DerivativeError: w carries a tangent or requires grad.
     """
@@ -130,15 +141,18 @@ def quantize_int4(w: Tensor, *, group: int = 64, impl: str = "auto") -> tuple[Te
         raise ValueError(f"group: expected one of {GROUPS}, got {group!r}")
     if w.shape[1] % group:
         raise ValueError(f"w: expected K that is a multiple of group {group}, got {w.shape[1]}")
-    return _op(w, group, select("quantize_int4", impl, IMPLEMENTATIONS, w))
+    expect_rotation(rotate, "w", w.shape[1])
+    return _op(w, group, rotate, select("quantize_int4", impl, IMPLEMENTATIONS, w))
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
     """Return (args, kwargs, rtol, atol) for the gate on a new machine; bits must agree."""
     generator = torch.Generator().manual_seed(0)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
-    for dtype in _KERNEL_DTYPES:
+    for dtype in FLOATS:
         for group in GROUPS:
             w = torch.randn((37, 3 * group), generator=generator).to(device, dtype)
             cases.append(((w,), {"group": group}, 0.0, 0.0))
+        w = torch.randn((37, 768), generator=generator).to(device, dtype)
+        cases += [((w,), {"group": 32, "rotate": rotate}, 0.0, 0.0) for rotate in ROTATIONS]
     return cases

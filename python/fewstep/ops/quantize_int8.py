@@ -12,6 +12,10 @@ One float32 division, one multiplication and one rounding per step, in this orde
 implementation returns the same bits. A row below 127 * 2^-126 counts as zero: scale 1, q 0. A row
 that holds an infinity or a NaN gets scale NaN and q 0: whatever it is multiplied into turns NaN,
 as it would without quantisation, and never into plausible numbers.
+
+`smooth` and `rotate` change what is quantised, x'' in the place of x, and with `down` the low-rank
+branch's first product comes out of the same pass: `_prologue.py` has formulas and bounds. Weights
+take the same arguments; a weight for smoothed activations is W * smooth, and 1 / smooth does that.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.quantize_int8 import quantize_int8 as _reference
+from ._prologue import expect_prologue, project, prologue_cases
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
@@ -40,74 +45,126 @@ def expect_rows(x: Tensor) -> None:
         raise ValueError("x: expected [..., K] with at least one axis, got a 0-d tensor")
 
 
-def _outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, ...]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=dtype)
+    rows = x.shape[:-1]
+    low = () if down is None else (x.new_empty((*rows, down.shape[0])),)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows, dtype=dtype), *low
 
 
-def _run_kernel(launch: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    q, scale = _outputs(x)
-    rows, columns = scale.numel(), x.shape[-1]
-    if rows:
-        flat = (x, q, scale)
-        if x.dim() != 2:
-            flat = (x.reshape(rows, columns), q.view(rows, columns), scale.view(rows))
-        launch(flat[0] if flat[0].stride(1) == 1 else flat[0].contiguous(), *flat[1:])
-    return q, scale
+def as_rows(x: Tensor, rows: int) -> Tensor:
+    """Return x [..., K] as [rows, K] with unit stride in K."""
+    if x.dim() != 2:
+        x = x.reshape(rows, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
-def run_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+def run_reference(
+    x: Tensor, smooth: Tensor | None = None, rotate: int = 0, down: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Run the reference."""
     # Contiguous like every implementation's, whatever the strides of x: `_fake` promises it.
-    q, scale = _reference(x)
-    return q.contiguous(), scale.contiguous()
+    found = _reference(x, smooth=smooth, rotate=rotate, down=down)
+    return tuple(output.contiguous() for output in found)
 
 
-def run_native(x: Tensor) -> tuple[Tensor, Tensor]:
+def run_native(
+    x: Tensor, smooth: Tensor | None = None, rotate: int = 0, down: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Run the native kernel."""
-    return _run_kernel(lambda *views: _native.call("quantize_int8", *views), x)
+    q, scale, *low = outputs = _outputs(x, down)
+    rows = scale.numel()
+    if rows:
+        smooth, down = (v if v is None else v.contiguous() for v in (smooth, down))
+        low_rows = low[0].view(rows, low[0].shape[-1]) if low else None
+        views = q.view(rows, q.shape[-1]), scale.view(rows), low_rows
+        _native.call("quantize_int8", as_rows(x, rows), smooth, rotate, down, *views)
+    return outputs
 
 
-def run_triton(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the Triton kernel."""
+def run_triton(
+    x: Tensor, smooth: Tensor | None = None, rotate: int = 0, down: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Run the Triton kernel; low is torch's own product."""
     from ..kernels.quantize_int8 import launch_quantize_int8
 
-    return _run_kernel(launch_quantize_int8, x)
+    q, scale = _outputs(x, None)
+    rows = scale.numel()
+    if rows:
+        smooth = smooth if smooth is None else smooth.contiguous()
+        views = q.view(rows, q.shape[-1]), scale.view(rows)
+        launch_quantize_int8(as_rows(x, rows), smooth, rotate, *views)
+    return (q, scale) if down is None else (q, scale, project(x, down))
 
 
 IMPLEMENTATIONS = (
     Implementation(
-        "native", run_native, lambda x: refuse_native("quantize_int8", [x], _KERNEL_DTYPES)
+        "native",
+        run_native,
+        lambda x, **kwargs: refuse_native("quantize_int8", [x], _KERNEL_DTYPES),
     ),
-    Implementation("triton", run_triton, lambda x: refuse_triton([x], _KERNEL_DTYPES)),
-    Implementation("reference", run_reference, lambda x: None),
+    Implementation("triton", run_triton, lambda x, **kwargs: refuse_triton([x], _KERNEL_DTYPES)),
+    Implementation("reference", run_reference, lambda x, **kwargs: None),
 )
 
 
-def _fake(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    return _outputs(x)
+def _fake(x: Tensor, smooth: Tensor | None, rotate: int, impl: str) -> tuple[Tensor, ...]:
+    return _outputs(x, None)
 
 
-_op = register("quantize_int8", "(Tensor x, str impl) -> (Tensor, Tensor)", IMPLEMENTATIONS, _fake)
+def _fake_low(
+    x: Tensor, smooth: Tensor | None, rotate: int, down: Tensor, impl: str
+) -> tuple[Tensor, ...]:
+    return _outputs(x, down)
 
 
-def quantize_int8(x: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+_op = register(
+    "quantize_int8",
+    "(Tensor x, Tensor? smooth, int rotate, str impl) -> (Tensor, Tensor)",
+    IMPLEMENTATIONS,
+    _fake,
+)
+_op_low = register(
+    "quantize_int8_low",
+    "(Tensor x, Tensor? smooth, int rotate, Tensor down, str impl) -> (Tensor, Tensor, Tensor)",
+    IMPLEMENTATIONS,
+    _fake_low,
+)
+
+
+def quantize_int8(
+    x: Tensor,
+    *,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
+    down: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, ...]:
     """Quantise each row (last axis) of x to int8 with one scale.
 
     Args:
         x: [..., K], floating.
+        smooth: floating [K], positive: columns are divided by it first.
+        rotate: 0, or 16, 32, 64, 128 or 256: every so many neighbours are rotated after that.
+        down: [R, K] in x's dtype: low, x @ down.T of x as it is given, is returned too.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        (q, scale): int8 [..., K] and float32 [...], with x close to q * scale[..., None].
+        (q, scale): int8 [..., K] and float32 [...], with x (smoothed and rotated) close to
+        q * scale[..., None]. With `down` (q, scale, low), low [..., R] in x's dtype.
 
     Raises:
-        ValueError: x has no axis, or its dtype is not floating.
+        ValueError: x has no axis, its dtype is not floating, or an argument does not fit it.
         UnsupportedError: `impl` can't serve this tensor.
-        DerivativeError: x carries a tangent or requires grad.
+        DerivativeError: a tensor carries a tangent or requires grad.
     """
     expect_rows(x)
-    return _op(x, select("quantize_int8", impl, IMPLEMENTATIONS, x))
+    if smooth is not None or rotate or down is not None:
+        expect_prologue("x", x, smooth, rotate, down)
+    chosen = select("quantize_int8", impl, IMPLEMENTATIONS, x)
+    if down is None:
+        return _op(x, smooth, rotate, chosen)
+    return _op_low(x, smooth, rotate, down, chosen)
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
@@ -118,4 +175,4 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         for shape in ((5, 77, 96), (3, 5001)):
             x = torch.randn(shape, generator=generator).to(device, dtype)
             cases.append(((x,), {}, 0.0, 0.0))
-    return cases
+    return [*cases, *prologue_cases(device, 5120)]

@@ -42,6 +42,8 @@ def gemm_w4a8(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
@@ -54,6 +56,8 @@ def gemm_w4a8(
     return gemm_w8a8(
         *(a, a_scale, *fold_int4(w, w_scale)),
         bias=bias,
+        smooth=smooth,
+        rotate=rotate,
         down=down,
         up=up,
         low=low,

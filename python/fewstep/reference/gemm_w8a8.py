@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._epilogue import finish
+from ._prologue import project
 from .quantize_int8 import quantize_int8
 
 
@@ -25,6 +26,8 @@ def gemm_w8a8(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
@@ -35,9 +38,9 @@ def gemm_w8a8(
 ) -> Tensor:
     """Return the scaled product; float64 throughout."""
     if down is not None:
-        low = (a.double() @ down.double().mT).to(a.dtype)
+        low = project(a, down)
     if a_scale is None:
-        a, a_scale = quantize_int8(a)
+        a, a_scale = quantize_int8(a, smooth=smooth, rotate=rotate)
     acc = a.double() @ w.double().mT
     out = acc * a_scale.double()[..., None] * w_scale.double()
     if bias is not None:

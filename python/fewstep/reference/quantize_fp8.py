@@ -4,7 +4,7 @@
     q = round_to_e4m3(x / scale)         to nearest, ties to even, at most 448
 
 A block whose maximum is below TINY counts as zero (scale 1, q 0); one that holds an infinity or a
-NaN gets scale NaN and q 0.
+NaN gets scale NaN and q 0. `_prologue.py` has what may come first: x smoothed and rotated, and low.
 """
 
 from __future__ import annotations
@@ -13,13 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._prologue import prepare, project
+
 TOP = 448.0  # the largest e4m3 number
 TINY = TOP * 2.0**-126  # below it the scale would not be a normal float32
 
 
-def quantize_fp8(x: Tensor, *, block: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return (q, scale), computed in float64 for float64, else in float32."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+def quantize_fp8(
+    x: Tensor,
+    *,
+    block: int | None = None,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
+    down: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return (q, scale) and with down low; in float64 for float64, else in float32."""
+    low = () if down is None else (project(x, down),)
+    x = prepare(x, smooth, rotate)
     K = x.shape[-1]
     size = block or max(K, 1)
     count = -(-K // size) if block else 1
@@ -31,4 +41,4 @@ def quantize_fp8(x: Tensor, *, block: int | None = None) -> tuple[Tensor, Tensor
     used = torch.where((finite & ~tiny)[..., None], blocks, torch.zeros_like(blocks))
     q = (used / scale.nan_to_num(1.0)[..., None]).clamp(-TOP, TOP).to(torch.float8_e4m3fn)
     scale = torch.where(finite, scale, torch.full_like(scale, torch.nan))
-    return q.flatten(-2)[..., :K], scale if block else scale[..., 0]
+    return q.flatten(-2)[..., :K], scale if block else scale[..., 0], *low

@@ -5,12 +5,15 @@
 
 A group whose scale is below TINY counts as zero (s TINY, q 0); one that holds an infinity or a NaN
 gets s NaN and q 0. Two values a byte, the even column in the low half, two's complement.
+With `rotate`, blocks of so many neighbours of w are rotated first (`_prologue.py`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ._prologue import prepare
 
 TINY = 2.0**-126  # below it the scale would not be a normal number
 
@@ -27,9 +30,9 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return (halves ^ 8).to(torch.int8) - 8
 
 
-def quantize_int4(w: Tensor, *, group: int = 64) -> tuple[Tensor, Tensor]:
+def quantize_int4(w: Tensor, *, group: int = 64, rotate: int = 0) -> tuple[Tensor, Tensor]:
     """Return (q, s), computed in float64 for float64, else in float32."""
-    w = w.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
+    w = prepare(w, None, rotate)
     groups = w.unflatten(-1, (-1, group))
     amax = groups.abs().amax(-1)
     seven = torch.full_like(amax, 7)  # a tensor: CUDA divides by a number inexactly

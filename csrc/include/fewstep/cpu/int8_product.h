@@ -30,6 +30,7 @@
 #include "fewstep/cpu/int8_tiles.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/low_rank.h"
+#include "fewstep/cpu/prologue.h"
 #include "fewstep/cpu/quantize_row.h"
 #include "fewstep/cpu/thread_scratch.h"
 #include "fewstep/dispatch.h"
@@ -410,7 +411,8 @@ void multiply_integers(Operands& p, const Source& source, const TensorView& a,
 }
 
 template <typename T, typename Source>
-void multiply_floats(Operands& p, const Source& source, const TensorView& a, RowState& state,
+void multiply_floats(Operands& p, const Source& source, const TensorView& a,
+                     const TensorView* smooth, std::int64_t rotate, RowState& state,
                      const TensorView& out) {
     // Not initialised: every element is written before it is read.
     state.quantized.reset(new std::int8_t[static_cast<std::size_t>(p.M * p.K)]);
@@ -419,14 +421,23 @@ void multiply_floats(Operands& p, const Source& source, const TensorView& a, Row
     p.lda = p.K;
     p.a_scale = state.scales.get();
     const SumFunction sum = choose_sum(isa());
-    const quantize::RowFunction<T> quantize = quantize::choose_row<T>();
+    const prologue::Prologue<T> prepare(smooth, rotate, p.K);
+    const quantize::RowFunction<T> plain = quantize::choose_row<T>();
+    const quantize::RowFunction<float> prepared = quantize::choose_row<float>();
+    const ThreadScratch<float> scratch(omp_get_max_threads(), prepare.active() ? p.K : 0);
     const T* rows = a.ptr<T>();
     const std::int64_t stride = a.stride(0);
     multiply_into(
         p, source,
         [&](std::int64_t m) {
-            std::int8_t* q = state.quantized.get() + m * p.K;
-            state.scales[m] = quantize(rows + m * stride, q, p.K);
+            std::int8_t* const q = state.quantized.get() + m * p.K;
+            if (prepare.active()) {
+                float* const row = scratch.of_thread(omp_get_thread_num());
+                prepare.apply(rows + m * stride, row);
+                state.scales[m] = prepared(row, q, p.K);
+            } else {
+                state.scales[m] = plain(rows + m * stride, q, p.K);
+            }
             state.offsets[m] = offset_of(sum, q, p.K);
         },
         out);
@@ -436,7 +447,7 @@ void multiply_floats(Operands& p, const Source& source, const TensorView& a, Row
 template <typename Source>
 void product(const Source& source, const TensorView& a, const TensorView* a_scale,
              const TensorView* bias, const TensorView* low, const TensorView* up,
-             const TensorView& out) {
+             const TensorView* smooth, std::int64_t rotate, const TensorView& out) {
     Operands p;
     p.M = out.size(0);
     p.N = out.size(1);
@@ -445,6 +456,8 @@ void product(const Source& source, const TensorView& a, const TensorView* a_scal
     FEWSTEP_CHECK((a.dtype == DType::kInt8) == (a_scale != nullptr),
                   "a_scale: expected one with int8 a and none with floating a, got ",
                   a_scale == nullptr ? "none" : "one", " with ", name(a.dtype));
+    FEWSTEP_CHECK(a_scale == nullptr || (smooth == nullptr && rotate == 0),
+                  "smooth, rotate: expected none with int8 a, got one");
     expect_rows(a, "a", a.dtype, {p.M, p.K});
     if (a_scale != nullptr) expect_contiguous(*a_scale, "a_scale", DType::kFloat32, {p.M});
     if (bias != nullptr) expect_contiguous(*bias, "bias", bias->dtype, {p.N});
@@ -460,9 +473,12 @@ void product(const Source& source, const TensorView& a, const TensorView* a_scal
     p.offsets = state.offsets.get();
     switch (a.dtype) {
         case DType::kInt8: return multiply_integers(p, source, a, *a_scale, state, out);
-        case DType::kFloat32: return multiply_floats<float>(p, source, a, state, out);
-        case DType::kBFloat16: return multiply_floats<bfloat16>(p, source, a, state, out);
-        case DType::kFloat16: return multiply_floats<float16>(p, source, a, state, out);
+        case DType::kFloat32:
+            return multiply_floats<float>(p, source, a, smooth, rotate, state, out);
+        case DType::kBFloat16:
+            return multiply_floats<bfloat16>(p, source, a, smooth, rotate, state, out);
+        case DType::kFloat16:
+            return multiply_floats<float16>(p, source, a, smooth, rotate, state, out);
         default:
             FEWSTEP_CHECK(false, "a: expected int8, float32, bfloat16 or float16, got ",
                           name(a.dtype));

@@ -1,7 +1,7 @@
-// One row of symmetric int8 quantisation, shared by quantize_int8 and gemm_w8a8. A row is read
-// twice, the second time from cache. The maximum is taken on the bits without the sign, which order
-// like the magnitudes and put infinity and NaN on top, so one integer maximum also answers whether
-// the row is finite.
+// One row of symmetric int8 quantisation, shared by quantize_int8 and the int8 products. A row is
+// read twice, the second time from cache. The maximum is taken on the bits without the sign, which
+// order like the magnitudes and put infinity and NaN on top, so one integer maximum also answers
+// whether the row is finite.
 #pragma once
 
 #include <cmath>

@@ -9,7 +9,7 @@
 // a [M, K] int8, unit stride in K; a_scale [M], w_scale [N] float32 and bias [N] floating,
 // contiguous; low [M, R] and up [N, R] float32, bfloat16 or float16, contiguous, both or neither;
 // out [M, N] float32, bfloat16 or float16, contiguous. Or a is floating and a_scale null: its rows
-// are quantised first, to the bit as by quantize_int8.
+// are quantised first, to the bit as by quantize_int8, with smooth and rotate if given.
 //
 // packed: the weight, uint8 [ceil(N / 16) * 16, ceil(K / 4) * 4] bytes holding w + 128 in panels of
 // 64 columns (the last panel narrower, a multiple of 16). A panel of width W is [K / 4][W][4]: the
@@ -27,7 +27,8 @@ constexpr std::int64_t kGemmW8A8MaxK = std::int64_t{1} << 17;
 namespace cpu {
 void gemm_w8a8(const TensorView& a, const TensorView* a_scale, const TensorView& packed,
                const TensorView& w_scale, const TensorView* bias, const TensorView* low,
-               const TensorView* up, const TensorView& out);
+               const TensorView* up, const TensorView* smooth, std::int64_t rotate,
+               const TensorView& out);
 }
 
 }  // namespace fewstep

@@ -1,0 +1,30 @@
+"""What comes before a row is quantised, in Triton: columns smoothed, blocks of neighbours rotated.
+
+Smoothing is one division and one product a value, rotation butterflies (a + b, a - b) at distance
+1, 2, 4, ... B / 2 and one product, as everywhere: launch with enable_fp_fusion=False, or a product
+of the one is contracted with a sum of the other and the bits differ.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def smooth_columns(x, smooth_ptr, at, mask):
+    """Return x * (1 / smooth), the factors at columns `at`."""
+    smooth = tl.load(smooth_ptr + at, mask=mask, other=1.0).to(tl.float32)
+    return x * tl.div_rn(tl.full(smooth.shape, 1.0, tl.float32), smooth)
+
+
+@triton.jit
+def rotate_blocks(x, SIZE: tl.constexpr, B: tl.constexpr):
+    """Return SIZE values, in the order of their flat index, with every B of them rotated."""
+    x = x.reshape(SIZE)
+    for stage in tl.static_range(8):
+        if (2 << stage) <= B:
+            D: tl.constexpr = 1 << stage
+            a, b = tl.split(tl.permute(x.reshape(SIZE // (2 * D), 2, D), (0, 2, 1)))
+            x = tl.permute(tl.join(a + b, a - b), (0, 2, 1)).reshape(SIZE)
+    return x * B**-0.5

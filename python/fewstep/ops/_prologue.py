@@ -1,0 +1,112 @@
+"""What may come before a row is quantised, in the same pass: smoothing, rotation, projection.
+
+    x'  = x * (1 / smooth)                    columns evened out (SmoothQuant, arXiv 2211.10438)
+    x'' = x' H_B / sqrt(B)                    every B neighbours rotated (QuaRot, arXiv 2404.00456)
+    low = x down^T                            the low-rank branch's first product, of x as it is
+
+x       [..., K]   floating                   smooth  [K]     floating, positive
+rotate  B          0 for none, or 16, 32, 64, 128 or 256 that divides K
+down    [R, K]     x's dtype                  low     [..., R]  x's dtype
+
+What is quantised is x'' instead of x: its largest value, its scale, its roundings. The arithmetic
+is float32 and of one order (1 / smooth by one division, one product; butterflies (a + b, a - b) at
+distance 1, 2, 4, ... B / 2, that is H_B in Sylvester's order; one product by float32(B^-1/2)), so
+every implementation returns the same bits. Sums of up to B values come before the last product: x'
+beyond 2^127 / B may overflow there, which makes the row's scale NaN.
+
+The weight that a product multiplies with x'' is (W diag(smooth)) H: H is symmetric and its own
+inverse up to rounding, so x'' ((W diag(smooth)) H)^T = x W^T. An outlier channel loses its hold on
+the scale of its row: smoothing moves it into the weight, rotation spreads it over B columns.
+
+low is summed in float32 and rounded once to x's dtype. With u half a unit of that dtype
+
+    |low - exact| <= K 2^-24 sum_k |x_k down_rk| + u |exact|
+
+up to subnormals of bfloat16, which AVX512_BF16 takes for zero. Its bits depend neither on threads
+nor on the other rows, but implementations and instruction sets sum in orders of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..reference._prologue import rotate_blocks
+
+__all__ = [
+    "ROTATIONS",
+    "expect_prologue",
+    "expect_rotation",
+    "project",
+    "prologue_cases",
+    "rotate_blocks",
+]
+
+ROTATIONS = (16, 32, 64, 128, 256)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def expect_rotation(rotate: int, name: str, K: int) -> None:
+    """Refuse a block that is none, or does not divide the K of the argument `name`."""
+    if rotate == 0:
+        return
+    if rotate not in ROTATIONS or isinstance(rotate, bool):
+        raise ValueError(f"rotate: expected 0 or one of {ROTATIONS}, got {rotate!r}")
+    if K % rotate:
+        raise ValueError(f"rotate: expected a block that divides K = {K} of {name}, got {rotate}")
+
+
+def expect_prologue(
+    name: str, x: Tensor, smooth: Tensor | None, rotate: int, down: Tensor | None = None
+) -> None:
+    """Refuse what does not fit x [..., K], the floating argument `name`."""
+    K = x.shape[-1]
+    expect_rotation(rotate, name, K)
+    if smooth is not None:
+        allowed = (*FLOATS, torch.float64) if x.dtype == torch.float64 else FLOATS
+        if smooth.shape != (K,) or smooth.dtype not in allowed:
+            raise ValueError(
+                f"smooth: expected floating [{K}], got {smooth.dtype} {list(smooth.shape)}"
+            )
+    if down is not None and (down.dim() != 2 or down.shape[1] != K or down.dtype != x.dtype):
+        raise ValueError(f"down: expected {x.dtype} [R, {K}], got {down.dtype} {list(down.shape)}")
+    for argument, value in (("smooth", smooth), ("down", down)):
+        if value is not None and value.device != x.device:
+            raise ValueError(
+                f"{argument}: expected the device of {name}, {x.device}, got {value.device}"
+            )
+
+
+def project(x: Tensor, down: Tensor) -> Tensor:
+    """Return low [..., R] by torch's own product in x's dtype."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return F.linear(x, down)
+    return F.linear(x, down)
+
+
+def prologue_cases(
+    device: torch.device, K: int
+) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return gate cases of a quantising op on rows of K, a multiple of 256; bits must agree.
+
+    One case has a branch: `low` may then be off by half a unit of bfloat16 twice, where sums fall
+    to different sides, and by K 2^-24 of its terms, here of order sqrt(K).
+    """
+    generator = torch.Generator().manual_seed(2)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    smooth = (torch.rand(K, generator=generator) + 0.1).to(device)
+    for dtype in FLOATS:
+        x = torch.randn((7, K), generator=generator).to(device, dtype)
+        cases.append(((x,), {"smooth": smooth.to(dtype)}, 0.0, 0.0))
+        cases += [((x,), {"rotate": rotate}, 0.0, 0.0) for rotate in (16, 256)]
+        cases.append(((x,), {"smooth": smooth, "rotate": 128}, 0.0, 0.0))
+    x = torch.randn((7, K), generator=generator).to(device, torch.bfloat16)
+    down = torch.randn((16, K), generator=generator).to(device, torch.bfloat16)
+    unit = torch.finfo(torch.bfloat16).eps
+    cases.append(((x,), {"rotate": 64, "down": down}, unit, K * 2.0**-24 * K))
+    return cases
