@@ -4,16 +4,19 @@ The one place that composes the areas: steps from `sampling`, low-bit layers fro
 reuse across steps from `caching`.
 """
 
+from .norms import FusedNorms, fuse_norms
 from .patch import Patch, active_patches, patch
 from .quantize import load_nunchaku, quantize
 from .quantizer import QuantizationConfig
 from .undo import PatchError
 
 __all__ = [
+    "FusedNorms",
     "Patch",
     "PatchError",
     "QuantizationConfig",
     "active_patches",
+    "fuse_norms",
     "load_nunchaku",
     "patch",
     "quantize",

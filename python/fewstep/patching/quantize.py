@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from .. import quantization
 from ..quantization import QuantizedModules, Scheme
+from .norms import expect_how, expect_places, fuse_norms
 from .recognise import Target
 from .saving import RefuseModel
 from .undo import Change, Slot
@@ -18,8 +20,31 @@ __all__ = ["load_nunchaku", "plan_quantize", "quantize"]
 
 
 @functools.wraps(quantization.quantize)
-def quantize(model: nn.Module, *args: Any, **kwargs: Any) -> QuantizedModules:  # noqa: D103
-    return _savable(model, quantization.quantize(model, *args, **kwargs))
+def quantize(  # noqa: D103
+    model: nn.Module, *args: Any, norms: str | None = None, **kwargs: Any
+) -> QuantizedModules:
+    if norms is not None:
+        expect_how(norms)
+        expect_places(model)
+    handle = _savable(model, quantization.quantize(model, *args, **kwargs))
+    if norms is not None:
+        fused = fuse_norms(model, norms)
+        handle.notes.append(fused.explain())
+        handle.at_undo(fused.undo)
+    return handle
+
+
+# One argument more than the function it stands for, in what help() and editors show.
+_BEFORE = "\n\n    Returns:"
+_NORMS = """
+        norms: for blocks of diffusers whose layers take 8-bit activations: "share" lets the norm
+            before them quantise once for all of them (the same bits), "fuse" computes norm,
+            modulation and quantisation in one pass over memory (`patching.norms`).
+"""
+_signature = inspect.signature(quantization.quantize)
+_norms = inspect.signature(quantize, follow_wrapped=False).parameters["norms"]
+quantize.__signature__ = _signature.replace(parameters=[*_signature.parameters.values(), _norms])
+quantize.__doc__ = (quantization.quantize.__doc__ or "").replace(_BEFORE, _NORMS + _BEFORE[1:])
 
 
 @functools.wraps(quantization.load_nunchaku)

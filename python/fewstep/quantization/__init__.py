@@ -14,6 +14,7 @@ from .nunchaku import pack_awq, pack_svdq, unpack_awq, unpack_svdq
 from .nunchaku_file import load_nunchaku
 from .plan import Plan
 from .replace import QuantizedModules, choose_layers, default_skip, quantize
+from .rows import QuantizedRows
 from .scheme import KINDS, Scheme
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Plan",
     "QuantLinear",
     "QuantizedModules",
+    "QuantizedRows",
     "Scheme",
     "W4A8Linear",
     "W4A16Linear",

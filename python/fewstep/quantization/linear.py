@@ -43,6 +43,7 @@ from ..ops.gemm_w4a16 import dequantize_int4
 from ..ops.gemm_w8a8 import pack_w8
 from ..ops.quantize_int4 import SCALES
 from .low_rank import split
+from .rows import QuantizedRows
 from .scheme import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -209,7 +210,9 @@ class QuantLinear(nn.Linear):
         """Return uninitialised values and scales."""
 
     @abstractmethod
-    def _multiply(self, x: Tensor, packed: Tensor | None, branch: _Branch) -> Tensor:
+    def _multiply(
+        self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
+    ) -> Tensor:
         """Return the layer's output for x that is smoothed; `branch` is up with down or low."""
 
     def _pack_weight(self) -> Tensor | None:
@@ -259,13 +262,16 @@ class QuantLinear(nn.Linear):
             linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return linear.train(self.training)
 
-    def forward(self, input: Tensor, join: Join | None = None) -> Tensor:
+    def forward(self, input: Tensor | QuantizedRows, join: Join | None = None) -> Tensor:
         """Return input @ weight.T + bias in input's dtype (autocast's, where it is on).
 
+        `input` may be quantised already, where the layer needs no more of it (`refuse_rows`).
         `join` adds rows to the low-rank branch: from (down, up, dtype) of the layer it makes the
         pair to use, as `lora.Linear` does for adapters.
         """
         x = input
+        if isinstance(x, QuantizedRows):
+            return self._multiply_rows(x, join)
         autocast = autocast_dtype(x)
         if autocast is not None:
             x = x.to(autocast)
@@ -284,13 +290,29 @@ class QuantLinear(nn.Linear):
             x = x / smooth
         return self._multiply(x, self._current_pack(x), branch)
 
+    def _multiply_rows(self, x: QuantizedRows, join: Join | None) -> Tensor:
+        reason = "has adapters" if join is not None else self.refuse_rows()
+        if reason is not None:
+            raise TypeError(f"x: expected a tensor, because the layer {reason}, got QuantizedRows")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
+        return self._multiply(x, self._current_pack(x), {})
+
+    def refuse_rows(self) -> str | None:
+        """Return why `forward` needs its input as it is and takes no `QuantizedRows`, or None."""
+        if self.down is not None:
+            return "has a low-rank branch"
+        if self.smooth is not None:
+            return "smooths its input"
+        return None
+
     def reset_parameters(self) -> None:
         """Refuse: there is no weight to initialise."""
         raise RuntimeError(
             f"reset_parameters: expected a layer with a floating weight, got one in {self.scheme}"
         )
 
-    def _current_pack(self, x: Tensor) -> Tensor | None:
+    def _current_pack(self, x: Tensor | QuantizedRows) -> Tensor | None:
         if x.device.type != "cpu" or torch.compiler.is_exporting():
             return None
         # A graph passes on what is there when it runs; the op sees if that is not the weight's.
@@ -406,9 +428,14 @@ class W8A8Linear(QuantLinear):
             torch.empty(out_features, dtype=torch.float32, device=device),
         )
 
-    def _multiply(self, x: Tensor, packed: Tensor | None, branch: _Branch) -> Tensor:
+    def _multiply(
+        self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
+    ) -> Tensor:
+        a, a_scale, dtype = _activations(x)
         weight = (self.quantized, self.weight_scale)
-        return ops.gemm_w8a8(x, None, *weight, bias=self.bias, packed=packed, **branch)
+        return ops.gemm_w8a8(
+            a, a_scale, *weight, bias=self.bias, packed=packed, **branch, out_dtype=dtype
+        )
 
     def _pack_weight(self) -> Tensor | None:
         return pack_w8(self.quantized)
@@ -460,9 +487,14 @@ class W4A8Linear(_Int4Linear):
         folded, row_scale = fold_int4(quantized, scale)
         return folded.float() * row_scale[:, None]
 
-    def _multiply(self, x: Tensor, packed: Tensor | None, branch: _Branch) -> Tensor:
+    def _multiply(
+        self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
+    ) -> Tensor:
+        a, a_scale, dtype = _activations(x)
         weight = (self.quantized, self.weight_scale)
-        return ops.gemm_w4a8(x, None, *weight, bias=self.bias, packed=packed, **branch)
+        return ops.gemm_w4a8(
+            a, a_scale, *weight, bias=self.bias, packed=packed, **branch, out_dtype=dtype
+        )
 
     def _pack_weight(self) -> Tensor | None:
         return pack_w4(self.quantized, self.weight_scale)
@@ -477,6 +509,10 @@ class W4A16Linear(_Int4Linear):
     def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
         """Return the weight that these stand for, float32 [out, in]."""
         return dequantize_int4(quantized, scale).float()
+
+    def refuse_rows(self) -> str | None:
+        """Return why `forward` needs its input as it is."""
+        return "takes activations as they are"
 
     def _multiply(self, x: Tensor, packed: Tensor | None, branch: _Branch) -> Tensor:
         weight = (self.quantized, self.weight_scale)
@@ -494,6 +530,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def _activations(x: Tensor | QuantizedRows) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """Return a, a_scale and out_dtype of a product with 8-bit activations."""
+    return (x.q, x.scale, x.dtype) if isinstance(x, QuantizedRows) else (x, None, x.dtype)
 
 
 def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

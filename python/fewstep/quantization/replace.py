@@ -69,10 +69,12 @@ class QuantizedModules:
 
     replaced    name -> the QuantLinear there
     skipped     name -> why the layer was left alone
+    notes       what was done besides, for `explain`
     """
 
     replaced: dict[str, QuantLinear] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     _model: nn.Module | None = field(default=None, repr=False)
     _slots: list[Slot] = field(default_factory=list, repr=False)
     _undone: bool = field(default=False, repr=False)
@@ -118,7 +120,8 @@ class QuantizedModules:
     def explain(self) -> str:
         """Return what was replaced and what was left alone, with the reasons."""
         left = [f"left alone: {line}" for line in self.left_alone()]
-        return "\n".join([*self.schemes(), *left, *([self.memory()] * bool(self._slots))])
+        memory = [self.memory()] * bool(self._slots)
+        return "\n".join([*self.schemes(), *left, *self.notes, *memory])
 
     def count(self) -> str:
         """Say how many layers were replaced."""
