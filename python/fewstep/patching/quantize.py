@@ -42,7 +42,9 @@ _NORMS = """
             modulation and quantisation in one pass over memory (`patching.norms`).
 """
 _signature = inspect.signature(quantization.quantize)
-_norms = inspect.signature(quantize, follow_wrapped=False).parameters["norms"]
+_norms = inspect.Parameter(
+    "norms", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None"
+)
 quantize.__signature__ = _signature.replace(parameters=[*_signature.parameters.values(), _norms])
 quantize.__doc__ = (quantization.quantize.__doc__ or "").replace(_BEFORE, _NORMS + _BEFORE[1:])
 
