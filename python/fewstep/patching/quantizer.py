@@ -29,6 +29,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from ..quantization import QuantizedModules, QuantLinear, Scheme, choose_layers, default_skip
+from .parameters import count_as_before, count_quantized
 
 __all__ = ["QuantizationConfig"]
 
@@ -94,6 +95,10 @@ class FewstepQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._schemes: dict[str, Scheme] = {}  # of the layers to quantise as they arrive
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """Return the dtype of what is not quantised, which the config records."""
+        return torch.get_default_dtype() if torch_dtype is None else torch_dtype
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
         """Tell accelerate how much memory a weight takes."""
@@ -168,6 +173,7 @@ class FewstepQuantizer(DiffusersQuantizer):
                 )
             layer.pack()
         describe(model, self.quantization_config)
+        count_quantized(model)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -175,6 +181,7 @@ class FewstepQuantizer(DiffusersQuantizer):
         for name, layer in list(_quantized(model)):
             _put(model, name, plain.setdefault(layer, layer.dequantize()))
         model._internal_dict = _without_config(model)
+        count_as_before(model)
         return model
 
     @property
@@ -200,10 +207,12 @@ def make_savable(model: nn.Module, handle: QuantizedModules) -> None:
     describe(model, config)
     model.hf_quantizer = FewstepQuantizer(config)
     model.is_quantized, model.quantization_method = True, config.quant_method
+    count_quantized(model)
 
     def forget() -> None:
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             del model.__dict__[name]
+        count_as_before(model)
         now = _without_config(model)
         model._internal_dict = before if now == before else now
 
