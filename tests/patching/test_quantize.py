@@ -7,7 +7,7 @@ import torch
 
 import fewstep
 from fewstep.patching import PatchError, active_patches
-from fewstep.quantization import QuantLinear
+from fewstep.quantization import QuantLinear, calibrate
 from patching.snapshot import snapshot
 from patching.tiny_pipelines import BUILDERS, build, call, denoiser
 
@@ -108,3 +108,33 @@ def test_explain_says_what_it_costs_and_gains():
     before = sum(4 * p.numel() for module in layers for p in module.parameters()) / 2**20
     assert f"their weights took {before:.1f} MiB and take" in text
     assert "the original layers are kept for undo" in text
+
+
+@pytest.mark.usefixtures("small_layers")
+def test_plans_and_smoothing_come_through(tmp_path):
+    pipe = build("digits")
+    plain = call(pipe, num_inference_steps=2)
+    calibration = calibrate(pipe, [{"class_labels": [1, 2], "num_inference_steps": 2}])
+    calibration.save(tmp_path / "seen.safetensors")
+    with fewstep.patch(pipe, quantize="w8a8-smooth", smooth=calibration) as patch:
+        layers = [m for m in denoiser(pipe).modules() if isinstance(m, QuantLinear)]
+        assert layers
+        assert all(layer.scheme.smooth for layer in layers)
+        assert "in w8a8-smooth of DiTTransformer2DModel" in patch.explain()
+        image = call(pipe, num_inference_steps=2)
+    assert not torch.equal(image, plain)
+    with fewstep.quantize(denoiser(pipe), "w8a8-smooth", smooth=calibration) as handle:
+        plan = handle.plan()
+    with fewstep.patch(pipe, quantize=plan, smooth=tmp_path / "seen.safetensors") as patch:
+        assert torch.equal(call(pipe, num_inference_steps=2), image)
+        assert "quantize: a plan for DiTTransformer2DModel" in patch.explain()
+    assert torch.equal(call(pipe, num_inference_steps=2), plain)
+    before = snapshot(pipe)
+    for given, error, message in (
+        ({"smooth": calibration}, ValueError, "smooth: expected quantize beside it, got none"),
+        ({"quantize": "w8a8", "smooth": 3}, TypeError, "smooth: expected a Calibration"),
+        ({"quantize": plan}, ValueError, "smooth: expected a calibration for w8a8-smooth"),
+    ):
+        with pytest.raises(error, match=message):
+            fewstep.patch(pipe, **given)
+    assert snapshot(pipe) == before

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..quantization import Scheme
+from ..quantization import Calibration, Plan, Scheme
 from .cache import plan_cache
 from .grid import fixed_steps
 from .guidance import plan_guidance
@@ -187,7 +188,8 @@ def patch(
     pipe: Any,
     *,
     steps: int | None = None,
-    quantize: str | Scheme | None = None,
+    quantize: str | Scheme | Plan | None = None,
+    smooth: Calibration | str | Path | None = None,
     cache: Any = None,
     guidance: str | float | None = None,
 ) -> Patch:
@@ -198,8 +200,10 @@ def patch(
             also for other pipelines that share them.
         steps: every call takes this many, with the scheduler and grid that fit the checkpoint.
         quantize: a scheme for the denoiser's linear layers: "w8a8", "w4a8", "w4a16", or with
-            options as in "w4a8-g64-r32" (`fewstep.quantization.Scheme`). Memory rises meanwhile:
-            the original layers are kept for `undo`.
+            options as in "w4a8-g64-r32" (`fewstep.quantization.Scheme`), or a plan. Memory rises
+            meanwhile: the original layers are kept for `undo`.
+        smooth: a calibration of this pipeline, or a file with it, for `quantize` to choose
+            smoothing factors with (`fewstep.quantization.calibrate`).
         cache: "first-block", "interval", or a policy of `fewstep.caching`: skip the middle blocks
             on steps that barely differ from the last one that ran in full.
         guidance: "off" or a scale for calls that give none, on pipelines that keep that in their
@@ -210,6 +214,8 @@ def patch(
         PatchError: the same feature is on this pipeline already.
     """
     target = recognise(pipe)
+    if smooth is not None and quantize is None:
+        raise ValueError("smooth: expected quantize beside it, got none")
     given = {"steps": steps, "quantize": quantize, "cache": cache, "guidance": guidance}
     wanted = {name: value for name, value in given.items() if value is not None}
     if not wanted:
@@ -226,7 +232,7 @@ def patch(
     if guidance is not None:
         changes.append(plan_guidance(pipe, guidance, record.config))
     if quantize is not None:
-        changes.append(plan_quantize(target, quantize))
+        changes.append(plan_quantize(target, quantize, smooth))
     if cache is not None:
         changes.append(plan_cache(pipe, target, cache))
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .. import quantization
-from ..quantization import QuantizedModules, Scheme
+from ..quantization import Plan, QuantizedModules, Scheme
 from .norms import expect_how, expect_places, fuse_norms
 from .recognise import Target
 from .saving import RefuseModel
@@ -67,9 +67,9 @@ def _savable(model: nn.Module, handle: QuantizedModules) -> QuantizedModules:
 class _QuantizeChange(Change):
     """Replaces linear layers through `fewstep.quantization`, whose handle knows the way back."""
 
-    def __init__(self, target: Target, scheme: Scheme) -> None:
-        super().__init__("quantize", str(scheme))
-        self._target, self._scheme = target, scheme
+    def __init__(self, target: Target, summary: str, how: dict[str, Any]) -> None:
+        super().__init__("quantize", summary)
+        self._target, self._how = target, how
         self._handle: QuantizedModules | None = None
         if hasattr(target.denoiser, "save_pretrained"):
             where = f"pipe.{target.component}.save_pretrained"
@@ -77,8 +77,8 @@ class _QuantizeChange(Change):
             self.slots.append(Slot(target.denoiser, "save_pretrained", refuse, where))
 
     def apply(self) -> None:
-        self._handle = quantization.quantize(self._target.denoiser, self._scheme)
-        self.done.append(f"{self._handle.count()} of {self._target.model} in {self._scheme}")
+        self._handle = quantization.quantize(self._target.denoiser, **self._how)
+        self.done += [f"{line} of {self._target.model}" for line in self._handle.schemes()]
         self.done.append(self._handle.memory())
         self.left += self._handle.left_alone()
         super().apply()
@@ -99,18 +99,23 @@ class _QuantizeChange(Change):
             self._handle = None
 
 
-def plan_quantize(target: Target, scheme: Any) -> Change:
+def plan_quantize(target: Target, scheme: Any, smooth: Any = None) -> Change:
     """Plan the low-bit layers; nothing is changed yet.
 
     Raises:
-        TypeError, ValueError: not a scheme, or a model without linear layers to replace.
+        TypeError, ValueError: not a scheme or plan, or a model without linear layers to replace.
     """
-    try:
-        parsed = Scheme.parse(scheme)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"quantize: {error}") from error
+    how: dict[str, Any] = {"smooth": smooth}
+    if isinstance(scheme, Plan):
+        how["plan"], summary = scheme, f"a plan for {scheme.model}"
+    else:
+        try:
+            how["scheme"] = Scheme.parse(scheme)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"quantize: {error}") from error
+        summary = str(how["scheme"])
     target.require_eager("quantize")
     target.require_alone("quantize")
     if not any(isinstance(module, nn.Linear) for module in target.denoiser.modules()):
         raise ValueError(f"quantize: expected a model with nn.Linear layers, got {target.model}")
-    return _QuantizeChange(target, parsed)
+    return _QuantizeChange(target, summary, how)
