@@ -13,11 +13,11 @@ from fewstep.quantization import Plan, Scheme, allocate, calibrate, quantize
 from fewstep.quantization.allocate import (
     OBJECTIVES,
     Choice,
-    _first_tensor,
     measure,
     solve,
     weight_bytes,
 )
+from fewstep.quantization.calibration import first_tensor
 from fewstep.quantization.errors import content, output_error
 
 
@@ -58,7 +58,7 @@ def total_error(model, calibration, plan_or_scheme):
 
     def run():
         with torch.no_grad():
-            return [_first_tensor(model(*a, **k)) for a, k in calibration.evaluations]
+            return [first_tensor(model(*a, **k)) for a, k in calibration.evaluations]
 
     want = run()
     is_plan = isinstance(plan_or_scheme, Plan)
@@ -172,7 +172,7 @@ def test_candidates_with_smoothing(pipe, calibration):
     assert max(gains) > 1
     budget = {"bytes": 0.52}
     plan = allocate(pipe, calibration, budget, candidates=names, skip=skip_more)
-    assert {scheme.smooth for scheme in plan.layers.values() if scheme} == {True, False}
+    assert any(scheme.smooth for scheme in plan.layers.values() if scheme)
     with pytest.raises(ValueError, match=r"smooth: expected a calibration for w8a8-smooth"):
         quantize(pipe.transformer, plan=plan)
     with quantize(pipe.transformer, plan=plan, smooth=calibration) as handle:

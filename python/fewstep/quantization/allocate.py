@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Calibration, denoiser_of, to_device
+from .calibration import Calibration, denoiser_of, first_tensor, to_device
 from .errors import output_error, split_error, sqnr
 from .linear import QuantLinear, refuse_linear
 from .plan import Plan
@@ -96,13 +96,6 @@ def _at_layer(name: str, choice: Choice) -> float:
 OBJECTIVES: tuple[Objective, ...] = (*map(_powered, POWERS), _grouped, _at_layer)
 
 
-def _first_tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    return _first_tensor(next(iter(values)))
-
-
 def weight_bytes(layer: nn.Module) -> int:
     """Return the bytes that a checkpoint holds for a layer."""
     return sum(x.numel() * x.element_size() for x in layer.state_dict().values())
@@ -131,7 +124,7 @@ def _evaluate(model: nn.Module, calibration: Calibration, device: torch.device) 
     outputs = []
     for args, kwargs in calibration.evaluations:
         args, kwargs = to_device((args, kwargs), device)
-        outputs.append(_first_tensor(model(*args, **kwargs)).float())
+        outputs.append(first_tensor(model(*args, **kwargs)).float())
     return outputs
 
 

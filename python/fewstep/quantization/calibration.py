@@ -3,11 +3,12 @@
     calls = [{"prompt": prompt, "num_inference_steps": 4} for prompt in prompts]
     calibration = fewstep.quantization.calibrate(pipe, calls)
 
-Activations drift along the denoising path, so what is kept is drawn evenly from all evaluations of
-all calls: every row that a layer has seen is equally likely (reservoir sampling; Vitter, 1985), at
-every step of the grid that the pipeline will use. That is the point of PTQ4DM (arXiv 2211.15736)
-and EDA-DM (arXiv 2401.04585), which choose among hundreds of steps; few-step pipelines have a
-handful, and all of them count. The draw is seeded: the same calls give the same samples.
+Activations drift along the denoising path, so what is kept is drawn from all evaluations of all
+calls, at every step of the grid that the pipeline will use: that is the point of PTQ4DM (arXiv
+2211.15736). Rows: every row that a layer has seen is equally likely (reservoir sampling; Vitter,
+1985). Whole evaluations, of which few are kept: of four times as many that are drawn so, those that
+stand for many others and differ from each other (the density and variety of EDA-DM, arXiv
+2401.04585), by the model's outputs. The draw is seeded: the same calls give the same samples.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 DENOISERS = ("transformer", "unet")
 _FORMAT = "fewstep.calibration"
+_POOL = 4  # evaluations held for each one that is kept
+_FINGERPRINT = 256
 
 
 @dataclass
@@ -140,6 +144,32 @@ class _Reservoir:
             self.kept[torch.tensor([*last])] = taken.float().cpu()
 
 
+def _fingerprint(output: Any) -> Tensor:
+    """Return a few numbers that tell outputs of a model apart, whatever their size."""
+    y = first_tensor(output).detach().float().reshape(1, 1, -1)
+    return F.adaptive_avg_pool1d(y, _FINGERPRINT)[0, 0].nan_to_num().cpu()
+
+
+def choose(fingerprints: Tensor, count: int) -> list[int]:
+    """Return which `count` of the points [P, F] to keep: dense ones that differ, in order.
+
+    The density of a point is the inverse of its mean distance to the others, its variety the
+    distance to the nearest one chosen; both in units of the largest, added.
+    """
+    if len(fingerprints) <= count:
+        return [*range(len(fingerprints))]
+    distance = torch.cdist(fingerprints.double(), fingerprints.double())
+    density = 1 / distance.mean(1).clamp(min=1e-12)
+    density /= density.max()
+    chosen = [int(density.argmax())]
+    while len(chosen) < count:
+        variety = distance[:, chosen].amin(1)
+        score = density + variety / variety.max().clamp(min=1e-12)
+        score[chosen] = -1
+        chosen.append(int(score.argmax()))
+    return sorted(chosen)
+
+
 def denoiser_of(pipe: Any) -> nn.Module:
     """Return the model that a pipeline evaluates in every step; a module is its own.
 
@@ -156,6 +186,14 @@ def denoiser_of(pipe: Any) -> nn.Module:
         f"pipe: expected a module, or a pipeline with one of {', '.join(DENOISERS)}, got "
         f"{type(pipe).__name__}"
     )
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the first tensor in a model's output."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    return first_tensor(next(iter(values)))
 
 
 def _to_cpu(value: Any) -> Any:
@@ -214,7 +252,10 @@ def calibrate(
             places.setdefault(module, []).append(name)
     reservoirs = {layer: _Reservoir(rows, generator) for layer in places}
     seen = 0
-    kept: list[Any] = [None] * evaluations
+    pool = _POOL * evaluations
+    kept: dict[int, Any] = {}
+    prints: dict[int, Tensor] = {}
+    place = 0
 
     def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
@@ -222,16 +263,19 @@ def calibrate(
             reservoirs[layer].add(x.detach().reshape(-1, x.shape[-1]))
 
     def evaluated(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal seen
-        place = seen
-        if seen >= evaluations:
-            place = int(torch.randint(seen + 1, (), generator=generator))
-        if place < evaluations:
+        nonlocal seen, place
+        place = seen if seen < pool else int(torch.randint(seen + 1, (), generator=generator))
+        if place < pool:
             kept[place] = _to_cpu((args, kwargs))
         seen += 1
 
+    def gave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if place < pool:
+            prints[place] = _fingerprint(output)
+
     handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in places]
     handles.append(model.register_forward_pre_hook(evaluated, with_kwargs=True))
+    handles.append(model.register_forward_hook(gave))
     ran = 0
     try:
         for ran, call in enumerate(calls, 1):
@@ -251,6 +295,6 @@ def calibrate(
     return Calibration(
         {name: r.kept for name, r in found.items() if r.kept is not None},
         {name: r.seen / seen for name, r in found.items() if r.kept is not None},
-        [item for item in kept if item is not None],
+        [kept[i] for i in choose(torch.stack([prints[i] for i in range(len(kept))]), evaluations)],
         {name: r.amax.cpu() for name, r in found.items() if r.amax is not None},
     )
