@@ -130,7 +130,7 @@ class QuantLinear(nn.Linear):
             linear: the layer.
             scheme: how to quantise it.
             smooth: factors [in], positive, that the layer divides its input by;
-                `smoothing.choose_smooth` finds them. A scheme with smoothing needs them, and a
+                `smoothing.quantize_smoothed` finds them. A scheme with smoothing needs them, and a
                 layer made with them has a scheme with smoothing.
 
         Raises:
