@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep import ops
+from fewstep import ops, reference
 from fewstep.quantization import QuantLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-SCHEMES = ["w8a8", "w4a8-g32-r8", "w4a16"]
+SCHEMES = ["w8a8", "w4a8-g32-r8-h64", "w4a16"]
 
 
 @pytest.fixture(params=SCHEMES)
@@ -106,8 +106,8 @@ def test_weight_reads_like_a_linear_layers():
 
 STATE = {
     "w8a8": {"weight_int8": torch.int8, "weight_scale": torch.float32},
-    "w4a8-g32-r8": {
-        "weight_int4": torch.uint8,
+    "w4a8-g32-r8-h64": {
+        "weight_int4_h64": torch.uint8,
         "weight_scale": torch.bfloat16,
         "down": torch.bfloat16,
         "up": torch.bfloat16,
@@ -468,6 +468,59 @@ def test_a_row_that_is_not_finite_stays_visible(scheme):
     out = quantized(x)
     assert out[1].isnan().all()
     assert out[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "w4a8-g32"])
+def test_a_rotated_layer_is_its_formula(kind):
+    linear = nn.Linear(192, 100)
+    nn.init.normal_(linear.weight)
+    linear = linear.bfloat16()
+    layer, smooth = QuantLinear.from_linear(linear, f"{kind}-r8-h64"), torch.rand(192) + 0.5
+    smoothed = QuantLinear.from_linear(linear, f"{kind}-h64", smooth=smooth)
+    x = torch.randn(5, 192).bfloat16()
+    for each in (layer, smoothed):
+        a, a_scale = reference.quantize_int8(x, smooth=each.smooth, rotate=64)
+        product = getattr(reference, f"gemm_{each.kind}")
+        low = None if each.up is None else x.double() @ each.down.double().T
+        weight = each.quantized, each.weight_scale
+        want = product(a, a_scale, *weight, bias=each.bias, low=low, up=each.up)
+        # Half a unit of bfloat16, 2^-8, of the output and of low; a tenth for float32's roundings.
+        terms = 0 if low is None else low.abs() @ each.up.double().abs().T
+        assert ((each(x) - want).abs() <= 1.1 * 2**-8 * (want.abs() + terms)).all()
+    # The weight reads unrotated, and a Gaussian one is as close as without a rotation.
+    plain = QuantLinear.from_linear(linear, f"{kind}-r8")
+    assert sqnr(layer.weight, linear.weight) > sqnr(plain.weight, linear.weight) - 1
+
+
+def test_rotation_takes_outliers_off_the_scale():
+    """Channels 30 times as large as the others: the rows' scales shrink, and the noise with them.
+
+    Without, amax is 60 of 1 at most; with blocks of 128, 30 / sqrt(128) of an outlier and of 4
+    deviations of it: 11. The weight is Gaussian and stays it. 20 log10(60 / 11) is 15 dB of the
+    activations' noise; with the weight's noise of 40 dB beside both, at least 6 are seen.
+    """
+    linear = nn.Linear(512, 64)
+    nn.init.normal_(linear.weight)
+    x = torch.randn(200, 512)
+    x[:, [3, 200, 400]] *= 30
+    linear.weight[:, [3, 200, 400]] /= 30  # so that the outliers are not all of the output
+    want = linear(x)
+    plain, rotated = (QuantLinear.from_linear(linear, s)(x) for s in ("w8a8", "w8a8-h128"))
+    assert sqnr(rotated, want) > sqnr(plain, want) + 6
+
+
+def test_a_layer_takes_no_file_of_another_rotation():
+    linear, plain = make()
+    rotated = [QuantLinear.from_linear(linear, f"w8a8-h{block}") for block in (32, 64)]
+    assert "weight_int8_h64" in rotated[1].state_dict()
+    for a, b in ((plain, rotated[0]), (rotated[0], plain), (rotated[0], rotated[1])):
+        with pytest.raises(RuntimeError, match=r"Missing key.*weight_int8"):
+            a.load_state_dict(b.state_dict())
+    empty = QuantLinear.empty(192, 100, "w8a8-h")
+    assert str(empty.scheme) == "w8a8-h64"
+    empty.load_state_dict(rotated[1].state_dict())
+    x = torch.randn(3, 192)
+    assert torch.equal(empty(x), rotated[1](x))
 
 
 def test_bad_input_names_the_argument():

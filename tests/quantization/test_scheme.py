@@ -17,6 +17,11 @@ from fewstep.quantization import Scheme
         ("w4a8-g64-r32-smooth", {}, Scheme("w4a8", 64, 32, smooth=True)),
         ("w8a8-smooth", {"rank": 8}, Scheme("w8a8", rank=8, smooth=True)),
         (Scheme("w4a8", smooth=True), {}, Scheme("w4a8", 64, smooth=True)),
+        ("w8a8-h128", {}, Scheme("w8a8", rotate=128)),
+        ("w8a8-h", {}, Scheme("w8a8", rotate=True)),
+        ("w8a8", {"rotate": True}, Scheme("w8a8", rotate=True)),
+        ("w4a8-g64-r8-h64-smooth", {"rotate": 64}, Scheme("w4a8", 64, 8, True, 64)),
+        (Scheme("w8a8", rotate=32), {"rank": 4}, Scheme("w8a8", None, 4, rotate=32)),
     ],
 )
 def test_parse(text, options, want):
@@ -36,11 +41,24 @@ def test_parse(text, options, want):
         ("w4a8-g64", {"group": 32}, "group: expected 64 as in 'w4a8-g64', got 32"),
         ("w4a8", {"rank": -1}, "rank: expected an integer of at least 0, got -1"),
         ("w4a8", {"rank": 1.5}, "rank: expected an integer"),
+        ("w8a8-h48", {}, r"rotate: expected True, 0 or one of \(16, .* got 48"),
+        ("w8a8", {"rotate": 1}, r"rotate: expected True, 0 or one of .* got 1"),
+        ("w8a8-h64", {"rotate": True}, "rotate: expected 64 as in 'w8a8-h64', got True"),
+        ("w4a16-h64", {}, "rotate: expected none for w4a16, .* got 64"),
     ],
 )
 def test_what_is_refused_is_named(text, options, message):
     with pytest.raises(ValueError, match=message):
         Scheme.parse(text, **options)
+
+
+def test_a_block_is_chosen_by_the_inputs():
+    scheme = Scheme.parse("w4a8-r4-h")
+    assert scheme.of(640).rotate == 128
+    assert scheme.of(768).rotate == 256
+    assert scheme.of(48) == Scheme("w4a8", 64, 4, rotate=16)
+    assert scheme.of(100) == Scheme("w4a8", 64, 4)
+    assert Scheme("w8a8", rotate=32).of(48).rotate == 32  # and is refused, by the layer's name
 
 
 def test_another_type_is_refused():

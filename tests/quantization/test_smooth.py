@@ -41,7 +41,10 @@ def _inference():
 def test_smooth_divides_what_is_quantised_and_not_what_the_branch_sees(scheme, dtype):
     layer, bare = make(scheme, dtype)
     x = torch.randn(2, 5, 192).to(dtype)
-    want = bare(x / layer.smooth)
+    if layer.kind == "w4a16":
+        want = bare(x / layer.smooth)
+    else:  # one float32 division a column and one product a value, where x is quantised
+        want = bare(x.float() * (1 / layer.smooth.float())).to(dtype)
     if layer.down is None:
         assert torch.equal(layer(x), want)
         return

@@ -45,6 +45,7 @@ class QuantizationConfig(QuantizationConfigMixin):
         scheme: "w8a8", "w4a8" or "w4a16", or with options as in "w4a8-g64-r32".
         rank: of the low-rank branch.
         group: neighbours that share a scale of a 4-bit weight: 32, 64 or 128.
+        rotate: block of neighbours that are rotated, or True for the largest that fits a layer.
         modules_to_not_convert: names, or parts of names between dots, of layers to leave alone
             besides those of `fewstep.quantization.default_skip`.
         layers: scheme -> names of a model that is quantised already; written by save_pretrained.
@@ -60,13 +61,14 @@ class QuantizationConfig(QuantizationConfigMixin):
         group: int | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         layers: dict[str, list[str]] | None = None,
+        rotate: int | bool | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
         if unknown:
             raise TypeError(f"QuantizationConfig: unknown arguments {', '.join(sorted(unknown))}")
         self.quant_method = _Method.FEWSTEP
-        self.scheme = str(Scheme.parse(scheme, rank=rank, group=group))
+        self.scheme = str(Scheme.parse(scheme, rank=rank, group=group, rotate=rotate or None))
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.layers = layers
 

@@ -1,8 +1,8 @@
 """Linear layers with low-bit weights, drop-in for `nn.Linear`.
 
-    y = (x / smooth) @ W.T + bias + (x @ down.T) @ up.T
+    y = ((x / smooth) H) @ W.T + bias + (x @ down.T) @ up.T
 
-the low-rank branch where the scheme has a rank, smooth where it has smoothing.
+the low-rank branch where the scheme has a rank, smooth where it has smoothing, H where it rotates.
 
     W8A8Linear     weight_int8  [out, in]      int8    weight_scale  [out]          float32
     W4A8Linear     weight_int4  [out, in / 2]  uint8   weight_scale  [out, in / G]  16-bit
@@ -13,9 +13,11 @@ quantised weight and its scale keep theirs. All are plain buffers of a plain mod
 safetensors, deepcopy, moves, offloading and torch.compile need nothing special.
 
 smooth evens out the columns of x before they share a scale (SmoothQuant, arXiv 2211.10438;
-SVDQuant, arXiv 2411.05007); W is the weight times smooth, quantised. The branch takes x as it is.
-The division is a pass of its own over x, in x's dtype; fusing it into the quantisation is what
-comes next.
+SVDQuant, arXiv 2411.05007), and H, a Hadamard matrix for every block of neighbours, spreads what
+is left of an outlier over its block (QuaRot, arXiv 2404.00456); W quantises (weight * smooth) H.
+The branch takes x as it is. Both are done where x is quantised (`ops/_prologue.py`); w4a16, which
+does not quantise it, divides in a pass of its own and has no H. The block is no tensor, so it is
+part of the low-bit buffer's name, weight_int8_h128: a layer of another takes no file of this one.
 
 The layers are subclasses of nn.Linear, so what looks for linear layers (peft's LoRA, diffusers'
 loaders) finds them; a LoRA around one joins its branch (`lora.py`). They take gradients through to
@@ -38,6 +40,7 @@ from .. import _native, ops
 from ..ops._autograd import transform
 from ..ops._derived import Source, mark
 from ..ops._gemm import MAX_K
+from ..ops._prologue import rotate_blocks
 from ..ops.gemm_w4a8 import fold_int4, pack_w4
 from ..ops.gemm_w4a16 import dequantize_int4
 from ..ops.gemm_w8a8 import pack_w8
@@ -86,7 +89,7 @@ class QuantLinear(nn.Linear):
     """
 
     kind: ClassVar[str]
-    storage: ClassVar[str]  # name of the buffer with the low-bit values
+    storage: str  # name of the buffer with the low-bit values
 
     weight_scale: Tensor
     bias: Tensor | None
@@ -104,9 +107,16 @@ class QuantLinear(nn.Linear):
         smooth: Tensor | None = None,
         *,
         dtype: torch.dtype | None = None,
+        rotate: int = 0,
     ):
-        """Take a quantised weight as it is; `dtype` is what `weight` reads in (bias's if None)."""
+        """Take a quantised weight as it is; `dtype` is what `weight` reads in (bias's if None).
+
+        `rotate` says by which block the weight was rotated before it was quantised.
+        """
         nn.Module.__init__(self)  # nn.Linear's would make a weight
+        self.rotate = rotate
+        if rotate:
+            self.storage = f"{self.storage}_h{rotate}"
         self.register_buffer(self.storage, quantized)
         self.register_buffer("weight_scale", weight_scale)
         for name, value in (("bias", bias), ("down", down), ("up", up), ("smooth", smooth)):
@@ -140,7 +150,7 @@ class QuantLinear(nn.Linear):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        scheme = Scheme.parse(scheme)
+        scheme = Scheme.parse(scheme).of(linear.in_features)
         reason = refuse_linear(linear, scheme)
         if reason is not None:
             raise ValueError(f"linear: {reason}")
@@ -157,13 +167,15 @@ class QuantLinear(nn.Linear):
             if scheme.rank:
 
                 def requantized(rest: Tensor) -> Tensor:
-                    return layer_type.dequantize_weight(*layer_type.quantize_weight(rest, scheme))
+                    found = layer_type.quantize_weight(rest, scheme)
+                    return rotate_blocks(layer_type.dequantize_weight(*found), scheme.rotate)
 
                 weight, down, up = split(weight.float(), scheme.rank, dtype, requantized, smooth)
             quantized, scale = layer_type.quantize_weight(weight, scheme)
             _expect_finite(scale)  # a scale that its dtype can't hold
             bias = None if linear.bias is None else linear.bias.detach().clone()
-            layer = layer_type(quantized, scale, bias, down, up, smooth, dtype=dtype)
+            branch = (down, up, smooth)
+            layer = layer_type(quantized, scale, bias, *branch, dtype=dtype, rotate=scheme.rotate)
         return layer.train(linear.training)
 
     @staticmethod
@@ -177,7 +189,7 @@ class QuantLinear(nn.Linear):
         device: torch.device | str | None = None,
     ) -> QuantLinear:
         """Return a layer with memory for a state dict to fill."""
-        scheme = Scheme.parse(scheme)
+        scheme = Scheme.parse(scheme).of(in_features)
         layer_type, rank = LAYERS[scheme.kind], scheme.rank
 
         def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -190,17 +202,18 @@ class QuantLinear(nn.Linear):
             new(out_features, rank) if rank else None,
             new(in_features) if scheme.smooth else None,
             dtype=dtype,
+            rotate=scheme.rotate,
         )
 
     @staticmethod
     @abstractmethod
     def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-        """Return the low-bit values and scales of a floating weight."""
+        """Return the low-bit values and scales of a floating weight, rotated as the scheme says."""
 
     @staticmethod
     @abstractmethod
     def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
-        """Return the weight that these stand for, float32 [out, in]."""
+        """Return the weight that these stand for, float32 [out, in]; rotated if it was."""
 
     @staticmethod
     @abstractmethod
@@ -213,7 +226,7 @@ class QuantLinear(nn.Linear):
     def _multiply(
         self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
     ) -> Tensor:
-        """Return the layer's output for x that is smoothed; `branch` is up with down or low."""
+        """Return the layer's output for x as it is given; `branch` is up and down, or empty."""
 
     def _pack_weight(self) -> Tensor | None:
         """Return a rearranged copy for the CPU kernel, None where it takes the weight as it is."""
@@ -228,7 +241,7 @@ class QuantLinear(nn.Linear):
     def scheme(self) -> Scheme:
         """How this layer is quantised."""
         rank = 0 if self.down is None else self.down.shape[0]
-        return Scheme(self.kind, self._group(), rank, self.smooth is not None)
+        return Scheme(self.kind, self._group(), rank, self.smooth is not None, self.rotate)
 
     def _group(self) -> int | None:
         return None
@@ -246,6 +259,7 @@ class QuantLinear(nn.Linear):
         """The dequantised weight [out, in], in the dtype the module was cast to."""
         with torch.no_grad():
             weight = self.dequantize_weight(self.quantized, self.weight_scale)
+            weight = rotate_blocks(weight, self.rotate)
             if self.smooth is not None:
                 weight = weight / self.smooth.float()
             if self.up is not None:
@@ -282,12 +296,7 @@ class QuantLinear(nn.Linear):
         down, up = self.down, self.up
         if join is not None:
             down, up = join(down, up, x.dtype)
-        down, smooth = _cast(down, x.dtype), _cast(self.smooth, x.dtype)
-        branch = {"up": up, "down": down}
-        if smooth is not None:
-            if down is not None:
-                branch = {"up": up, "low": F.linear(x, down)}
-            x = x / smooth
+        branch = {"up": up, "down": _cast(down, x.dtype)}
         return self._multiply(x, self._current_pack(x), branch)
 
     def _multiply_rows(self, x: QuantizedRows, join: Join | None) -> Tensor:
@@ -304,6 +313,8 @@ class QuantLinear(nn.Linear):
             return "has a low-rank branch"
         if self.smooth is not None:
             return "smooths its input"
+        if self.rotate:
+            return "rotates its input"
         return None
 
     def reset_parameters(self) -> None:
@@ -411,7 +422,7 @@ class W8A8Linear(QuantLinear):
     @staticmethod
     def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Return the low-bit values and scales of a floating weight."""
-        return ops.quantize_int8(weight)
+        return ops.quantize_int8(weight, rotate=scheme.rotate)
 
     @staticmethod
     def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
@@ -433,9 +444,8 @@ class W8A8Linear(QuantLinear):
     ) -> Tensor:
         a, a_scale, dtype = _activations(x)
         weight = (self.quantized, self.weight_scale)
-        return ops.gemm_w8a8(
-            a, a_scale, *weight, bias=self.bias, packed=packed, **branch, out_dtype=dtype
-        )
+        given = {"bias": self.bias, "smooth": self.smooth, "rotate": self.rotate} | branch
+        return ops.gemm_w8a8(a, a_scale, *weight, packed=packed, **given, out_dtype=dtype)
 
     def _pack_weight(self) -> Tensor | None:
         return pack_w8(self.quantized)
@@ -450,7 +460,7 @@ class _Int4Linear(QuantLinear):
     def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Return the low-bit values and scales of a floating weight."""
         assert scheme.group is not None
-        return ops.quantize_int4(weight, group=scheme.group)
+        return ops.quantize_int4(weight, group=scheme.group, rotate=scheme.rotate)
 
     @staticmethod
     def empty_weight(
@@ -492,9 +502,8 @@ class W4A8Linear(_Int4Linear):
     ) -> Tensor:
         a, a_scale, dtype = _activations(x)
         weight = (self.quantized, self.weight_scale)
-        return ops.gemm_w4a8(
-            a, a_scale, *weight, bias=self.bias, packed=packed, **branch, out_dtype=dtype
-        )
+        given = {"bias": self.bias, "smooth": self.smooth, "rotate": self.rotate} | branch
+        return ops.gemm_w4a8(a, a_scale, *weight, packed=packed, **given, out_dtype=dtype)
 
     def _pack_weight(self) -> Tensor | None:
         return pack_w4(self.quantized, self.weight_scale)
@@ -515,8 +524,11 @@ class W4A16Linear(_Int4Linear):
         return "takes activations as they are"
 
     def _multiply(self, x: Tensor, packed: Tensor | None, branch: _Branch) -> Tensor:
-        weight = (self.quantized, self.weight_scale)
-        return ops.gemm_w4a16(x, *weight, bias=self.bias, **branch)
+        if self.smooth is not None:
+            if branch["up"] is not None:
+                branch = {"up": branch["up"], "low": F.linear(x, branch["down"])}
+            x = x / _cast(self.smooth, x.dtype)
+        return ops.gemm_w4a16(x, self.quantized, self.weight_scale, bias=self.bias, **branch)
 
 
 LAYERS: dict[str, type[QuantLinear]] = {
@@ -593,6 +605,8 @@ def refuse_linear(linear: nn.Linear, scheme: Scheme) -> str | None:
         return f"expected fewer than {MAX_K} inputs for exact sums, got {inputs}"
     if scheme.group is not None and inputs % scheme.group:
         return f"expected inputs that are a multiple of group {scheme.group}, got {inputs}"
+    if scheme.rotate and inputs % scheme.rotate:
+        return f"expected inputs that are a multiple of the rotation {scheme.rotate}, got {inputs}"
     if scheme.rank >= min(weight.shape):
         return f"expected a rank below {min(weight.shape)} for its shape, got {scheme.rank}"
     return None

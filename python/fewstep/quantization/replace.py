@@ -344,6 +344,7 @@ def quantize(
     *,
     rank: int | None = None,
     group: int | None = None,
+    rotate: int | bool | None = None,
     skip: Skip | None = None,
     plan: Plan | None = None,
     smooth: Calibration | str | Path | None = None,
@@ -359,6 +360,9 @@ def quantize(
         scheme: "w8a8", "w4a8" or "w4a16", or with options as in "w4a8-g64-r32" (`Scheme`).
         rank: of the low-rank branch; 0 by default.
         group: neighbours that share a scale of a 4-bit weight: 32, 64 (default) or 128.
+        rotate: 16, 32, 64, 128 or 256: every so many neighbours of a layer's input are rotated
+            before they are quantised, and the weight likewise: outliers lose their hold on the
+            scales, without data. True for the largest block that divides the layer's inputs.
         skip: (name, layer) -> why to leave the layer alone, or None; True and False will do.
             `default_skip` if not given.
         plan: a scheme for each layer, instead of all the above.
@@ -375,18 +379,25 @@ def quantize(
     Raises:
         TypeError: a scheme or plan of another type.
         ValueError: an unknown scheme, nothing to quantise, a plan for another model, or a layer
-            that can't be quantised so: its inputs are no multiple of the group, its weight is not
-            finite, on the meta device, or quantised already; smoothing is asked for and there is
-            no calibration of it. The message names the layer, and the model is unchanged.
+            that can't be quantised so: its inputs are no multiple of the group or of the rotation,
+            its weight is not finite, on the meta device, or quantised already; smoothing is asked
+            for and there is no calibration of it. The message names the layer, and the model is
+            unchanged.
     """
     if plan is not None:
-        if any(value is not None for value in (scheme, rank, group, skip)):
-            raise ValueError("plan: expected no scheme, rank, group or skip beside it, got one")
+        if any(value is not None for value in (scheme, rank, group, rotate, skip)):
+            raise ValueError(
+                "plan: expected no scheme, rank, group, rotate or skip beside it, got one"
+            )
         if not isinstance(plan, Plan):
             raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
     elif scheme is None:
         raise ValueError("scheme: expected a scheme or a plan, got neither")
-    asked = None if scheme is None else Scheme.parse(scheme, rank=rank, group=group)
+    asked = (
+        None
+        if scheme is None
+        else Scheme.parse(scheme, rank=rank, group=group, rotate=rotate or None)
+    )
     if hasattr(model, "_orig_mod"):
         raise ValueError("model: expected the model itself, got one that is compiled already")
     if isinstance(model, nn.Linear):
