@@ -301,12 +301,18 @@ def test_a_frozen_layer_does_not_keep_its_input():
 def test_wrong_state_is_refused_and_nothing_is_changed(scheme):
     _, quantized = make(scheme=scheme)
     before = {name: value.clone() for name, value in quantized.state_dict().items()}
-    wrong = before | {quantized.storage: before[quantized.storage].float()}
-    for assign in (False, True):
-        with pytest.raises(RuntimeError, match=rf"{quantized.storage}: expected .*got torch.float"):
-            quantized.load_state_dict(wrong, assign=assign)
-        now = quantized.state_dict()
-        assert all(torch.equal(now[name], value) for name, value in before.items())
+    scale = before["weight_scale"]
+    for name, value, message in (
+        (quantized.storage, before[quantized.storage].float(), "expected .*got torch.float"),
+        (quantized.storage, before[quantized.storage][:, 2:], "expected .*, .*got .*, .*"),
+        ("weight_scale", torch.full_like(scale, float("nan")), "expected finite .*got inf or NaN"),
+        ("weight_scale", scale.neg(), "expected finite .*got a negative one"),
+    ):
+        for assign in (False, True):
+            with pytest.raises(RuntimeError, match=rf"{name}: {message}"):
+                quantized.load_state_dict(before | {name: value}, assign=assign)
+            now = quantized.state_dict()
+            assert all(torch.equal(now[n], kept) for n, kept in before.items())
     with pytest.raises(RuntimeError, match="reset_parameters: expected"):
         quantized.reset_parameters()
 

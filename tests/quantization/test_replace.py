@@ -310,6 +310,16 @@ def test_skip_may_answer_with_a_bool():
         quantize(torch.compile(Model()), "w8a8")
 
 
+def test_a_plan_file_that_is_cut_off_is_named(tmp_path):
+    path = tmp_path / "plan.json"
+    Plan.of(Model(), {"proj_out": "w8a8"}).save(path)
+    text = path.read_text()
+    for broken in (text[: len(text) // 2], "[]", text.replace("w8a8", "w3a3"), ""):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"plan\.json: "):
+            Plan.load(path)
+
+
 def test_a_plan_for_another_model_is_refused():
     plan = Plan.of(Model(), {"proj_out": "w8a8"})
     other = Model()

@@ -398,9 +398,14 @@ class QuantLinear(nn.Linear):
             return None
         here = self._buffers[name]
         dtype = self._scale_dtype(value) if name == "weight_scale" else here.dtype
-        if value.dtype == dtype and value.shape == here.shape:
-            return None
-        return f"expected {dtype} {list(here.shape)}, got {value.dtype} {list(value.shape)}"
+        if value.dtype != dtype or value.shape != here.shape:
+            return f"expected {dtype} {list(here.shape)}, got {value.dtype} {list(value.shape)}"
+        if name == "weight_scale" and not value.is_meta:
+            scale = value.float()
+            if not (scale.isfinite() & (scale >= 0)).all():
+                found = "a negative one" if scale.isfinite().all() else "inf or NaN"
+                return f"expected finite scales of zero or more, got {found}"
+        return None
 
     def _scale_dtype(self, saved: Tensor | None) -> torch.dtype:
         """Return the dtype that scales from a state dict are kept in."""

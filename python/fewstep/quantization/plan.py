@@ -137,8 +137,15 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is cut off, or holds something else; the message names it.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except ValueError as error:  # json's own errors are such
+            raise ValueError(f"{path}: {error}") from error
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
