@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import ops, reference
 from fewstep.quantization import QuantLinear
@@ -465,6 +466,41 @@ def test_gradients_and_tangents_are_those_of_the_dequantised_layer(scheme):
         (t_y, t_x.double() @ exact.weight.T),
     ):
         assert (got.double() - want).norm() < 2e-6 * want.norm()
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that run, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [*SCHEMES, "smoothed"])
+def test_can_be_captured_in_a_graph(kind):
+    # What a CUDA graph asks of the layer, seen on the CPU: no value is read on the host, no tensor
+    # is made there, and nothing that it keeps changes place between two calls.
+    layer = make(torch.bfloat16, scheme="w4a8-g32-r8" if kind == "smoothed" else kind)[1]
+    if kind == "smoothed":
+        layer.smooth = torch.rand(192).bfloat16() + 0.5
+    x = torch.randn(4, 192).bfloat16()
+    layer(x)
+    kept = {n: v.data_ptr() for n, v in vars(layer).items() if isinstance(v, torch.Tensor)}
+    kept |= {n: v.data_ptr() for n, v in layer.named_buffers()}
+    runs = []
+    for rows in (x, 100 * x, torch.zeros_like(x)):
+        with Seen() as seen:
+            layer(rows)
+        runs.append(seen.names)
+    assert runs[0] == runs[1] == runs[2]
+    host = ("_local_scalar_dense", "is_nonzero", "nonzero", "lift_fresh", "scalar_tensor", "equal")
+    assert not [name for name in runs[0] if name.partition("::")[2].split(".")[0] in host]
+    now = {n: v.data_ptr() for n, v in vars(layer).items() if isinstance(v, torch.Tensor)}
+    assert now | {n: v.data_ptr() for n, v in layer.named_buffers()} == kept
 
 
 def test_a_row_that_is_not_finite_stays_visible(scheme):
