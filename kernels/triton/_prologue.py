@@ -19,12 +19,17 @@ def smooth_columns(x, smooth_ptr, at, mask):
 
 
 @triton.jit
+def _butterflies(x, SIZE: tl.constexpr, D: tl.constexpr):
+    """Return a + b and a - b of values a and b that are D apart."""
+    a, b = tl.split(tl.permute(x.reshape(SIZE // (2 * D), 2, D), (0, 2, 1)))
+    return tl.permute(tl.join(a + b, a - b), (0, 2, 1)).reshape(SIZE)
+
+
+@triton.jit
 def rotate_blocks(x, SIZE: tl.constexpr, B: tl.constexpr):
     """Return SIZE values, in the order of their flat index, with every B of them rotated."""
     x = x.reshape(SIZE)
     for stage in tl.static_range(8):
         if (2 << stage) <= B:
-            D: tl.constexpr = 1 << stage
-            a, b = tl.split(tl.permute(x.reshape(SIZE // (2 * D), 2, D), (0, 2, 1)))
-            x = tl.permute(tl.join(a + b, a - b), (0, 2, 1)).reshape(SIZE)
+            x = _butterflies(x, SIZE, 1 << stage)
     return x * B**-0.5

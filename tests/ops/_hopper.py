@@ -25,6 +25,7 @@ from fewstep.kernels import (
     norm_quantize_int8,
     quantize_fp8,
     quantize_int4,
+    quantize_int8,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -48,6 +49,7 @@ KERNELS = {
     gemm_w4a16: ["_gemm_w4a16_kernel", "_gemv_w4a16_kernel"],
     quantize_int4: ["_quantize_int4_kernel"],
     quantize_fp8: ["_quantize_fp8_kernel"],
+    quantize_int8: ["_quantize_int8_kernel"],
     norm_quantize_int8: ["_norm_quantize_int8_kernel"],
 }
 
@@ -216,11 +218,18 @@ def product(module, M, group=64, dtype=torch.bfloat16, R=32):
     return launches(lambda: launch(*left, *w, new(N), *branch, new(M, N)))
 
 
-def quantize_blocks(size, dtype):
+def quantize_rows(rotate):
+    """Return the launches of the int8 quantisation of rows, smoothed and rotated."""
+    x = torch.empty((4096, 3072), dtype=torch.bfloat16, device="meta")
+    q, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(4096).float()
+    return launches(lambda: quantize_int8.launch_quantize_int8(x, x[0], rotate, q, scale))
+
+
+def quantize_blocks(size, dtype, rotate=0):
     """Return the launches of the e4m3 quantisation of rows, in blocks of `size`."""
     x = torch.empty((4096, 3072), dtype=dtype, device="meta")
     q, scale = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((4096, 3072 // size)).float()
-    return launches(lambda: quantize_fp8.launch_quantize_fp8(x, None, 0, q, scale, size))
+    return launches(lambda: quantize_fp8.launch_quantize_fp8(x, x[0], rotate, q, scale, size))
 
 
 def quantize(group, dtype):
@@ -230,7 +239,7 @@ def quantize(group, dtype):
     return launches(lambda: quantize_int4.launch_quantize_int4(w, 0, q, scale.bfloat16()))
 
 
-def norm_quantize(columns, whole=True):
+def norm_quantize(columns, whole=True, rotate=0):
     """Return the launches of a modulated norm in int8, `whole` with all its operands."""
     x = torch.empty((2, 1024, columns), dtype=torch.bfloat16, device="meta")
     row, table = (
@@ -240,7 +249,7 @@ def norm_quantize(columns, whole=True):
     out = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1]).float()
     return launches(
         lambda: norm_quantize_int8.launch_norm_quantize_int8(
-            x, row, row, modulation, modulation, *out, True, 1e-6
+            x, row, row, modulation, modulation, row, rotate, *out, True, 1e-6
         )
     )
 
@@ -307,8 +316,13 @@ VARIANTS = {
     "quantize_int4 128": lambda: quantize(128, torch.bfloat16),
     "norm_quantize_int8 1152": lambda: norm_quantize(1152),
     "norm_quantize_int8 5120": lambda: norm_quantize(5120),
+    "norm_quantize_int8 3072 rotated": lambda: norm_quantize(3072, rotate=256),
     "norm_quantize_int8 16384 alone": lambda: norm_quantize(16384, whole=False),
+    "quantize_int8": lambda: quantize_rows(0),
+    "quantize_int8 rotated": lambda: quantize_rows(256),
     "quantize_fp8 row": lambda: quantize_blocks(3072, torch.bfloat16),
+    "quantize_fp8 row rotated": lambda: quantize_blocks(3072, torch.bfloat16, 256),
+    "quantize_fp8 128 rotated": lambda: quantize_blocks(128, torch.bfloat16, 128),
     "quantize_fp8 128": lambda: quantize_blocks(128, torch.float32),
 }
 # Tiles of few rows do without warpgroups; a product that keeps float32's accuracy without either.
