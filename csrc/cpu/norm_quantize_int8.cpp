@@ -9,17 +9,22 @@
 #include "fewstep/check.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/norm_task.h"
+#include "fewstep/cpu/prologue.h"
 #include "fewstep/cpu/quantize_row.h"
 
 namespace fewstep::cpu {
 namespace {
 
-// Where the rows of a task go; `quantize` fills one and returns its scale.
+// Where the rows of a task go, and what fills one and returns its scale: at once, or of floats from
+// what comes before (prologue.h).
 template <typename T>
 struct NormQuantizeTask {
     std::int8_t* q;  // [count, columns]
     float* scale;    // [count]
     quantize::RowFunction<T> quantize;
+    quantize::RowFunction<float> quantize_prepared;
+    const prologue::Prologue<T>* prepare;
+    float* prepared;  // [columns], scratch
 };
 
 }  // namespace
@@ -45,7 +50,9 @@ Kernel<T> choose_kernel() {
 }
 
 struct Arguments {
-    const TensorView &x, *weight, *bias, *scale, *shift, &q, &q_scale;
+    const TensorView &x, *weight, *bias, *scale, *shift, *smooth;
+    std::int64_t rotate;
+    const TensorView &q, &q_scale;
     bool centred;
     double eps;
 };
@@ -55,40 +62,45 @@ void run(const Arguments& a) {
     const std::int64_t batch = a.x.size(0), rows = a.x.size(1), columns = a.x.size(2);
     const Kernel<T> kernel = choose_kernel<T>();
     const auto quantize = quantize::choose_row<T>();
-    const std::int64_t workspace_size = NormWorkspace<float>::kRows * pad_up(columns);
+    const auto quantize_prepared = quantize::choose_row<float>();
+    const prologue::Prologue<T> prepare(a.smooth, a.rotate, columns);
+    const std::int64_t row_size = pad_up(columns);
+    const std::int64_t workspace_size = NormWorkspace<float>::kRows * row_size;
+    const std::int64_t normed_size = kNormBlock * row_size;  // of T, which is no longer than float
     const std::vector<T> zeros(columns);
-    for_each_task<float>(
-        batch, rows, workspace_size + kNormBlock * pad_up(columns), [&](auto base) {
-            const NormWorkspace<float> workspace(base, columns, a.weight, a.bias);
-            T* const normed = reinterpret_cast<T*>(base + workspace_size);
-            return [&, workspace, normed](std::int64_t b, std::int64_t first, std::int64_t count) {
-                const Rows<const T> absent{zeros.data(), 0};
-                const NormTask<T> task{rows_of<const T>(&a.x, b, first),
-                                       absent,
-                                       rows_or(a.scale, b, first, zeros.data()),
-                                       rows_or(a.shift, b, first, zeros.data()),
-                                       absent,
-                                       absent,
-                                       Rows<T>{normed, pad_up(columns)},
-                                       {},
-                                       nullptr,
-                                       count,
-                                       columns,
-                                       a.centred,
-                                       a.eps};
-                const std::int64_t row = b * rows + first;
-                kernel(task, workspace,
-                       {a.q.ptr<std::int8_t>() + row * columns, a.q_scale.ptr<float>() + row,
-                        quantize});
-            };
-        });
+    const std::int64_t scratch_size = workspace_size + normed_size + row_size;
+    for_each_task<float>(batch, rows, scratch_size, [&](float* base) {
+        const NormWorkspace<float> workspace(base, columns, a.weight, a.bias);
+        float* const normed = base + workspace_size;
+        return [&, workspace, normed](std::int64_t b, std::int64_t first, std::int64_t count) {
+            const Rows<const T> absent{zeros.data(), 0};
+            const NormTask<T> task{rows_of<const T>(&a.x, b, first),
+                                   absent,
+                                   rows_or(a.scale, b, first, zeros.data()),
+                                   rows_or(a.shift, b, first, zeros.data()),
+                                   absent,
+                                   absent,
+                                   Rows<T>{reinterpret_cast<T*>(normed), row_size},
+                                   {},
+                                   nullptr,
+                                   count,
+                                   columns,
+                                   a.centred,
+                                   a.eps};
+            const std::int64_t row = b * rows + first;
+            kernel(task, workspace,
+                   {a.q.ptr<std::int8_t>() + row * columns, a.q_scale.ptr<float>() + row, quantize,
+                    quantize_prepared, &prepare, normed + normed_size});
+        };
+    });
 }
 
 }  // namespace
 
 void norm_quantize_int8(const TensorView& x, const TensorView* weight, const TensorView* bias,
-                        const TensorView* scale, const TensorView* shift, const TensorView& q,
-                        const TensorView& q_scale, bool centred, double eps) {
+                        const TensorView* scale, const TensorView* shift, const TensorView* smooth,
+                        std::int64_t rotate, const TensorView& q, const TensorView& q_scale,
+                        bool centred, double eps) {
     FEWSTEP_CHECK(x.ndim == 3, "x: expected 3 axes, got ", x.ndim);
     const std::int64_t batch = x.size(0), rows = x.size(1), columns = x.size(2);
     expect_rows(x, "x", x.dtype, {batch, rows, columns});
@@ -98,7 +110,8 @@ void norm_quantize_int8(const TensorView& x, const TensorView* weight, const Ten
     if (bias != nullptr) expect_contiguous(*bias, "bias", DType::kFloat32, {columns});
     expect_contiguous(q, "q", DType::kInt8, {batch, rows, columns});
     expect_contiguous(q_scale, "q_scale", DType::kFloat32, {batch, rows});
-    const Arguments arguments{x, weight, bias, scale, shift, q, q_scale, centred, eps};
+    const Arguments arguments{x,      weight, bias,    scale,   shift, smooth,
+                              rotate, q,      q_scale, centred, eps};
     switch (x.dtype) {
         case DType::kFloat32: return run<float>(arguments);
         case DType::kBFloat16: return run<bfloat16>(arguments);

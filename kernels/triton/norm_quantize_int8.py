@@ -1,10 +1,10 @@
 """norm_quantize_int8 in Triton: one program per BLOCK_R whole rows, held in registers.
 
     z = (norm(x) weight + bias) (1 + scale) + shift         rounded to x's dtype
-    q, q_scale as by quantize_int8 of z
+    q, q_scale as by quantize_int8 of z with smooth and rotate
 
 x, scale, shift [B, N, C] with unit stride in C, stride 0 where they are broadcast; weight, bias [C]
-fp32; q [B, N, C] int8 and q_scale [B, N] fp32 contiguous.
+fp32; smooth [C] floating; q [B, N, C] int8 and q_scale [B, N] fp32 contiguous.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ._common import narrow, present, strides_of
 from ._norm import normalise
+from ._prologue import rotate_blocks, smooth_columns
 from ._rows import load_tile
 from .quantize_int8 import round_to_int8, row_scales
 
@@ -29,6 +30,7 @@ def _norm_quantize_int8_kernel(
     bias_ptr,
     scale_ptr,
     shift_ptr,
+    smooth_ptr,
     q_ptr,
     q_scale_ptr,
     stride_xb,
@@ -48,6 +50,8 @@ def _norm_quantize_int8_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    B: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_C)
@@ -65,6 +69,10 @@ def _norm_quantize_int8_kernel(
     if HAS_SHIFT:
         z = z + load_tile(shift_ptr, stride_hb, stride_hn, b, n, cols, mask)
     z = narrow(z, x_ptr.dtype.element_ty).to(tl.float32)
+    if SMOOTH:
+        z = smooth_columns(z, smooth_ptr, cols[None, :], (cols < C)[None, :])
+    if B > 0:  # divides C and so BLOCK_C: a block's values are of one row
+        z = rotate_blocks(z, BLOCK_R * BLOCK_C, B).reshape(BLOCK_R, BLOCK_C)
 
     magnitude = tl.abs(z)
     # NaN compares false, so it counts with the infinities; maxima may drop it.
@@ -82,6 +90,8 @@ def launch_norm_quantize_int8(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    smooth: Tensor | None,
+    rotate: int,
     q: Tensor,
     q_scale: Tensor,
     centred: bool,
@@ -95,7 +105,7 @@ def launch_norm_quantize_int8(
     # No contraction: a quotient must be rounded before ROUND is added to it.
     _norm_quantize_int8_kernel[(triton.cdiv(rows, block_r),)](
         x,
-        *present(x, weight, bias, scale, shift),
+        *present(x, weight, bias, scale, shift, smooth),
         q,
         q_scale,
         *strides_of(2, x, scale, shift),
@@ -110,6 +120,8 @@ def launch_norm_quantize_int8(
         HAS_BIAS=bias is not None,
         HAS_SCALE=scale is not None,
         HAS_SHIFT=shift is not None,
+        SMOOTH=smooth is not None,
+        B=rotate,
         num_warps=min(max(block_c // 512, 4), 16),
         enable_fp_fusion=False,
     )

@@ -121,6 +121,33 @@ def test_eps_counts(kind, impl):
     assert (small > 10 * large).all()  # rows of size 2e-3: divided by 2e-3, or by 0.1
 
 
+PREPARED = [(96, True, 0), (96, False, 32), (256, True, 256), (640, True, 128), (48, False, 16)]
+
+
+@pytest.mark.parametrize(("columns", "smoothed", "rotate"), PREPARED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_smoothing_and_rotation_come_after_the_norm(columns, smoothed, rotate, dtype, impl):
+    """To the bit what quantize_int8 makes of the norm's output with the same arguments."""
+    x, options = inputs(2, 7, columns, dtype)
+    prologue = {"smooth": torch.rand(columns) + 0.1 if smoothed else None, "rotate": rotate}
+    got = ops.norm_quantize_int8(x, **options, **prologue, impl=impl)
+    if impl == "triton" and x.is_cuda:  # z may fall to the other side of a tie
+        want = ops.norm_quantize_int8(x, **options, **prologue, impl="reference")
+        torch.testing.assert_close(got[1], want[1], rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert ((got[0].int() - want[0].int()).abs() <= 2).all()
+        return
+    z = ops.norm_jvp(x, **options, impl=impl)[0]
+    want = ops.quantize_int8(z, **prologue, impl="reference")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert (got[0] != ops.norm_quantize_int8(x, **options, impl=impl)[0]).any()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_smoothing_and_rotation_in_every_instruction_set(isa, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CPU_ISA", isa)
+    test_smoothing_and_rotation_come_after_the_norm(96, True, 32, torch.bfloat16, "native")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_float32_parameters_of_a_16_bit_input(dtype, impl):
     x, options = inputs(2, 3, 40, dtype)
@@ -146,7 +173,8 @@ def test_writes_stay_inside(columns, kind):
     x, options = inputs(2, 5, columns)
     options |= {name: options[name].expand(x.shape) for name in ("scale", "shift")}
     q, q_scale = padded(torch.zeros(2, 5, columns, dtype=torch.int8)), padded(torch.zeros(2, 5))
-    _native.call("norm_quantize_int8", x, *options.values(), q, q_scale, kind == "layer", 1e-6)
+    outputs = (None, 0, q, q_scale)
+    _native.call("norm_quantize_int8", x, *options.values(), *outputs, kind == "layer", 1e-6)
     assert padding_intact(q)
     assert padding_intact(q_scale)
     want = ops.norm_quantize_int8(x, **options, kind=kind, impl="native")
@@ -211,7 +239,7 @@ def test_feeds_the_products():
 @pytest.mark.parametrize("impl", ["reference", "native"])
 def test_opcheck(impl, kind):
     x, options = inputs(2, 3, 8)
-    args = (x, *options.values(), kind == "layer", 1e-6, impl)
+    args = (x, *options.values(), torch.rand(8) + 0.1, 0, kind == "layer", 1e-6, impl)
     torch.library.opcheck(torch.ops.fewstep.norm_quantize_int8.default, args)
 
 
@@ -241,6 +269,12 @@ def test_bad_input_names_the_argument():
         ops.norm_quantize_int8(x, scale=torch.ones(3, 1, 8))
     with pytest.raises(ValueError, match=r"shift: expected the dtype of x"):
         ops.norm_quantize_int8(x, shift=options["shift"].half())
+    with pytest.raises(ValueError, match=r"smooth: expected floating \[8\]"):
+        ops.norm_quantize_int8(x, smooth=torch.ones(7))
+    with pytest.raises(
+        ValueError, match="rotate: expected a block that divides K = 8 of x, got 16"
+    ):
+        ops.norm_quantize_int8(x, rotate=16)
     with pytest.raises(TypeError, match="eps: expected a number"):
         ops.norm_quantize_int8(x, eps=torch.tensor(1e-6))
     with pytest.raises(ops.UnsupportedError, match="expected one of float32, bfloat16, float16"):

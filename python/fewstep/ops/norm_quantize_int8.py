@@ -14,9 +14,10 @@ This is what stands before the projections of an adaLN block whose layers multip
 read once and a quarter or half of it written, z never reaches memory. It is `quantize_int8` of the
 y of `norm_jvp` in the same dtype: to the bit in the reference and in native code, and within the
 float32 rounding of y in Triton on a GPU, which contracts products and sums differently in the two
-(its q then differs by at most one where z is next to a tie). Zero, tiny and non-finite rows are
-those of `quantize_int8`, what is None those of `norm_jvp`. There are no derivatives: q is an
-integer. Layout and error: docs/ops/norm_quantize_int8.md.
+(where z is next to a tie of its dtype it may round to the other side). Zero, tiny and non-finite
+rows are those of `quantize_int8`; so are `smooth` and `rotate`, which change what is quantised
+(`_prologue.py`). What is None is as in `norm_jvp`. There are no derivatives: q is an integer.
+Layout and error: docs/ops/norm_quantize_int8.md.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.norm_quantize_int8 import norm_quantize_int8 as _reference
-from ._expect import expect_number
+from ._expect import expect_number, expect_tensors
 from ._norm import NAMES, parameter, refuse_triton_rows, validate
+from ._prologue import expect_prologue
 from ._register import register
 from ._rows import KERNEL_DTYPES, acc_dtype, choose_split, fold, fold_broadcast
 from ._select import Implementation, refuse_native, select
 
 __all__ = ["norm_quantize_int8"]
+
+_OPERANDS = ("weight", "bias", "scale", "shift", "smooth", "rotate")
 
 
 def _new_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,6 +54,7 @@ def _run_kernel(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    smooth: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     q, q_scale = _new_outputs(x)
@@ -58,8 +63,10 @@ def _run_kernel(
         rows = fold(x, split)
         modulation = (fold_broadcast(v, x, split) for v in (scale, shift))
         parameters = (parameter(v, x) for v in (weight, bias))
+        smooth = None if smooth is None else smooth.contiguous()
+        rotate, *options = rest
         outputs = q.view(rows.shape), q_scale.view(rows.shape[:-1])
-        launch(rows, *parameters, *modulation, *outputs, *rest)
+        launch(rows, *parameters, *modulation, smooth, rotate, *outputs, *options)
     return q, q_scale
 
 
@@ -74,8 +81,8 @@ def _run_triton(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _run_reference(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *tensors, centred, eps = rest
-    named = dict(zip(("weight", "bias", "scale", "shift"), tensors, strict=True))
+    *operands, centred, eps = rest
+    named = dict(zip(_OPERANDS, operands, strict=True))
     q, q_scale = _reference(x, **named, kind="layer" if centred else "rms", eps=eps)
     return q.contiguous(), q_scale.contiguous()
 
@@ -97,8 +104,8 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 _op = register(
     "norm_quantize_int8",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, bool centred,"
-    " float eps, str impl) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? smooth,"
+    " int rotate, bool centred, float eps, str impl) -> (Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake,
 )
@@ -111,6 +118,8 @@ def norm_quantize_int8(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
     kind: str = "layer",
     eps: float = 1e-6,
     impl: str = "auto",
@@ -123,13 +132,15 @@ def norm_quantize_int8(
         bias: [C], likewise; None is zero.
         scale: broadcasts against x, as [C], [B, 1, C] or [B, N, C]; x's dtype; 1 is added to it.
         shift: likewise.
+        smooth: floating [C], positive: columns of z are divided by it before they are quantised.
+        rotate: 0, or 16, 32, 64, 128 or 256: every so many neighbours are rotated after that.
         kind: "layer" (subtracts the mean) or "rms".
         eps: added to the mean square.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        (q, q_scale): int8 [..., C] and float32 [...], the modulated norm close to
-        q * q_scale[..., None]; what `gemm_w8a8` and `gemm_w4a8` take as a and a_scale.
+        (q, q_scale): int8 [..., C] and float32 [...], the modulated norm (smoothed and rotated)
+        close to q * q_scale[..., None]; what `gemm_w8a8` and `gemm_w4a8` take as a and a_scale.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
@@ -139,9 +150,11 @@ def norm_quantize_int8(
     """
     given = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
     validate(x, dict.fromkeys(NAMES) | given, kind)
+    expect_tensors(smooth=smooth)
+    expect_prologue("x", x, smooth, rotate)
     expect_number("eps", eps)
     chosen = select("norm_quantize_int8", impl, IMPLEMENTATIONS, x)
-    q, q_scale = _op(x, weight, bias, scale, shift, kind == "layer", eps, chosen)
+    q, q_scale = _op(*(x, *given.values(), smooth, rotate), kind == "layer", eps, chosen)
     return q, q_scale
 
 
@@ -161,6 +174,7 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
                 return torch.randn(shape, generator=generator).to(device, dtype)
 
             options: dict[str, Any] = {"scale": draw(b, 1, c), "shift": draw(b, 1, c)}
-            for more in ({}, {"weight": draw(c), "bias": draw(c)}):
+            prepared = {"smooth": draw(c).abs() + 0.1, "rotate": 128 if c % 128 == 0 else 0}
+            for more in ({}, {"weight": draw(c), "bias": draw(c)}, prepared):
                 cases.append(((draw(b, n, c),), options | more | {"kind": kind}, bound))
     return cases

@@ -16,7 +16,9 @@ from .norm_jvp import norm_jvp
 from .quantize_int8 import quantize_int8
 
 
-def norm_quantize_int8(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def norm_quantize_int8(
+    x: Tensor, *, smooth: Tensor | None = None, rotate: int = 0, **options: Any
+) -> tuple[Tensor, ...]:
     """Return (q, q_scale); `options` are weight, bias, scale, shift, kind and eps."""
     z = norm_jvp(x, **options)[0]
-    return quantize_int8(z.to(x.dtype))
+    return quantize_int8(z.to(x.dtype), smooth=smooth, rotate=rotate)

@@ -13,7 +13,13 @@ struct QuantizeNorm {
     void at(std::int64_t row) const {
         norm_block<T, false, kRows>(x, w, row, x.y);
         for (int k = 0; k < kRows; ++k) {
-            to.scale[row + k] = to.quantize(x.y[k], to.q + (row + k) * x.columns, x.columns);
+            std::int8_t* const q = to.q + (row + k) * x.columns;
+            if (to.prepare->active()) {
+                to.prepare->apply(x.y[k], to.prepared);
+                to.scale[row + k] = to.quantize_prepared(to.prepared, q, x.columns);
+            } else {
+                to.scale[row + k] = to.quantize(x.y[k], q, x.columns);
+            }
         }
     }
 };

@@ -3,12 +3,13 @@
 //   u = x - mean(x) if `centred` (LayerNorm), else x
 //   n = u (mean(u^2) + eps)^-1/2
 //   z = (n weight + bias) (1 + scale) + shift         rounded to x's type
-//   q, q_scale as by quantize_int8 of z
+//   q, q_scale as by quantize_int8 of z with smooth and rotate (quantize_int8.h)
 //
-// All but x may be absent (null): weight and 1 + scale are one then, the others zero. x, scale,
-// shift: [B, N, C], one of float32, bfloat16 and float16, unit stride in C; scale and shift may
-// have stride 0 in B and N. weight, bias: [C] float32; q: [B, N, C] int8 and q_scale: [B, N]
-// float32, all contiguous. z has the bits of norm_jvp's y, so q has those of quantize_int8 of it.
+// All but x may be absent (null): weight, 1 + scale and smooth are one then, the others zero. x,
+// scale, shift: [B, N, C], one of float32, bfloat16 and float16, unit stride in C; scale and shift
+// may have stride 0 in B and N. weight, bias: [C] float32; q: [B, N, C] int8 and q_scale: [B, N]
+// float32, smooth: [C] of a floating type, all contiguous. z has the bits of norm_jvp's y, so q has
+// those of quantize_int8 of it.
 #pragma once
 
 #include "fewstep/tensor.h"
@@ -17,8 +18,9 @@ namespace fewstep {
 
 namespace cpu {
 void norm_quantize_int8(const TensorView& x, const TensorView* weight, const TensorView* bias,
-                        const TensorView* scale, const TensorView* shift, const TensorView& q,
-                        const TensorView& q_scale, bool centred, double eps);
+                        const TensorView* scale, const TensorView* shift, const TensorView* smooth,
+                        std::int64_t rotate, const TensorView& q, const TensorView& q_scale,
+                        bool centred, double eps);
 }
 
 }  // namespace fewstep
