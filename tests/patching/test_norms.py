@@ -69,13 +69,47 @@ def test_share_has_the_bits_of_layers_that_quantise_alone(name, monkeypatch):
     assert torch.equal(shared, alone)
 
 
+@pytest.mark.parametrize("norms", ["share", "fuse"])
+def test_rotated_layers_share_their_rotation(norms):
+    pipe = build("flux")
+    options = {"skip": lambda name, layer: layer.in_features % 16 != 0}
+    with fewstep.quantize(denoiser(pipe), "w8a8-h16", **options):
+        alone = image_of(pipe)
+    with fewstep.quantize(denoiser(pipe), "w8a8-h16", **options, norms=norms):
+        assert len(fused(denoiser(pipe))) == COUNTS["flux"]
+        got = image_of(pipe)
+    if norms == "share":
+        assert torch.equal(got, alone)
+    assert (got - alone).norm() < 1e-3 * alone.norm()
+
+
+def test_layers_that_smooth_alike_share_it():
+    """One layer with factors of its own fuses; several do only with the same ones."""
+    model = denoiser(build("flux"))
+    block = model.transformer_blocks[0]
+    x, row = torch.randn(1, 9, 32), torch.randn(1, 1, 32)
+    with fewstep.quantize(model, "w8a8", norms="fuse"), torch.no_grad():
+        proj, factors = block.ff.net[0].proj, torch.rand(32) + 0.5
+        proj.smooth = factors
+        rows = block.norm2(x) * row + row
+        want = QuantizedRows.of(ops.norm_jvp(x, scale=row - 1, shift=row)[0], factors)
+        assert rows.smooth is factors
+        assert torch.equal(rows.q, want.q)
+        readers, norm = (block.attn.to_q, block.attn.to_k, block.attn.to_v), block.norm1.norm
+        for layer in readers:
+            layer.smooth = factors
+        assert isinstance(norm(x), DeferredNorm)
+        readers[1].smooth = factors.clone()
+        assert isinstance(norm(x), torch.Tensor)
+
+
 @pytest.mark.parametrize("name", sorted(COUNTS))
 def test_fuse_is_the_modulated_norm_in_one_op(name, monkeypatch):
     """To the bit what norm_jvp and quantize_int8 compute, one after the other."""
     pipe = build(name)
 
-    def unfused(x, **options):
-        return ops.quantize_int8(ops.norm_jvp(x, **options)[0])
+    def unfused(x, smooth, rotate, **options):
+        return ops.quantize_int8(ops.norm_jvp(x, **options)[0], smooth=smooth, rotate=rotate)
 
     plain = image_of(pipe)
     with fewstep.quantize(denoiser(pipe), "w8a8"):

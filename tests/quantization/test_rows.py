@@ -58,11 +58,17 @@ def test_layers_that_need_the_values_say_so(scheme, reason):
         make(scheme)(QuantizedRows.of(torch.randn(5, K)))
 
 
-def test_a_smoothing_layer_says_so():
-    layer = make("w8a8")
-    layer.smooth = torch.ones(K)
-    with pytest.raises(TypeError, match="because the layer smooths its input"):
-        layer(QuantizedRows.of(torch.randn(5, K)))
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-h16", "w4a8-h32"])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_rows_are_prepared_as_the_layer_prepares_them(scheme, smoothed):
+    layer, x = make(scheme), torch.randn(5, K)
+    layer.smooth = torch.rand(K) + 0.5 if smoothed else None
+    rows = QuantizedRows.of(x, layer.smooth, layer.rotate)
+    assert torch.equal(layer(rows), layer(x))
+    assert torch.equal(layer(rows.to(torch.float32)), layer(x))
+    for wrong in ((layer.smooth, 64), (torch.ones(K), layer.rotate)):
+        with pytest.raises(ValueError, match=r"x: expected rows quantised for w.a8.*, got factors"):
+            layer(QuantizedRows.of(x, *wrong))
 
 
 def test_the_width_is_checked():
@@ -75,11 +81,13 @@ def test_a_plain_layer_does_not_take_them():
         nn.Linear(K, N)(QuantizedRows.of(torch.randn(5, K)))
 
 
-def test_compiles_without_graph_break():
-    layer, x = make("w8a8"), torch.randn(5, K)
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_compiles_without_graph_break(smoothed):
+    layer, x = make("w8a8-h16"), torch.randn(5, K)
+    layer.smooth = torch.rand(K) + 0.5 if smoothed else None
 
     def shared(x):
-        rows = QuantizedRows.of(x)
+        rows = QuantizedRows.of(x, layer.smooth, layer.rotate)
         return layer(rows) + layer(rows.to(torch.float32))
 
     compiled = torch.compile(shared, fullgraph=True, backend="aot_eager")

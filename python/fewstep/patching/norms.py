@@ -17,8 +17,8 @@ old one's tensors.
 
 Which layers read which norm is in `_PLACES`, for blocks that the tests run. Before every call a
 norm looks at the layers as they are then, and computes what the block wants as ever while one of
-them needs z itself (a low-rank branch, a LoRA, smoothing, a hook, an attention processor that is
-not known), while anything is differentiated, and under autocast.
+them needs z itself (a low-rank branch, a LoRA, a hook, an attention processor that is not known),
+while they smooth by different factors, while anything is differentiated, and under autocast.
 """
 
 from __future__ import annotations
@@ -155,10 +155,19 @@ class _Readers(NamedTuple):
         for path in self.place.attentions:
             if (reason := _refuse_attention(path, _at(self.block, path))) is not None:
                 return reason
+        smooth, rotate = self.prologue()
         for path in self.place.layers:
-            if (reason := _refuse_layer(path, _at(self.block, path))) is not None:
+            layer = _at(self.block, path)
+            if (reason := _refuse_layer(path, layer)) is not None:
                 return reason
+            if layer.rotate != rotate or layer.smooth is not smooth:
+                return "its layers differ in what they smooth or rotate by"
         return None
+
+    def prologue(self) -> tuple[Tensor | None, int]:
+        """Return the smoothing factors and the rotation of the first layer."""
+        layer = _at(self.block, self.place.layers[0])
+        return getattr(layer, "smooth", None), getattr(layer, "rotate", 0)
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
@@ -196,6 +205,7 @@ class QuantizingNorm(nn.LayerNorm):
         self, x: Tensor, factor: Tensor | None = None, shift: Tensor | None = None
     ) -> QuantizedRows | Tensor:
         """Return norm(x) * factor + shift in int8, as a tensor where it is differentiated."""
+        smooth, rotate = self._readers.prologue()
         modulation = [v for v in (factor, shift) if v is not None]
         given = [*modulation, *(v for v in (self.weight, self.bias) if v is not None)]
         differentiated = _is_differentiated(x, *modulation)
@@ -204,14 +214,14 @@ class QuantizingNorm(nn.LayerNorm):
             # difference is exact, and the op's 1 + scale is that factor again.
             scale = None if factor is None else factor - 1
             options = {"weight": self.weight, "bias": self.bias, "eps": self.eps}
-            rows = ops.norm_quantize_int8(x, scale=scale, shift=shift, **options)
-            return QuantizedRows(*rows, x.dtype)
+            options |= {"scale": scale, "shift": shift, "smooth": smooth, "rotate": rotate}
+            return QuantizedRows(*ops.norm_quantize_int8(x, **options), x.dtype, smooth, rotate)
         z = self._readers.plain(self, x)
         if factor is not None:
             z = z * factor
         if shift is not None:
             z = z + shift
-        return z if differentiated else QuantizedRows.of(z)
+        return z if differentiated else QuantizedRows.of(z, smooth, rotate)
 
 
 class DeferredNorm:

@@ -305,17 +305,23 @@ class QuantLinear(nn.Linear):
             raise TypeError(f"x: expected a tensor, because the layer {reason}, got QuantizedRows")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
+        if x.rotate != self.rotate or x.smooth is not self.smooth:
+            got = "none" if x.smooth is None else "others"
+            raise ValueError(
+                f"x: expected rows quantised for {self.scheme}, with its smoothing factors and "
+                f"rotation, got factors: {got}, rotation: {x.rotate}"
+            )
         return self._multiply(x, self._current_pack(x), {})
+
+    def _activations(self, x: Tensor | QuantizedRows) -> dict[str, Any]:
+        """Return x as the products with 8-bit activations take it."""
+        if isinstance(x, QuantizedRows):
+            return {"a": x.q, "a_scale": x.scale, "out_dtype": x.dtype}
+        return {"a": x, "a_scale": None, "smooth": self.smooth, "rotate": self.rotate}
 
     def refuse_rows(self) -> str | None:
         """Return why `forward` needs its input as it is and takes no `QuantizedRows`, or None."""
-        if self.down is not None:
-            return "has a low-rank branch"
-        if self.smooth is not None:
-            return "smooths its input"
-        if self.rotate:
-            return "rotates its input"
-        return None
+        return None if self.down is None else "has a low-rank branch"
 
     def reset_parameters(self) -> None:
         """Refuse: there is no weight to initialise."""
@@ -447,10 +453,8 @@ class W8A8Linear(QuantLinear):
     def _multiply(
         self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
     ) -> Tensor:
-        a, a_scale, dtype = _activations(x)
-        weight = (self.quantized, self.weight_scale)
-        given = {"bias": self.bias, "smooth": self.smooth, "rotate": self.rotate} | branch
-        return ops.gemm_w8a8(a, a_scale, *weight, packed=packed, **given, out_dtype=dtype)
+        given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
+        return ops.gemm_w8a8(**self._activations(x), **given, packed=packed, **branch)
 
     def _pack_weight(self) -> Tensor | None:
         return pack_w8(self.quantized)
@@ -505,10 +509,8 @@ class W4A8Linear(_Int4Linear):
     def _multiply(
         self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
     ) -> Tensor:
-        a, a_scale, dtype = _activations(x)
-        weight = (self.quantized, self.weight_scale)
-        given = {"bias": self.bias, "smooth": self.smooth, "rotate": self.rotate} | branch
-        return ops.gemm_w4a8(a, a_scale, *weight, packed=packed, **given, out_dtype=dtype)
+        given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
+        return ops.gemm_w4a8(**self._activations(x), **given, packed=packed, **branch)
 
     def _pack_weight(self) -> Tensor | None:
         return pack_w4(self.quantized, self.weight_scale)
@@ -547,11 +549,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
-
-
-def _activations(x: Tensor | QuantizedRows) -> tuple[Tensor, Tensor | None, torch.dtype]:
-    """Return a, a_scale and out_dtype of a product with 8-bit activations."""
-    return (x.q, x.scale, x.dtype) if isinstance(x, QuantizedRows) else (x, None, x.dtype)
 
 
 def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
