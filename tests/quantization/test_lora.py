@@ -278,13 +278,15 @@ def test_float32_factors_under_16_bits():
 
 
 @torch.no_grad()
-def test_a_smoothed_layer_projects_x_as_it_is():
-    layer = make("w4a8-g32-r8").first
+@pytest.mark.parametrize("scheme", ["w4a8-g32-r8", "w8a8-h64", "w4a8-g32-r8-h64"])
+def test_a_smoothed_or_rotated_layer_projects_x_as_it_is(scheme):
+    layer = make(scheme).first
     quantised = layer.base_layer
     quantised.smooth = torch.rand(K) + 0.5
     x = torch.randn(5, K)
     want = peft_way(layer, x)
     assert (layer(x) - want).norm() < 1e-6 * want.norm()
+    assert len(calls(layer, x).products()) == len(calls(quantised, x).products())
 
 
 @torch.no_grad()
