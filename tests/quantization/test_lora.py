@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.quantization import quantize
+from fewstep.quantization import Scheme, quantize
+from fewstep.quantization.linear import LAYERS
 
 peft = pytest.importorskip("peft")
 from peft.tuners import lora  # noqa: E402
@@ -337,6 +338,25 @@ def test_compiled_training():
     want = torch.autograd.grad(layer(x).square().sum(), factors)
     got = torch.autograd.grad(compiled(x).square().sum(), factors)
     assert all((a - b).norm() < 1e-5 * b.norm() for a, b in zip(got, want, strict=True))
+
+
+def test_loading_does_not_compute_weights(scheme, monkeypatch):
+    computed, layer_type = [], LAYERS[Scheme.parse(scheme).kind]
+    inner = layer_type.dequantize_weight
+
+    def dequantize(quantized, scale):
+        computed.append(quantized)
+        return inner(quantized, scale)
+
+    model = make(scheme, torch.bfloat16)
+    monkeypatch.setattr(layer_type, "dequantize_weight", staticmethod(dequantize))
+    peft.inject_adapter_in_model(config(), model, "two")
+    fresh = model_of(model.first.base_layer)
+    peft.inject_adapter_in_model(config(), fresh, "one")
+    assert len(computed) <= 2
+    assert fresh.first.lora_A["one"].weight.dtype == torch.bfloat16
+    assert fresh.first.weight.dtype == torch.bfloat16
+    assert fresh.first.weight.shape == (N, K)
 
 
 def test_only_pefts_linear_around_a_quantised_layer_changes():

@@ -238,6 +238,11 @@ class QuantLinear(nn.Linear):
         return self._buffers[self.storage]
 
     @property
+    def qweight(self) -> Tensor:
+        """`quantized`, by the name by which peft asks where a layer is: `weight` is computed."""
+        return self.quantized
+
+    @property
     def scheme(self) -> Scheme:
         """How this layer is quantised."""
         rank = 0 if self.down is None else self.down.shape[0]

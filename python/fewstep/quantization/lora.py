@@ -48,6 +48,14 @@ class Linear(lora.Linear):
             return super().forward(x)
         return self.base_layer(x, join=partial(self._join, names))
 
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, and not its `qweight`, which peft's own would return."""
+        return self.base_layer.weight
+
+    def _get_base_layer_device_and_dtype(self, base_layer: QuantLinear) -> tuple[Any, Any]:
+        return base_layer.quantized.device, base_layer.weight_dtype  # without computing a weight
+
     def _counts(self, name: str) -> bool:
         """Return whether an adapter is here and not switched off by its weight."""
         if name not in self.lora_A:
