@@ -44,6 +44,17 @@ inline Isa isa() {
     return wanted < best ? wanted : best;
 }
 
+// Whether there are also dot products of bfloat16, which FEWSTEP_CPU_ISA=avx512 leaves out.
+inline bool has_bf16_dots() {
+#if defined(__x86_64__)
+    const char* wish = std::getenv("FEWSTEP_CPU_ISA");
+    return (wish == nullptr || *wish == '\0') && isa() == Isa::kAvx512 &&
+           __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 inline const char* name(Isa isa) {
     switch (isa) {
         case Isa::kAvx512: return "avx512_vnni";

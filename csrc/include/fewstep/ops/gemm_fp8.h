@@ -1,0 +1,24 @@
+// gemm_fp8: e4m3 x e4m3 product with float32 sums, scaled per row and per column.
+//
+//   acc_mn = sum_k a_mk w_nk                              every product exact, float32 sums
+//   out_mn = fma(acc_mn * a_scale_m, w_scale_n, bias_n)   with bias
+//   out_mn = (acc_mn * a_scale_m) * w_scale_n             without
+//   out_mn = fma(low_mr, up_nr, out_mn), r = 0, 1, ...    with a low-rank branch
+//
+// float32, rounded once to out's dtype at the end. a [M, K] uint8, the bits, unit stride in K;
+// a_scale [M], w_scale [N] float32 and bias [N] floating, contiguous; w [N, K] uint8, the bits,
+// unit stride in K; low [M, R] and up [N, R] float32, bfloat16 or float16, contiguous, both or
+// neither; out [M, N] float32, bfloat16 or float16, contiguous. Or a is floating and a_scale null:
+// its rows are quantised first, to the bit as by quantize_fp8.
+//
+// The sums are taken in order of k by pairs, the odd one of a pair first, one rounding each: the
+// same bits on every instruction set.
+#pragma once
+
+#include "fewstep/tensor.h"
+
+namespace fewstep::cpu {
+void gemm_fp8(const TensorView& a, const TensorView* a_scale, const TensorView& w,
+              const TensorView& w_scale, const TensorView* bias, const TensorView* low,
+              const TensorView* up, const TensorView& out);
+}
