@@ -31,6 +31,32 @@ def find_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.cons
 
 
 @triton.jit
+def widen_e4m3(q):
+    """Return the float16 that e4m3 bits stand for; it holds all of them."""
+    bits = q.to(tl.int16)
+    magnitude = bits & 0x7F
+    # The exponents' biases differ by 8, and a subnormal is one in both.
+    value = (magnitude << 7).to(tl.float16, bitcast=True) * 256.0
+    value = tl.where(magnitude == 0x7F, float("nan"), value).to(tl.float16)
+    signed = value.to(tl.int16, bitcast=True) | ((bits & 0x80) << 8)
+    return signed.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def dot_e4m3(a, w, acc, NATIVE: tl.constexpr):
+    """Return acc + a @ w in float32, on the bits of e4m3 operands, at least 128 of K at a time.
+
+    Hopper adds in its tensor cores with fewer bits than float32 has, so what 128 products sum to is
+    added to acc outside of them. Machines without such products multiply in float16.
+    """
+    if NATIVE:
+        a8, w8 = a.to(tl.float8e4nv, bitcast=True), w.to(tl.float8e4nv, bitcast=True)
+        return tl.dot(a8, w8, acc, max_num_imprecise_acc=128)
+    else:
+        return dot(widen_e4m3(a), widen_e4m3(w), acc)
+
+
+@triton.jit
 def add_branch(acc, left_ptr, lines_i, right_ptr, lines_j, R, BLOCK_R: tl.constexpr):
     """Return acc_ij + sum_r left_ir right_jr in float32; both matrices have R columns, no gaps.
 

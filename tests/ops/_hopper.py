@@ -19,6 +19,7 @@ from fewstep.kernels import (
     _attention,
     attention_jvp,
     attention_jvp_backward,
+    gemm_fp8,
     gemm_w4a8,
     gemm_w4a16,
     gemm_w8a8,
@@ -210,8 +211,9 @@ def product(module, M, group=64, dtype=torch.bfloat16, R=32):
 
     a, scale = new(M, K, dtype=torch.int8), new(M, dtype=torch.float32)
     w = new(N, K // 2, dtype=torch.uint8), new(N, K // group, dtype=torch.bfloat16)
-    if module is gemm_w8a8:
-        w = new(N, K, dtype=torch.int8), new(N, dtype=torch.float32)
+    if module in (gemm_w8a8, gemm_fp8):
+        a = new(M, K, dtype=torch.uint8) if module is gemm_fp8 else a
+        w = new(N, K, dtype=a.dtype), new(N, dtype=torch.float32)
     left = (new(M, K),) if module is gemm_w4a16 else (a, scale)
     branch = (new(M, R), new(N, R)) if R else (None, None)
     launch = getattr(module, "launch_" + module.__name__.rpartition(".")[2])
@@ -296,6 +298,10 @@ VARIANTS = {
     "gemm_w8a8 4096": lambda: product(gemm_w8a8, 4096),
     "gemm_w8a8 4096 float32": lambda: product(gemm_w8a8, 4096, dtype=torch.float32),
     "gemm_w8a8 4096 alone": lambda: product(gemm_w8a8, 4096, R=0),
+    "gemm_fp8 16": lambda: product(gemm_fp8, 16),
+    "gemm_fp8 4096": lambda: product(gemm_fp8, 4096),
+    "gemm_fp8 4096 float32": lambda: product(gemm_fp8, 4096, dtype=torch.float32),
+    "gemm_fp8 4096 alone": lambda: product(gemm_fp8, 4096, R=0),
     "gemm_w4a8 16": lambda: product(gemm_w4a8, 16),
     "gemm_w4a8 64 group 128": lambda: product(gemm_w4a8, 64, group=128),
     "gemm_w4a8 512": lambda: product(gemm_w4a8, 512),
