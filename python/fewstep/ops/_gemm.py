@@ -46,18 +46,34 @@ from ._derived import is_stale
 from ._epilogue import FLOATS, activate, expect_epilogue, finish, gate_rows, width
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton
+from .quantize_fp8 import run_triton as quantize_fp8
 from .quantize_int8 import run_native as quantize_native
 from .quantize_int8 import run_reference as quantize_reference
 from .quantize_int8 import run_triton as quantize_triton
 
 MAX_K = 1 << 17
-INPUTS = (torch.int8, *FLOATS)
 SCHEMA = (
     "(Tensor a, Tensor? a_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? packed,"
     " Tensor? smooth, int rotate, Tensor? down, Tensor? up, Tensor? low, str? activation,"
     " Tensor? gate, Tensor? residual, ScalarType out_dtype, str impl) -> Tensor"
 )
 SCHEMA_INT8 = SCHEMA.replace("-> Tensor", "-> (Tensor, Tensor)")
+
+
+class Format(NamedTuple):
+    """What activations are in 8 bits: their dtype, and how rows become it on GPUs."""
+
+    dtype: torch.dtype
+    quantize: Callable[..., tuple[Tensor, ...]]  # x, smooth, rotate -> values, scales
+
+
+INT8 = Format(torch.int8, quantize_triton)
+E4M3 = Format(torch.float8_e4m3fn, lambda x, *first: quantize_fp8(x, None, *first))
+
+
+def bits(x: Tensor) -> Tensor:
+    """Return e4m3 values as bytes, which is how kernels take them; other tensors as they are."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 class Operands(NamedTuple):
@@ -90,7 +106,7 @@ class Operands(NamedTuple):
 
     def flat(self) -> tuple[Tensor, Tensor | None]:
         """Return a as [M, K] and a_scale as [M]."""
-        a, a_scale = self.a, self.a_scale
+        a, a_scale = bits(self.a), self.a_scale
         if len(a.shape) == 2:  # saves calls, which are dear once the caches are full of matrices
             return unit_stride(a), contiguous(a_scale)
         if a_scale is not None:
@@ -186,18 +202,21 @@ def expect_branch(
     R, device = up.shape[1], x.device
     expect("up", up, (N, R), FLOATS, device)
     expect("low", low, (*x.shape[:-1], R), FLOATS, device)
-    if down is not None and not x.is_floating_point():
+    if down is not None and x.dtype not in FLOATS:
         raise ValueError(f"down: expected low instead, because a is {x.dtype}, got down")
     expect("down", down, (R, x.shape[-1]), (x.dtype,), device)
 
 
 def expect_operands(
-    p: Operands, weight_shape: tuple[int, ...], packed_shape: tuple[int, ...]
+    p: Operands,
+    weight_shape: tuple[int, ...],
+    packed_shape: tuple[int, ...] = (),
+    form: Format = INT8,
 ) -> None:
     """Check everything but w itself: its op does."""
     a, a_scale, w, bias, packed = p.a, p.a_scale, p.w, p.bias, p.packed
-    if not a.shape or a.dtype not in (FLOATS if a_scale is None else (torch.int8,)):
-        wanted = "floating" if a_scale is None else "torch.int8"
+    if not a.shape or a.dtype not in (FLOATS if a_scale is None else (form.dtype,)):
+        wanted = "floating" if a_scale is None else form.dtype
         raise ValueError(f"a: expected {wanted} [..., M, K], got {a.dtype} {list(a.shape)}")
     (*rows, K), N, device = a.shape, w.shape[0], a.device
     expect("w", w, weight_shape, (w.dtype,), device)
@@ -211,7 +230,7 @@ def expect_operands(
         raise ValueError(f"{name}: expected none, because a is quantised already, got one")
     expect_branch(a, N, p.down, p.up, p.low)
     expect_epilogue(tuple(rows), N, device, p.activation, p.gate, p.residual)
-    if K >= MAX_K:
+    if form is INT8 and K >= MAX_K:
         raise ValueError(f"a: expected K below {MAX_K} for exact int32 sums, got {K}")
     if p.out_dtype not in FLOATS:
         raise ValueError(
@@ -222,9 +241,9 @@ def expect_operands(
 def rounding_dtype(a: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype that outputs are rounded to, before int8 ones are quantised."""
     if out_dtype == torch.int8:
-        return a.dtype if a.is_floating_point() else torch.bfloat16
+        return a.dtype if a.dtype in FLOATS else torch.bfloat16
     if out_dtype is None:
-        return a.dtype if a.is_floating_point() else torch.float32
+        return a.dtype if a.dtype in FLOATS else torch.float32
     return out_dtype
 
 
@@ -255,11 +274,11 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
     constant = [i for i, name in enumerate(order) if name not in known]
     rowwise = ("x", "a_scale", "low", "gate", "residual")
 
-    def refuse(given: Any) -> None:
-        for i in constant:
+    def refuse(given: Any, x: Tensor) -> None:
+        for i in constant if x.dtype in FLOATS else (0, *constant):
             if given[i]:
                 raise DerivativeError(
-                    f"{order[i]}: expected a constant, got one that requires grad or carries a "
+                    f"{names.split()[i]}: expected a constant, got one that requires grad or carries a "
                     "tangent, which would be lost: a quantised operand has no derivative"
                 )
 
@@ -281,7 +300,7 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
         return op()(*args).float()
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        refuse(ctx.needs_input_grad)
+        refuse(ctx.needs_input_grad, inputs[0])
         tensors = [x if isinstance(x, Tensor) else None for x in inputs]
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*tensors)
@@ -338,7 +357,7 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
         return gradients
 
     def jvp(ctx: Any, saved: Any, *tangents: Any) -> Tensor:
-        refuse([t is not None for t in tangents])
+        refuse([t is not None for t in tangents], saved[0])
         p, t = linear(saved), linear(tangents)
         terms = []
         if t.x is not None:
@@ -397,9 +416,10 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
     return Derivative(setup, backward, vmap, jvp)
 
 
-def register_int8_product(
+def register_product(
     name: str,
     *,
+    form: Format = INT8,
     reference: Callable[..., Tensor],
     pack: Callable[[Operands], Tensor],
     launcher: Callable[[], Callable[..., None]],
@@ -412,6 +432,7 @@ def register_int8_product(
 
     Args:
         name: of the op and of its native kernel.
+        form: of the 8-bit activations.
         reference: the formula, with the public function's arguments.
         pack: the weight as the CPU kernel reads it, where the call brings none.
         launcher: imports and returns the Triton kernel's launch function.
@@ -453,9 +474,9 @@ def register_int8_product(
         if out.numel():
             branch = p.branch()
             if p.a_scale is None:
-                a, a_scale = quantize_triton(p.a, p.smooth, p.rotate)
+                a, a_scale = form.quantize(p.a, p.smooth, p.rotate)
                 p = p._replace(a=a, a_scale=a_scale)
-            weight = (p.w.contiguous(), p.w_scale.contiguous(), contiguous(p.bias))
+            weight = (bits(p.w.contiguous()), p.w_scale.contiguous(), contiguous(p.bias))
             launcher()(*p.flat(), *weight, *branch, matrix(out))
         return out
 
@@ -472,9 +493,10 @@ def register_int8_product(
         W = _prologue.rotate_blocks(weight(p), p.rotate)
         return W if p.smooth is None else W / p.smooth.float()
 
+    inputs = (form.dtype, *FLOATS)
     ways = (
-        Implementation("native", run_native, lambda a, *_, **__: refuse_native(name, [a], INPUTS)),
-        Implementation("triton", run_triton, lambda a, *_, **__: refuse_triton([a], INPUTS)),
+        Implementation("native", run_native, lambda a, *_, **__: refuse_native(name, [a], inputs)),
+        Implementation("triton", run_triton, lambda a, *_, **__: refuse_triton([a], inputs)),
         Implementation("reference", run_reference, lambda *_, **__: None),
     )
     ways_int8 = (

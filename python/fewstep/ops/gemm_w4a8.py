@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..reference.gemm_w4a8 import fold_factors, fold_int4
 from ..reference.gemm_w4a8 import gemm_w4a8 as _reference
-from ._gemm import Operands, expect_operands, gate_layers, register_int8_product, rounding_dtype
+from ._gemm import Operands, expect_operands, gate_layers, register_product, rounding_dtype
 from ._select import select
 from .quantize_int4 import expect_int4, unpack_nibbles
 
@@ -86,7 +86,7 @@ def _weight(p: Operands) -> Tensor:
     return w8.float() * scale[:, None]
 
 
-IMPLEMENTATIONS, _op, _op_int8 = register_int8_product(
+IMPLEMENTATIONS, _op, _op_int8 = register_product(
     "gemm_w4a8",
     reference=_reference,
     pack=lambda p: pack_w4(p.w, p.w_scale),

@@ -39,7 +39,7 @@ from ._gemm import (
     expect,
     expect_operands,
     gate_layers,
-    register_int8_product,
+    register_product,
     rounding_dtype,
 )
 from ._select import select
@@ -87,7 +87,7 @@ def _launcher() -> Callable[..., None]:
     return launch_gemm_w8a8
 
 
-IMPLEMENTATIONS, _op, _op_int8 = register_int8_product(
+IMPLEMENTATIONS, _op, _op_int8 = register_product(
     "gemm_w8a8",
     reference=_reference,
     pack=lambda p: pack_w8(p.w),

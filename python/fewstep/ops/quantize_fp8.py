@@ -81,9 +81,10 @@ def _run_native(
     return outputs
 
 
-def _run_triton(
+def run_triton(
     x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, down: Tensor | None = None
 ) -> tuple[Tensor, ...]:
+    """Run the Triton kernel; low is torch's own product."""
     from ..kernels.quantize_fp8 import launch_quantize_fp8
 
     q, scale = _outputs(x, block, None)
@@ -100,7 +101,7 @@ IMPLEMENTATIONS = (
         _run_native,
         lambda x, **kwargs: refuse_native("quantize_fp8", [x], _KERNEL_DTYPES),
     ),
-    Implementation("triton", _run_triton, lambda x, **kwargs: refuse_triton([x], _KERNEL_DTYPES)),
+    Implementation("triton", run_triton, lambda x, **kwargs: refuse_triton([x], _KERNEL_DTYPES)),
     Implementation("reference", _run_reference, lambda x, **kwargs: None),
 )
 

@@ -1,0 +1,154 @@
+"""e4m3 x e4m3 product with float32 sums, scaled per row and per column.
+
+    acc_mn = sum_k a_mk w_nk                                  products exact, sums in float32
+    y_mn   = acc_mn * a_scale_m * w_scale_n + bias_n + sum_r low_mr up_nr
+    out    = residual + gate * activation(y)                  rounded once to out_dtype
+
+a        [..., M, K]  float8_e4m3fn    a_scale  [..., M]  float32
+w        [N, K]       float8_e4m3fn    w_scale  [N]       float32
+bias     [N]          float32, bfloat16 or float16
+out      [..., M, N]  float32, bfloat16 or float16
+down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
+activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
+
+A product of two e4m3 values has 8 bits and is exact in float32; K of them are added in float32 and
+scaled as in `gemm_w8a8`. Without a branch and before what follows y, with S = sum_k |a_mk w_nk|
+a_scale_m w_scale_n,
+
+    |y - exact| <= (K + 3) 2^-24 S + 2^-24 |exact|            on CPUs: in order of k, by pairs.
+
+Tensor cores of Hopper add with about 13 bits behind the point of the largest term, cutting off the
+rest. There no more than 128 products are added so before float32 takes over, and the error is
+
+    |y - exact| <= (2^-6 + K 2^-24) S + 2^-24 |exact|         at the very worst,
+
+of the order of 2^-12 S for values of random sign (docs/ops/gemm_fp8.md). NaN (0x7f, 0xff) makes its
+row or column of out NaN.
+
+Without `a_scale`, `a` is floating and is quantised first, exactly as by `quantize_fp8` row by row, in
+the same call. out_dtype is then a's dtype unless given. The CPU kernel reads w where it lies: there
+is no packed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.gemm_fp8 import gemm_fp8 as _reference
+from ._gemm import (
+    E4M3,
+    Operands,
+    bits,
+    expect,
+    expect_operands,
+    gate_layers,
+    register_product,
+    rounding_dtype,
+    unit_stride,
+)
+from ._select import select
+
+__all__ = ["gemm_fp8"]
+
+
+def _launcher() -> Callable[..., None]:
+    from ..kernels.gemm_fp8 import launch_gemm_fp8
+
+    return launch_gemm_fp8
+
+
+IMPLEMENTATIONS, _op, _op_int8 = register_product(
+    "gemm_fp8",
+    form=E4M3,
+    reference=_reference,
+    pack=lambda p: bits(unit_stride(p.w)),
+    launcher=_launcher,
+    weight=lambda p: p.w.float() * p.w_scale[:, None],
+)
+
+
+def _validate(p: Operands) -> None:
+    w = p.w
+    if len(w.shape) != 2 or w.dtype != E4M3.dtype:
+        raise ValueError(f"w: expected {E4M3.dtype} [N, K], got {w.dtype} {list(w.shape)}")
+    expect_operands(p, (w.shape[0], p.a.shape[-1] if p.a.shape else 0), form=E4M3)
+    expect("w_scale", p.w_scale, (w.shape[0],), (torch.float32,), p.a.device)
+
+
+def gemm_fp8(
+    a: Tensor,
+    a_scale: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    low: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return (a * a_scale) @ (w * w_scale).T + bias + low @ up.T for e4m3 a and w.
+
+    Args:
+        a: float8_e4m3fn [..., M, K], as from `quantize_fp8`. Floating without `a_scale`.
+        a_scale: float32 [..., M], or None to quantise `a` here.
+        w: float8_e4m3fn [N, K].
+        w_scale: float32 [N].
+        bias: floating [N], added in float32.
+        down: [R, K] of floating a, in its dtype: low is a @ down.T.
+        up: floating [N, R]: the low-rank branch, with down or low.
+        low: floating [..., M, R], instead of down.
+        activation: None, "gelu", "gelu_tanh", "silu", or "geglu" and "swiglu", which halve N.
+        gate: floating [N'], [..., 1, N'] or [..., M, N']: outputs are multiplied by it.
+        residual: floating [..., M, N'], added last.
+        out_dtype: float32, bfloat16 or float16; a's dtype if floating, else float32 by default.
+            int8: quantised again, row by row.
+        impl: "auto", "reference", "native" or "triton".
+
+    Returns:
+        [..., M, N'] in out_dtype, N' columns being left of N. Differentiable with respect to
+        floating a, bias, down, up, low, gate and residual, in both modes. For int8 (q, scale), as
+        `quantize_int8` of the result in a's dtype if floating, else in bfloat16.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        UnsupportedError: `impl` can't serve these tensors.
+        DerivativeError: a scale or an e4m3 operand carries a tangent or requires grad; anything
+            does for int8.
+    """
+    branch, epilogue = (down, up, low), (activation, gate, residual)
+    rounded = rounding_dtype(a, out_dtype)
+    operands = Operands(a, a_scale, w, w_scale, bias, None, *branch, *epilogue, rounded)
+    _validate(operands)
+    op = _op_int8 if out_dtype == torch.int8 else _op
+    return op(*operands, select("gemm_fp8", impl, IMPLEMENTATIONS, a))
+
+
+def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return (args, kwargs, rtol, atol) for the gate on a new machine; see `_gate.check`."""
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+
+    def draw(*shape: int) -> Tensor:
+        return (64 * torch.randn(shape, generator=generator)).to(E4M3.dtype)
+
+    for M, N, K in ((1, 64, 64), (77, 130, 96), (300, 257, 1031)):
+        a, w = draw(M, K).to(device), draw(N, K).to(device)
+        a_scale, w_scale, bias = (torch.rand(n, generator=generator).to(device) for n in (M, N, N))
+        # Scales make the terms' sizes add up to at most some K: see the bound above, typical signs.
+        a_scale, w_scale = a_scale / 64, w_scale / 64
+        cases.append(((a, a_scale, w, w_scale), {"bias": bias}, 2.0**-22, 2.0**-11 * K))
+
+    def weight(N: int, K: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        w = (64 * torch.randn((N, K), generator=generator)).to(E4M3.dtype)
+        return w, torch.full((N,), K**-0.5 / 64)
+
+    return cases + gate_layers(device, weight)
