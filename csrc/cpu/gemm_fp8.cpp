@@ -20,6 +20,7 @@
 #include "fewstep/cpu/e4m3_panel.h"
 #include "fewstep/cpu/int8_product.h"
 #include "fewstep/cpu/low_rank.h"
+#include "fewstep/cpu/prologue.h"
 #include "fewstep/cpu/quantize_row_fp8.h"
 #include "fewstep/cpu/thread_scratch.h"
 #include "fewstep/dispatch.h"
@@ -332,16 +333,26 @@ auto choose_quantize(Isa isa) {
 }
 
 template <typename T>
-void multiply_floats(Operands& p, const TensorView& a, std::uint32_t* words,
-                     const TensorView& out) {
+void multiply_floats(Operands& p, const TensorView& a, const TensorView* smooth,
+                     std::int64_t rotate, std::uint32_t* words, const TensorView& out) {
     const std::unique_ptr<float[]> scales(new float[static_cast<std::size_t>(p.M)]);
     p.a_scale = scales.get();
-    const auto quantize = choose_quantize<T>(isa());
+    const prologue::Prologue<T> prepare(smooth, rotate, p.K);
+    const ThreadScratch<float> prepared(omp_get_max_threads(), prepare.active() ? p.K : 0);
+    const auto plain = choose_quantize<T>(isa());
+    const auto quantize = choose_quantize<float>(isa());
     const auto widen = e4m3::choose_row(isa());
     multiply_into(
         p,
         [&](std::int64_t m, std::uint8_t* q) {
-            scales[m] = quantize(a.ptr<T>() + m * a.stride(0), q, p.K);
+            const T* const row = a.ptr<T>() + m * a.stride(0);
+            if (prepare.active()) {
+                float* const values = prepared.of_thread(omp_get_thread_num());
+                prepare.apply(row, values);
+                scales[m] = quantize(values, q, p.K);
+            } else {
+                scales[m] = plain(row, q, p.K);
+            }
             widen(q, p.K, words + m * p.pairs);
         },
         out);
@@ -351,7 +362,8 @@ void multiply_floats(Operands& p, const TensorView& a, std::uint32_t* words,
 
 void gemm_fp8(const TensorView& a, const TensorView* a_scale, const TensorView& w,
               const TensorView& w_scale, const TensorView* bias, const TensorView* low,
-              const TensorView* up, const TensorView& out) {
+              const TensorView* up, const TensorView* smooth, std::int64_t rotate,
+              const TensorView& out) {
     Operands p{};
     p.M = out.size(0);
     p.N = out.size(1);
@@ -360,6 +372,8 @@ void gemm_fp8(const TensorView& a, const TensorView* a_scale, const TensorView& 
     FEWSTEP_CHECK((a.dtype == DType::kUInt8) == (a_scale != nullptr),
                   "a_scale: expected one with uint8 a and none with floating a, got ",
                   a_scale == nullptr ? "none" : "one", " with ", name(a.dtype));
+    FEWSTEP_CHECK(a_scale == nullptr || (smooth == nullptr && rotate == 0),
+                  "smooth, rotate: expected none with uint8 a, got one");
     expect_rows(a, "a", a.dtype, {p.M, p.K});
     if (a_scale != nullptr) expect_contiguous(*a_scale, "a_scale", DType::kFloat32, {p.M});
     expect_rows(w, "w", DType::kUInt8, {p.N, p.K});
@@ -388,9 +402,11 @@ void gemm_fp8(const TensorView& a, const TensorView* a_scale, const TensorView& 
             };
             return multiply_into(p, prepare, out);
         }
-        case DType::kFloat32: return multiply_floats<float>(p, a, words.get(), out);
-        case DType::kBFloat16: return multiply_floats<bfloat16>(p, a, words.get(), out);
-        case DType::kFloat16: return multiply_floats<float16>(p, a, words.get(), out);
+        case DType::kFloat32: return multiply_floats<float>(p, a, smooth, rotate, words.get(), out);
+        case DType::kBFloat16:
+            return multiply_floats<bfloat16>(p, a, smooth, rotate, words.get(), out);
+        case DType::kFloat16:
+            return multiply_floats<float16>(p, a, smooth, rotate, words.get(), out);
         default:
             FEWSTEP_CHECK(false, "a: expected uint8, float32, bfloat16 or float16, got ",
                           name(a.dtype));

@@ -66,6 +66,9 @@ def matmul_limit(dtype: torch.dtype | None = None, only: str | None = None) -> P
         a, b = _factors(_device(inputs), kind)
         if kind == torch.int8:
             return lambda: torch._int_mm(a, b)
+        if kind == torch.float8_e4m3fn:
+            one = torch.ones((), device=a.device)
+            return lambda: torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16)
         return lambda: a @ b
 
     def amount(case: Case, device: torch.device) -> float:

@@ -207,16 +207,26 @@ def torch_int4(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...
     return layer, x
 
 
-def _probe(case: Case, *tensors: Tensor) -> Callable[[], Any] | str:
-    if tensors[0].device.type != "cpu" or _native.cpu_isa() != "avx512_vnni":
-        return "there is no VNNI here"
-    return functools.partial(_native._C.cpu.probe_vnni, PROBE_ITERATIONS)
+def _probe(name: str, per_instruction: int, case: Case, *tensors: Tensor) -> Any:
+    probe = getattr(_native._C.cpu, name) if tensors[0].device.type == "cpu" else None
+    if probe is None or probe(1) != 24 * per_instruction:
+        return "this machine has no such instruction"
+    return functools.partial(probe, PROBE_ITERATIONS)
 
 
-def _probe_amount(case: Case, device: torch.device) -> float:
-    return 24 * 64 * 2.0 * PROBE_ITERATIONS * torch.get_num_threads()
+def _dot_limit(instruction: str, name: str, products: int) -> Provider:
+    def amount(case: Case, device: torch.device) -> float:
+        return 24 * 2.0 * products * PROBE_ITERATIONS * torch.get_num_threads()
+
+    make = functools.partial(_probe, name, 2 * products)
+    return Provider(instruction, make, "limit", resource="flops", amount=amount)
 
 
 def vnni_limit() -> Provider:
     """Return the rate of vpdpbusd on registers, per thread (`_C.cpu.probe_vnni`)."""
-    return Provider("vpdpbusd", _probe, "limit", resource="flops", amount=_probe_amount)
+    return _dot_limit("vpdpbusd", "probe_vnni", 64)
+
+
+def bf16_limit() -> Provider:
+    """Return the rate of vdpbf16ps on registers, per thread (`_C.cpu.probe_bf16`)."""
+    return _dot_limit("vdpbf16ps", "probe_bf16", 32)

@@ -278,8 +278,8 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
         for i in constant if x.dtype in FLOATS else (0, *constant):
             if given[i]:
                 raise DerivativeError(
-                    f"{names.split()[i]}: expected a constant, got one that requires grad or carries a "
-                    "tangent, which would be lost: a quantised operand has no derivative"
+                    f"{names.split()[i]}: expected a constant, got one that requires grad or "
+                    "carries a tangent, which would be lost: a quantised operand has no derivative"
                 )
 
     def linear(values: Any) -> Linear:

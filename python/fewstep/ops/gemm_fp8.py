@@ -8,6 +8,7 @@ a        [..., M, K]  float8_e4m3fn    a_scale  [..., M]  float32
 w        [N, K]       float8_e4m3fn    w_scale  [N]       float32
 bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  float32, bfloat16 or float16
+smooth, rotate        what comes before the rows of a floating a are quantised: `ops/_prologue.py`
 down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
 activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
@@ -20,14 +21,14 @@ a_scale_m w_scale_n,
 Tensor cores of Hopper add with about 13 bits behind the point of the largest term, cutting off the
 rest. There no more than 128 products are added so before float32 takes over, and the error is
 
-    |y - exact| <= (2^-6 + K 2^-24) S + 2^-24 |exact|         at the very worst,
+    |y - exact| <= (0.017 + K 2^-24) S + 2^-24 |exact|        at the very worst,
 
-of the order of 2^-12 S for values of random sign (docs/ops/gemm_fp8.md). NaN (0x7f, 0xff) makes its
-row or column of out NaN.
+and of the order of 2^-12 S for values of random sign (docs/ops/gemm_fp8.md). NaN (0x7f, 0xff) makes
+its row or column of out NaN.
 
-Without `a_scale`, `a` is floating and is quantised first, exactly as by `quantize_fp8` row by row, in
-the same call. out_dtype is then a's dtype unless given. The CPU kernel reads w where it lies: there
-is no packed form.
+Without `a_scale`, `a` is floating and is quantised first, exactly as by `quantize_fp8` row by row,
+in the same call. out_dtype is then a's dtype unless given. The CPU kernel reads w where it lies:
+there is no packed form.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def gemm_fp8(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
@@ -103,6 +106,9 @@ def gemm_fp8(
         w: float8_e4m3fn [N, K].
         w_scale: float32 [N].
         bias: floating [N], added in float32.
+        smooth: floating [K], positive, for floating a: its columns are divided by it first.
+        rotate: 0, or 16, 32, 64, 128 or 256 for floating a: every so many neighbours are rotated
+            after that. W must be rotated too, and have been multiplied by smooth.
         down: [R, K] of floating a, in its dtype: low is a @ down.T.
         up: floating [N, R]: the low-rank branch, with down or low.
         low: floating [..., M, R], instead of down.
@@ -124,9 +130,11 @@ def gemm_fp8(
         DerivativeError: a scale or an e4m3 operand carries a tangent or requires grad; anything
             does for int8.
     """
-    branch, epilogue = (down, up, low), (activation, gate, residual)
+    prologue, branch = (smooth, rotate), (down, up, low)
+    epilogue = (activation, gate, residual)
     rounded = rounding_dtype(a, out_dtype)
-    operands = Operands(a, a_scale, w, w_scale, bias, None, *branch, *epilogue, rounded)
+    first = (a, a_scale, w, w_scale, bias, None)
+    operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     _validate(operands)
     op = _op_int8 if out_dtype == torch.int8 else _op
     return op(*operands, select("gemm_fp8", impl, IMPLEMENTATIONS, a))

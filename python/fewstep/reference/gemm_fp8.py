@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._prologue import project
 from .gemm_w8a8 import gemm_w8a8
 from .quantize_fp8 import quantize_fp8
 
@@ -23,13 +24,15 @@ def gemm_fp8(
     w: Tensor,
     w_scale: Tensor,
     *,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
     down: Tensor | None = None,
     low: Tensor | None = None,
     **rest: Any,
 ) -> Tensor:
     """Return the scaled product; float64 throughout. `rest` is that of `gemm_w8a8`."""
     if down is not None:
-        low = (a.double() @ down.double().mT).to(a.dtype)
+        low = project(a, down)
     if a_scale is None:
-        a, a_scale = quantize_fp8(a)
+        a, a_scale = quantize_fp8(a, smooth=smooth, rotate=rotate)
     return gemm_w8a8(a, a_scale, w, w_scale, low=low, **rest)

@@ -20,5 +20,6 @@
 namespace fewstep::cpu {
 void gemm_fp8(const TensorView& a, const TensorView* a_scale, const TensorView& w,
               const TensorView& w_scale, const TensorView* bias, const TensorView* low,
-              const TensorView* up, const TensorView& out);
+              const TensorView* up, const TensorView* smooth, std::int64_t rotate,
+              const TensorView& out);
 }

@@ -1,0 +1,25 @@
+// The vdpbf16ps rate of one core.
+#include "fewstep/ops/probe_bf16.h"
+
+#include "fewstep/cpu/isa.h"
+#include "fewstep/cpu/register_probe.h"
+
+namespace fewstep::cpu {
+
+#if defined(__x86_64__)
+FEWSTEP_TARGET_AVX512 static void dot_products(std::int64_t iterations) {
+    FEWSTEP_REGISTER_PROBE("vdpbf16ps", iterations);
+}
+#endif
+
+std::int64_t probe_bf16(std::int64_t iterations) {
+#if defined(__x86_64__)
+    if (has_bf16_dots() && iterations > 0) {
+        dot_products(iterations);
+        return iterations * 24 * 32 * 2;
+    }
+#endif
+    return 0;
+}
+
+}  // namespace fewstep::cpu
