@@ -10,7 +10,9 @@ import torch
 from fewstep import ops, reference
 from fewstep.ops._register import DerivativeError
 from fewstep.reference._prologue import rotate_blocks
+from fewstep.reference.gemm_w4a8 import fold_int4
 from helpers import padded, padding_intact, row_sliced, strided
+from product_rules import check_constants_are_refused, check_derivatives, check_vmap
 
 IMPLS = ["native", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -248,3 +250,65 @@ def test_oracle_takes_float64():
     assert scale.dtype == torch.float64
     torch.testing.assert_close(want[1].double(), scale, rtol=2.0**-20, atol=0)
     assert ((q - want[0]).abs() <= 1).all()
+
+
+PRODUCTS = ["gemm_w8a8", "gemm_w4a8"]
+
+
+def weight_of(op, N=23, K=64):
+    """Return a product's weight and scale, and W as the product has it, in float64."""
+    if op == "gemm_w8a8":
+        w, w_scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N) + 0.1
+        return w, w_scale, w.double() * w_scale.double()[:, None]
+    w = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8)
+    w_scale = (torch.rand(N, K // 32) + 0.1).bfloat16()
+    folded, scale = fold_int4(w, w_scale)
+    return w, w_scale, folded.double() * scale.double()[:, None]
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_quantise_the_same_way(op, dtype, impl):
+    w, w_scale, _ = weight_of(op)
+    x, smooth = torch.randn(2, 9, 64).to(dtype), torch.rand(64) + 0.1
+    product = getattr(ops, op)
+    for kwargs in ({"rotate": 32}, {"smooth": smooth}, {"smooth": smooth.to(dtype), "rotate": 64}):
+        q, scale = ops.quantize_int8(x, impl=impl, **kwargs)
+        want = product(q, scale, w, w_scale, out_dtype=dtype, impl=impl)
+        assert torch.equal(product(x, None, w, w_scale, impl=impl, **kwargs), want)
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_derivatives_are_those_of_the_layer_before_smoothing_and_rotation(op):
+    w, w_scale, W = weight_of(op)
+    smooth = torch.rand(64) + 0.5
+    undone = rotate_blocks(W, 16) / smooth.double()
+
+    def layer(x, **kwargs):
+        kwargs |= {"smooth": smooth, "rotate": 16}
+        return getattr(ops, op)(x, None, w, w_scale, **kwargs)
+
+    check_derivatives(layer, undone)
+    check_vmap(layer, 64, 23)
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_products_refuse_what_does_not_fit(op):
+    w, w_scale, _ = weight_of(op)
+    product, x, smooth = getattr(ops, op), torch.randn(5, 64), torch.rand(64) + 0.1
+    with pytest.raises(ValueError, match="rotate: expected a block that divides K = 64 of a"):
+        product(x, None, w, w_scale, rotate=128)
+    q, scale = ops.quantize_int8(x)
+    for kwargs, name in (({"smooth": smooth}, "smooth"), ({"rotate": 32}, "rotate")):
+        with pytest.raises(ValueError, match=f"{name}: expected none, because a is quantised"):
+            product(q, scale, w, w_scale, **kwargs)
+    check_constants_are_refused(
+        lambda smooth: product(x, None, w, w_scale, smooth=smooth), {"smooth": smooth}
+    )
+
+
+def test_products_pass_opcheck():
+    w, w_scale, _ = weight_of("gemm_w8a8")
+    end = (None, None, None, None, None, None, torch.float32, "native")
+    call = (torch.randn(5, 64), None, w, w_scale, None, None, torch.rand(64) + 0.1, 32, *end)
+    torch.library.opcheck(torch.ops.fewstep.gemm_w8a8.default, call)
