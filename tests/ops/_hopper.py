@@ -234,11 +234,12 @@ def quantize_blocks(size, dtype, rotate=0):
     return launches(lambda: quantize_fp8.launch_quantize_fp8(x, x[0], rotate, q, scale, size))
 
 
-def quantize(group, dtype):
+def quantize(group, dtype, rotate=0):
     """Return the launches of the 4-bit quantisation of a weight."""
     w = torch.empty((3072, 4096), dtype=dtype, device="meta")
     q, scale = w.new_empty((3072, 2048), dtype=torch.uint8), w.new_empty((3072, 4096 // group))
-    return launches(lambda: quantize_int4.launch_quantize_int4(w, 0, q, scale.bfloat16()))
+    outputs = q, scale.bfloat16()
+    return launches(lambda: quantize_int4.launch_quantize_int4(w, rotate, *outputs))
 
 
 def norm_quantize(columns, whole=True, rotate=0):
@@ -326,6 +327,7 @@ VARIANTS = {
     "norm_quantize_int8 16384 alone": lambda: norm_quantize(16384, whole=False),
     "quantize_int8": lambda: quantize_rows(0),
     "quantize_int8 rotated": lambda: quantize_rows(256),
+    "quantize_int4 32 rotated": lambda: quantize(32, torch.bfloat16, 256),
     "quantize_fp8 row": lambda: quantize_blocks(3072, torch.bfloat16),
     "quantize_fp8 row rotated": lambda: quantize_blocks(3072, torch.bfloat16, 256),
     "quantize_fp8 128 rotated": lambda: quantize_blocks(128, torch.bfloat16, 128),
