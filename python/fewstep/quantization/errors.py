@@ -19,6 +19,17 @@ def error_energy(got: Tensor, want: Tensor) -> float:
     return math.inf if error else 0.0
 
 
+def row_error(got: Tensor, want: Tensor) -> float:
+    """Return the mean over rows [M, N] of the energy of got - want in units of the row's own.
+
+    Rows below the median count in units of that: next to nothing has no relative error.
+    """
+    noise = (got.double() - want.double()).square().sum(1)
+    energy = want.double().square().sum(1)
+    floor = float(energy.median()) or 1.0  # most rows are zeros: errors as they are
+    return float((noise / energy.clamp(min=floor)).mean())
+
+
 def decibels(error: float) -> float:
     """Return an error's energy, in units of the signal's, as signal to noise in dB."""
     if error == 0:

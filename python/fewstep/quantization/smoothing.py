@@ -3,13 +3,17 @@
     y = (x / s) @ (W * s).T          s_k = amax_x_k ** alpha / amax_w_k ** (1 - alpha)
 
 amax_x_k and amax_w_k are the largest magnitudes of column k, of the inputs that calibration has
-seen and of the weight. alpha moves what is hard to quantise from the activations (1) to the weight
-(0): SmoothQuant, arXiv 2211.10438. One alpha for a model is a compromise, and for some layers any
-is a loss, so each layer tries a few and none, quantised exactly as it will be (group scales,
-branch, rounding of the activations), and takes what errs least at its output over its calibration
-rows. With a branch the smoothed weight is what is split (SVDQuant, arXiv 2411.05007). Activations
-of w4a16 are not rounded; there the factors give a group's range to columns that matter, as AWQ
-does (arXiv 2306.00978).
+seen, each row in units of its root mean square, and of the weight. alpha moves what is hard to
+quantise from the activations (1) to the weight (0): SmoothQuant, arXiv 2211.10438. One alpha for a
+model is a compromise, and for some layers any is a loss, so each layer tries a few and none,
+quantised exactly as it will be (group scales, branch, rounding of the activations), and takes what
+errs least at its output over its calibration rows, each in units of its own energy. So one token of
+80 times the others' size (MixDQ's first token, arXiv 2405.17873) is one row of many, in the factors
+and in the choice.
+
+With a branch the smoothed weight is what is split (SVDQuant, arXiv 2411.05007). Activations of
+w4a16 are not rounded; there the factors give a group's range to columns that matter, as AWQ does
+(arXiv 2306.00978).
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import error_energy
+from .errors import row_error
 from .linear import QuantLinear
 from .scheme import Scheme
 
@@ -50,7 +54,7 @@ def quantize_smoothed(linear: nn.Linear, scheme: Scheme, rows: Tensor, amax: Ten
         linear: the layer; left as it is.
         scheme: with `smooth`, to take factors even where they do not help.
         rows: [R, K], samples of its input.
-        amax: [K], largest magnitudes of its inputs.
+        amax: [K], largest magnitudes of its inputs (`Calibration.amax`).
     """
     weight = linear.weight.detach()
     x = rows.to(weight)
@@ -59,11 +63,11 @@ def quantize_smoothed(linear: nn.Linear, scheme: Scheme, rows: Tensor, amax: Ten
     best, least = None, float("inf")
     if not scheme.smooth:
         best = QuantLinear.from_linear(linear, scheme)
-        least = GAIN * error_energy(best(x), want)
+        least = GAIN * row_error(best(x), want)
     for alpha in ALPHAS:
         s = factors(amax, amax_w, alpha)
         layer = QuantLinear.from_linear(linear, replace(scheme, smooth=True), smooth=s)
-        error = error_energy(layer(x), want)
+        error = row_error(layer(x), want)
         if best is None or error < least:
             best, least = layer, error
     assert best is not None
