@@ -146,3 +146,11 @@ def test_bad_input_is_named_and_the_model_is_left_as_it_was(calls, tmp_path, kee
         "expected a file as Calibration.save writes it",
         smooth=tmp_path / "no.safetensors",
     )
+
+
+def test_smoothing_before_a_rotation_is_searched_with_it():
+    linear, x, unseen = nn.Linear(128, 96), uneven(), uneven(seed=1)
+    layer = quantize_smoothed(linear, Scheme.parse("w4a8-r16-h64"), x, largest(x))
+    assert str(layer.scheme) == "w4a8-g64-r16-h64-smooth"
+    plain = QuantLinear.from_linear(linear, "w4a8-r16-h64")
+    assert 2 * errors(linear, layer, unseen) < errors(linear, plain, unseen)

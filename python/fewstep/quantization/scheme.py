@@ -7,11 +7,11 @@
 `rank` adds a low-rank branch in the model's dtype that holds what quantising the weight would lose
 of its largest directions (SVDQuant, arXiv 2411.05007). `smooth` divides the columns of the
 activations by factors first, which are searched for on calibration data (`smoothing`) or come with
-weights that someone else has quantised (`load_nunchaku`). As text: `rotate`
-multiplies every so many neighbours of the activations by a Hadamard matrix, and the weight likewise
-before it is quantised: an outlier's size is shared by its block, without any data (QuaRot, arXiv
-2404.00456). As text: "w8a8", "w8a8-h128", "w4a8-g64-r32", "w4a8-g64-r32-h64-smooth"; "w8a8-h" is
-with the largest block that divides a layer's inputs.
+weights that someone else has quantised (`load_nunchaku`). `rotate` multiplies every so many
+neighbours of the activations by a Hadamard matrix, and the weight likewise before it is quantised:
+an outlier's size is shared by its block, without any data (QuaRot, arXiv 2404.00456). As text:
+"w8a8", "w8a8-h128", "w4a8-g64-r32", "w4a8-g64-r32-h64-smooth"; "w8a8-h" is with the largest block
+that divides a layer's inputs.
 """
 
 from __future__ import annotations
