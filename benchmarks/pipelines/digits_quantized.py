@@ -2,13 +2,15 @@
 
     python benchmarks/pipelines/digits_quantized.py --record benchmarks/results
 
-The 50-step guided teacher and the 2-step student, the same labels and noise for every scheme. The
-ratio is to the same model as it is. PSNR is to its images. No time is measured here.
+The 50-step guided teacher and the 2-step student, the same labels and noise for every scheme; each
+scheme without data, and smoothed with a calibration of four calls on other noise. The ratio is to
+the same model as it is. PSNR is to its images. No time is measured here.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from pathlib import Path
@@ -19,13 +21,14 @@ import torch
 from fewstep.assets.digits import load_digits_pipeline
 from fewstep.bench.environment import environment, slug
 from fewstep.metrics import frechet_distance_to_real, load_classifier, psnr
-from fewstep.quantization import quantize
+from fewstep.quantization import Calibration, calibrate, quantize
 
 MODELS: dict[str, dict[str, Any]] = {
     "teacher, 50 steps": {"name": "teacher", "call": {"num_inference_steps": 50}},
     "student, 2 steps": {"name": "student", "call": {"num_inference_steps": 2}},
 }
 SCHEMES = ("w8a8", "w4a8", "w4a8-r16", "w4a16")
+CALIBRATION_SEEDS = range(1000, 1004)
 BATCH = 60
 
 
@@ -46,6 +49,18 @@ def sample(pipe: Any, images: int, call: dict[str, Any]) -> torch.Tensor:
     return torch.cat(drawn)
 
 
+def calibrated(pipe: Any, call: dict[str, Any]) -> Calibration:
+    """Return what a few calls on other noise show."""
+    labels = list(range(10))
+    return calibrate(
+        pipe,
+        [
+            {"class_labels": labels, "generator": torch.Generator().manual_seed(seed), **call}
+            for seed in CALIBRATION_SEEDS
+        ],
+    )
+
+
 def measure(images: int) -> dict[str, Any]:
     """Return the report: one row per model and scheme."""
     classifier, rows = load_classifier(), []
@@ -53,16 +68,19 @@ def measure(images: int) -> dict[str, Any]:
         pipe = load_digits_pipeline(how["name"])
         reference = sample(pipe, images, how["call"])
         plain = frechet_distance_to_real(reference, classifier)
-        for scheme in SCHEMES:
-            with quantize(pipe.transformer, scheme) as handle:
+        calibration = calibrated(pipe, how["call"])
+        for scheme, smooth in itertools.product(SCHEMES, (None, calibration)):
+            with quantize(pipe.transformer, scheme, smooth=smooth) as handle:
                 own = sample(pipe, images, how["call"])
                 layers = handle.count()
+                smoothed = sum(layer.scheme.smooth for layer in handle.replaced.values())
             found, decibels = frechet_distance_to_real(own, classifier), psnr(own, reference, 2.0)
             rows.append(
                 {
                     "model": model,
-                    "scheme": scheme,
+                    "scheme": scheme if smooth is None else f"{scheme}, smoothed",
                     "layers": layers,
+                    "smoothed_layers": smoothed,
                     "plain_frechet": plain,
                     "frechet": found,
                     "ratio": found / plain,

@@ -138,3 +138,28 @@ def test_plans_and_smoothing_come_through(tmp_path):
         with pytest.raises(error, match=message):
             fewstep.patch(pipe, **given)
     assert snapshot(pipe) == before
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.usefixtures("small_layers")
+def test_the_time_embedding_stays_exact(name):
+    """What every layer sees (TFMQ-DM, arXiv 2311.16503): no bit of it changes."""
+    pipe = build(name)
+    # UNets and DiTs embed in every block; the others once, adaLN's one layer of PixArt included.
+    places = ("time_embedding", "time_text_embed", "time_embed", "adaln_single", "norm1.emb")
+    modules = [m for n, m in denoiser(pipe).named_modules() if n.endswith(places)]
+    assert modules
+    seen = []
+
+    def keep(module, args, output):
+        seen.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    plain = call(pipe, num_inference_steps=2)
+    want, seen[:] = list(seen), []
+    with fewstep.patch(pipe, quantize="w8a8"):
+        assert not torch.equal(call(pipe, num_inference_steps=2), plain)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(want) >= 2
+    assert all(torch.equal(x, y) for x, y in zip(seen, want, strict=True))

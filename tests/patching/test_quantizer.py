@@ -347,3 +347,15 @@ def test_inputs_that_no_group_divides_are_named(folder, tmp_path):
     SD3Transformer2DModel.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"transformer_blocks.*multiple of group 64, got 96"):
         load(tmp_path, "w4a8")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["w8a8-smooth", "w4a8-g64-r8-smooth"])
+def test_smoothed_layers_are_saved_and_loaded_again_to_the_last_bit(scheme, tmp_path):
+    model = build()
+    calibration = fewstep.quantization.calibrate(model, [inputs()], rows=32)
+    fewstep.quantize(model, scheme, smooth=calibration)
+    model.save_pretrained(tmp_path)
+    again = SD3Transformer2DModel.from_pretrained(tmp_path)
+    assert {str(layer.scheme) for layer in quantised(again).values()} == {scheme}
+    assert torch.equal(again(**inputs()).sample, model(**inputs()).sample)

@@ -33,7 +33,7 @@ _FINAL = "the final projection: its error goes straight into the prediction"
 _SENSITIVE = (
     (
         r"(^|\.)(time_\w*|timestep\w*|t_embedder|guidance_embedder|class_emb\w*|label_emb\w*"
-        r"|y_embedder|add_embedding|text_embedder|pooled\w*)(\.|$)",
+        r"|y_embedder|add_embedding|text_embedder|pooled\w*|adaln_single)(\.|$)",
         _EMBEDDING,
     ),
     (r"^(proj_out\w*|norm_out\w*|final_layer\w*|last_layer\w*|lm_head)(\.|$)", _FINAL),
