@@ -37,7 +37,8 @@ bench: $(VENV)/.test
 figures: $(VENV)/.test $(VENV)/.peers
 	$(VENV)/bin/fewstep demo --device cpu --output demo --record benchmarks/results
 	$(PY) benchmarks/pipelines/digits_patches.py --record benchmarks/results
-	$(PY) benchmarks/pipelines/digits_quantized.py --record benchmarks/results
+	$(PY) benchmarks/pipelines/quantized_quality.py --model digits --record benchmarks/results
+	$(PY) benchmarks/pipelines/quantized_quality.py --model photos --record benchmarks/results
 	$(PY) benchmarks/pipelines/dit_step.py --record benchmarks/results
 	$(VENV)/bin/fewstep bench ops --device cpu --output benchmarks/results
 

@@ -34,10 +34,11 @@ _BATCH = 128
 
 
 def sample(pipeline: DigitsPipeline, labels: Tensor, seed: int, **call: object) -> Tensor:
-    """One image per label, [n, 1, 16, 16] in [-1, 1]; start noise depends on seed and row only."""
+    """One image per label, [n, C, H, W] in [-1, 1]; start noise depends on seed and row only."""
     generator = torch.Generator().manual_seed(seed)
     config = pipeline.transformer.config
-    noise = torch.randn(len(labels), 1, config.sample_size, config.sample_size, generator=generator)
+    shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.randn(shape, generator=generator)
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(labels), _BATCH):
