@@ -42,7 +42,9 @@ ROOFLINE_BASELINES = (
     "finite difference, fused SDPA",
     "jvp_flash_attention",
 )
-REPORTS = ("demo", "patches", "quantized", "dit_step")  # <name>.json beside the harness's lines
+# <name>.json beside the harness's lines. Without one of OPTIONAL its table says so.
+REPORTS = ("demo", "patches", "dit_step")
+OPTIONAL = ("quantized_digits", "quantized_photos")
 PICTURES = ("samples.png", "tradeoff.png")
 
 # What README shows of each op: the case, and the baseline that its user would otherwise run.
@@ -70,14 +72,16 @@ class Records:
 
     demo: dict[str, Any]
     patches: dict[str, Any]
-    quantized: dict[str, Any]
     dit_step: dict[str, Any]
     bench: list[dict[str, Any]]
+    quantized_digits: dict[str, Any] | None = None
+    quantized_photos: dict[str, Any] | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Records:
         """Read a folder; all lines of the harness must come from one run of a clean commit."""
-        reports = {name: json.loads((folder / f"{name}.json").read_text()) for name in REPORTS}
+        there = [*REPORTS, *(name for name in OPTIONAL if (folder / f"{name}.json").exists())]
+        reports = {name: json.loads((folder / f"{name}.json").read_text()) for name in there}
         files = sorted(folder.glob("*.jsonl"))
         bench = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         for what, records in (
@@ -238,12 +242,12 @@ def quantized_table(report: dict[str, Any]) -> str:
             f"`{row['scheme']}`",
             f"{row['plain_frechet']:.3f}",
             f"{row['frechet']:.3f}",
-            f"{row['ratio']:.3f}x",
+            f"{row['ratio']:.3f}x ± {row['ratio_error']:.3f}",
             "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB",
         ]
         for row in report["rows"]
     ]
-    header = "| model | scheme | Frechet as it is | quantised | ratio | PSNR |"
+    header = "| model | scheme | Frechet as it is | quantised | ratio, standard error | PSNR |"
     return table(header, "llrrrr", rows)
 
 
@@ -283,6 +287,14 @@ def drawn_from(text: str) -> str:
     return name
 
 
+def quality(report: dict[str, Any] | None) -> str:
+    """Return what quantising costs a trained model: the table and its caption."""
+    if report is None:
+        return "Not measured yet.\n"
+    drawn = f"{report['images']} images of {report['seeds']} seeds, on"
+    return quantized_table(report) + "\n" + caption(report["environment"], drawn)
+
+
 def documents(folder: str) -> dict[Path, str]:
     """Return the documents as they should read, drawn from a device's folder."""
     records = Records.load(RESULTS / folder)
@@ -304,9 +316,8 @@ def documents(folder: str) -> dict[Path, str]:
         (PATCHING, "patches"): patches_table(records.patches)
         + "\n"
         + caption(records.patches["environment"], f"{records.patches['images']} images, on"),
-        (QUANTIZATION, "quantized"): quantized_table(records.quantized)
-        + "\n"
-        + caption(records.quantized["environment"], f"{records.quantized['images']} images, on"),
+        (QUANTIZATION, "quantized_digits"): quality(records.quantized_digits),
+        (QUANTIZATION, "quantized_photos"): quality(records.quantized_photos),
         (QUANTIZATION, "dit_step"): step_table(records.dit_step)
         + "\n"
         + caption(

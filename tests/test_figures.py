@@ -86,6 +86,17 @@ def test_other_packages_that_were_not_installed_are_no_figure(tables):
     assert tables.best_peer([absent], record | {"op": "cache_metric"}) == ""
 
 
+def test_quality_has_its_error_or_is_not_measured(tables):
+    assert tables.quality(None) == "Not measured yet.\n"
+    row = {"model": "student, 2 steps", "scheme": "w8a8", "plain_frechet": 2.0, "frechet": 2.01}
+    row |= {"ratio": 1.005, "ratio_error": 0.0021, "psnr_db": None}
+    folder = tables.drawn_from(tables.README.read_text())
+    machine = tables.Records.load(tables.RESULTS / folder).demo["environment"]
+    drawn = tables.quality({"environment": machine, "seeds": 8, "images": 320, "rows": [row]})
+    assert "| student, 2 steps | `w8a8` | 2.000 | 2.010 | 1.005x ± 0.002 |  |" in drawn
+    assert "320 images of 8 seeds, on" in drawn
+
+
 @pytest.mark.parametrize(
     "difference", [{"dirty": True}, {"commit": "another"}, {"commit": None}, {"threads": 77}]
 )

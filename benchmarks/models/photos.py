@@ -36,7 +36,7 @@ SIZE = 24
 NUM_CLASSES = 2
 SIDES = (48, 192)
 # Crops of each split and its seed: the places are drawn anew, from the same photographs.
-SPLITS = {"train": (16384, 0), "reference": (16384, 1)}
+SPLITS = {"train": (16384, 0), "reference": (8192, 1)}
 _OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
 
 
@@ -130,7 +130,7 @@ def photo_features(images: Tensor) -> Tensor:
 
 
 def reference_features() -> Tensor:
-    """phi of the reference crops, [16384, 54]."""
+    """phi of the reference crops, [8192, 54]."""
     return _reference()[0]
 
 
