@@ -86,12 +86,10 @@ def photos_transformer(*, heads: int = 6, layers: int = 3) -> DiTTransformer2DMo
     ).eval()
 
 
-def load_photos_pipeline(name: Literal["teacher", "student"] = "teacher") -> DigitsPipeline:
-    """The trained pipeline in fp32 on the CPU: the 50-step teacher or the 1-2-step student."""
-    if name not in ("teacher", "student"):
-        raise ValueError(f"name: expected 'teacher' or 'student', got {name!r}")
+def load_photos_pipeline() -> DigitsPipeline:
+    """The trained pipeline in fp32 on the CPU: 50 steps, no guidance."""
     return DigitsPipeline.from_pretrained(
-        PHOTOS_PATH / name, dtype=torch.float32, local_files_only=True
+        PHOTOS_PATH / "teacher", dtype=torch.float32, local_files_only=True
     )
 
 
