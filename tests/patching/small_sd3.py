@@ -6,7 +6,7 @@ from diffusers import SD3Transformer2DModel
 import fewstep
 from fewstep.quantization import QuantLinear
 
-SCHEMES = ["w8a8", "w4a8-g64-r8-h64", "w4a16"]
+SCHEMES = ["w8a8", "fp8", "w4a8-g64-r8-h64", "w4a16"]
 INNER = "transformer_blocks.0.ff.net.2"
 
 

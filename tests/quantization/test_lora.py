@@ -17,7 +17,7 @@ peft = pytest.importorskip("peft")
 from peft.tuners import lora  # noqa: E402
 from peft.utils import hotswap  # noqa: E402
 
-SCHEMES = ["w8a8", "w4a8-g32-r8", "w4a16"]
+SCHEMES = ["w8a8", "fp8", "w4a8-g32-r8", "w4a16"]
 K, N, R = 192, 100, 4
 
 

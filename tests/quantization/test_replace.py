@@ -224,7 +224,9 @@ def test_state_dict_loads_into_another_quantised_model():
 
 
 def test_errors_say_what_was_expected():
-    with pytest.raises(ValueError, match="scheme: expected one of w8a8, w4a8, w4a16, got 'w4a4'"):
+    with pytest.raises(
+        ValueError, match="scheme: expected one of w8a8, fp8, w4a8, w4a16, got 'w4a4'"
+    ):
         quantize(Model(), "w4a4")
     with pytest.raises(ValueError, match=r"model: expected .*got a linear layer itself"):
         quantize(nn.Linear(256, 256), "w8a8")

@@ -51,6 +51,7 @@ def test_to_changes_what_layers_return():
         ("w8a8-r4", "the layer has a low-rank branch"),
         ("w4a8-r4", "the layer has a low-rank branch"),
         ("w4a16", "the layer takes activations as they are"),
+        ("fp8", "the layer takes activations in e4m3"),
     ],
 )
 def test_layers_that_need_the_values_say_so(scheme, reason):

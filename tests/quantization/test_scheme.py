@@ -10,6 +10,7 @@ from fewstep.quantization import Scheme
     [
         ("w8a8", {}, Scheme("w8a8")),
         ("w8a8-r16", {}, Scheme("w8a8", rank=16)),
+        ("fp8-r8-h64", {}, Scheme("fp8", rank=8, rotate=64)),
         ("w4a8", {}, Scheme("w4a8", 64)),
         ("w4a8", {"group": 128, "rank": 32}, Scheme("w4a8", 128, 32)),
         ("w4a16-g32-r8", {"rank": 8}, Scheme("w4a16", 32, 8)),
@@ -33,10 +34,11 @@ def test_parse(text, options, want):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("w4a4", {}, "scheme: expected one of w8a8, w4a8, w4a16, got 'w4a4'"),
+        ("w4a4", {}, "scheme: expected one of w8a8, fp8, w4a8, w4a16, got 'w4a4'"),
         ("w8a8-", {}, "scheme: expected one of"),
         ("w4a8-smooth-r8", {}, "scheme: expected one of"),
         ("w8a8-g64", {}, "group: expected none for w8a8, got 64"),
+        ("fp8", {"group": 32}, "group: expected none for fp8, got 32"),
         ("w4a8-g48", {}, r"group: expected one of \(32, 64, 128\), got 48"),
         ("w4a8-g64", {"group": 32}, "group: expected 64 as in 'w4a8-g64', got 32"),
         ("w4a8", {"rank": -1}, "rank: expected an integer of at least 0, got -1"),

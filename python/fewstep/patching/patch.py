@@ -199,7 +199,7 @@ def patch(
         pipe: a `DiffusionPipeline` object. Only this object and its components change, the latter
             also for other pipelines that share them.
         steps: every call takes this many, with the scheduler and grid that fit the checkpoint.
-        quantize: a scheme for the denoiser's linear layers: "w8a8", "w4a8", "w4a16", or with
+        quantize: a scheme for the denoiser's linear layers: "w8a8", "fp8", "w4a8", "w4a16", or with
             options as in "w4a8-g64-r32" (`fewstep.quantization.Scheme`), or a plan. Memory rises
             meanwhile: the original layers are kept for `undo`.
         smooth: a calibration of this pipeline, or a file with it, for `quantize` to choose

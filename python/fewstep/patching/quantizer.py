@@ -29,6 +29,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from ..quantization import QuantizedModules, QuantLinear, Scheme, choose_layers, default_skip
+from ..quantization.scheme import BYTES
 from .parameters import count_as_before, count_quantized
 
 __all__ = ["QuantizationConfig"]
@@ -42,7 +43,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     """What `from_pretrained(..., quantization_config=)` does to a model's linear layers.
 
     Args:
-        scheme: "w8a8", "w4a8" or "w4a16", or with options as in "w4a8-g64-r32".
+        scheme: "w8a8", "fp8", "w4a8" or "w4a16", or with options as in "w4a8-g64-r32".
         rank: of the low-rank branch.
         group: neighbours that share a scale of a 4-bit weight: 32, 64 or 128.
         rotate: block of neighbours that are rotated, or True for the largest that fits a layer.
@@ -104,7 +105,7 @@ class FewstepQuantizer(DiffusersQuantizer):
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
         """Tell accelerate how much memory a weight takes."""
-        if self.quantization_config.scheme.startswith("w8"):
+        if Scheme.parse(self.quantization_config.scheme).kind in BYTES:
             return torch.int8
         from accelerate.utils import CustomDtype
 

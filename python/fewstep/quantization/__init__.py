@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .allocate import allocate
 from .calibration import Calibration, calibrate
-from .linear import QuantLinear, W4A8Linear, W4A16Linear, W8A8Linear
+from .linear import FP8Linear, QuantLinear, W4A8Linear, W4A16Linear, W8A8Linear
 from .nunchaku import pack_awq, pack_svdq, unpack_awq, unpack_svdq
 from .nunchaku_file import load_nunchaku
 from .plan import Plan
@@ -20,6 +20,7 @@ from .scheme import KINDS, Scheme
 __all__ = [
     "KINDS",
     "Calibration",
+    "FP8Linear",
     "Plan",
     "QuantLinear",
     "QuantizedModules",

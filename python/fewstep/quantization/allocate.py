@@ -49,7 +49,7 @@ from .scheme import Scheme
 from .smoothing import quantize_smoothed
 
 CANDIDATES = (
-    *("w8a8", "w4a8-g128", "w4a8-g64", "w4a8-g32", "w4a8-g64-r16", "w4a8-g64-r32"),
+    *("w8a8", "fp8", "w4a8-g128", "w4a8-g64", "w4a8-g32", "w4a8-g64-r16", "w4a8-g64-r32"),
     "w4a16-g64",  # for time, at few rows
 )
 POWERS = (1.0, 0.75, 0.5)

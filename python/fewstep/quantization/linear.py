@@ -5,6 +5,7 @@
 the low-rank branch where the scheme has a rank, smooth where it has smoothing, H where it rotates.
 
     W8A8Linear     weight_int8  [out, in]      int8    weight_scale  [out]          float32
+    FP8Linear      weight_fp8   [out, in]      e4m3    weight_scale  [out]          float32
     W4A8Linear     weight_int4  [out, in / 2]  uint8   weight_scale  [out, in / G]  16-bit
     W4A16Linear    likewise; activations are not quantised
 
@@ -39,7 +40,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .. import _native, ops
 from ..ops._autograd import transform
 from ..ops._derived import Source, mark
-from ..ops._gemm import MAX_K
+from ..ops._gemm import MAX_K, bits
 from ..ops._prologue import rotate_blocks
 from ..ops.gemm_w4a8 import fold_int4, pack_w4
 from ..ops.gemm_w4a16 import dequantize_int4
@@ -430,30 +431,36 @@ class QuantLinear(nn.Linear):
         )
 
 
-class W8A8Linear(QuantLinear):
-    """int8 weights, activations quantised to int8 as they come (`ops.gemm_w8a8`)."""
+class _ByteLinear(QuantLinear):
+    """A byte a weight, one scale per output."""
 
-    kind, storage = "w8a8", "weight_int8"
-
-    @staticmethod
-    def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-        """Return the low-bit values and scales of a floating weight."""
-        return ops.quantize_int8(weight, rotate=scheme.rotate)
+    byte: ClassVar[torch.dtype]
 
     @staticmethod
     def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
         """Return the weight that these stand for, float32 [out, in]."""
         return quantized.float() * scale[:, None]
 
-    @staticmethod
+    @classmethod
     def empty_weight(
-        in_features: int, out_features: int, scheme: Scheme, device: Any
+        cls, in_features: int, out_features: int, scheme: Scheme, device: Any
     ) -> tuple[Tensor, Tensor]:
         """Return uninitialised values and scales."""
         return (
-            torch.empty((out_features, in_features), dtype=torch.int8, device=device),
+            torch.empty((out_features, in_features), dtype=cls.byte, device=device),
             torch.empty(out_features, dtype=torch.float32, device=device),
         )
+
+
+class W8A8Linear(_ByteLinear):
+    """int8 weights, activations quantised to int8 as they come (`ops.gemm_w8a8`)."""
+
+    kind, storage, byte = "w8a8", "weight_int8", torch.int8
+
+    @staticmethod
+    def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the low-bit values and scales of a floating weight."""
+        return ops.quantize_int8(weight, rotate=scheme.rotate)
 
     def _multiply(
         self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
@@ -463,6 +470,36 @@ class W8A8Linear(QuantLinear):
 
     def _pack_weight(self) -> Tensor | None:
         return pack_w8(self.quantized)
+
+
+class FP8Linear(_ByteLinear):
+    """e4m3 weights, activations quantised to e4m3 as they come (`ops.gemm_fp8`)."""
+
+    kind, storage, byte = "fp8", "weight_fp8", torch.float8_e4m3fn
+
+    @staticmethod
+    def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the low-bit values and scales of a floating weight."""
+        return ops.quantize_fp8(weight, rotate=scheme.rotate)
+
+    def refuse_rows(self) -> str | None:
+        """Return why `forward` takes no `QuantizedRows`."""
+        return "takes activations in e4m3"
+
+    # pickle, unlike torch.save, can't read tensors in e4m3: bytes stand for them.
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return state | {"_buffers": self._buffers | {self.storage: bits(self.quantized)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers[self.storage] = self.quantized.view(self.byte)
+
+    def _multiply(
+        self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
+    ) -> Tensor:
+        given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
+        return ops.gemm_fp8(**self._activations(x), **given, **branch)
 
 
 class _Int4Linear(QuantLinear):
@@ -544,7 +581,7 @@ class W4A16Linear(_Int4Linear):
 
 
 LAYERS: dict[str, type[QuantLinear]] = {
-    layer.kind: layer for layer in (W8A8Linear, W4A8Linear, W4A16Linear)
+    layer.kind: layer for layer in (W8A8Linear, FP8Linear, W4A8Linear, W4A16Linear)
 }
 
 

@@ -357,7 +357,7 @@ def quantize(
 
     Args:
         model: the module that contains the layers.
-        scheme: "w8a8", "w4a8" or "w4a16", or with options as in "w4a8-g64-r32" (`Scheme`).
+        scheme: "w8a8", "fp8", "w4a8" or "w4a16", or with options as in "w4a8-g64-r32" (`Scheme`).
         rank: of the low-rank branch; 0 by default.
         group: neighbours that share a scale of a 4-bit weight: 32, 64 (default) or 128.
         rotate: 16, 32, 64, 128 or 256: every so many neighbours of a layer's input are rotated

@@ -1,6 +1,7 @@
 """A scheme: how the weights and activations of a linear layer are stored and multiplied.
 
     w8a8    int8 weights, one scale per output          activations int8, one scale per row
+    fp8     e4m3 weights, one scale per output          activations e4m3, one scale per row
     w4a8    4-bit weights, one scale per group          activations int8, one scale per row
     w4a16   4-bit weights, one scale per group          activations as they are; for few rows
 
@@ -23,7 +24,8 @@ from typing import Any
 from ..ops._prologue import ROTATIONS
 from ..ops.quantize_int4 import GROUPS
 
-KINDS = ("w8a8", "w4a8", "w4a16")
+KINDS = ("w8a8", "fp8", "w4a8", "w4a16")
+BYTES = ("w8a8", "fp8")  # kinds with a byte a weight and no groups
 DEFAULT_GROUP = 64
 
 
@@ -33,6 +35,7 @@ class Scheme:
 
     kind    one of KINDS
     group   neighbours in a row of a 4-bit weight that share a scale: 32, 64 or 128; None for w8a8
+            and fp8
     rank    of the low-rank branch; 0 for none
     smooth  whether the layer divides its input by smoothing factors
     rotate  block of neighbours that are rotated, 16, 32, 64, 128 or 256, or 0 for none; True for
@@ -52,9 +55,9 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"scheme: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.kind == "w8a8":
+        if self.kind in BYTES:
             if self.group is not None:
-                raise ValueError(f"group: expected none for w8a8, got {self.group!r}")
+                raise ValueError(f"group: expected none for {self.kind}, got {self.group!r}")
         elif self.group is None:
             object.__setattr__(self, "group", DEFAULT_GROUP)
         elif self.group not in GROUPS:
