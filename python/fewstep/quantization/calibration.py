@@ -237,7 +237,8 @@ def calibrate(
         pipe: a pipeline, or the model itself.
         calls: keyword arguments; 4 to 16 calls with different prompts and seeds.
         rows: rows kept of each layer's input.
-        evaluations: whole evaluations of the model kept, for errors at its output.
+        evaluations: whole evaluations of the model kept, for errors at its output; four times as
+            many are held meanwhile, on the CPU.
         seed: of the draw.
 
     Returns:
