@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.quantization import Scheme, quantize
+from fewstep.quantization import KINDS, Scheme, quantize
 from fewstep.quantization.linear import LAYERS
 
 peft = pytest.importorskip("peft")
 from peft.tuners import lora  # noqa: E402
 from peft.utils import hotswap  # noqa: E402
 
-SCHEMES = ["w8a8", "fp8", "w4a8-g32-r8", "w4a16"]
+SCHEMES = ["w4a8-g32-r8" if kind == "w4a8" else kind for kind in KINDS]
 K, N, R = 192, 100, 4
 
 
