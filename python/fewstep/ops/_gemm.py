@@ -47,7 +47,7 @@ from ._epilogue import FLOATS, activate, expect_epilogue, finish, gate_rows, wid
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton
 from .quantize_fp8 import run_triton as quantize_fp8
-from .quantize_int8 import run_native as quantize_native
+from .quantize_int8 import run_native as quantize_native  # rows, and low beside them
 from .quantize_int8 import run_reference as quantize_reference
 from .quantize_int8 import run_triton as quantize_triton
 
@@ -447,6 +447,9 @@ def register_product(
         return reference(*first, **options).contiguous()
 
     def launch_native(p: Operands, out: Tensor) -> None:
+        if p.down is not None and form is INT8:  # low while the rows are in cache
+            q, scale, low = quantize_native(p.a, p.smooth, p.rotate, p.down)
+            p = p._replace(a=q, a_scale=scale, smooth=None, rotate=0, down=None, low=low)
         a, a_scale = p.flat()
         known = p.packed is not None and not is_stale(p.packed, p.w, p.w_scale)
         packed = p.packed.contiguous() if known else pack(p)
