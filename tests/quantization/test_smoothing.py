@@ -63,7 +63,7 @@ def test_dead_columns_have_harmless_factors():
     assert factors(torch.zeros(8), torch.ones(8), 0.5).isfinite().all()
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8-r16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "w4a8", "w4a8-r16"])
 def test_outlier_columns_are_smoothed_and_others_are_not(scheme):
     linear, parsed = nn.Linear(128, 96), Scheme.parse(scheme)
     x, unseen = uneven(), uneven(seed=1)
@@ -71,8 +71,9 @@ def test_outlier_columns_are_smoothed_and_others_are_not(scheme):
     layer = quantize_smoothed(linear, parsed, x, largest(x))
     assert layer.scheme.smooth
     # In units of the output, which the large columns make up: their weights, 30 times larger once
-    # smoothed, get their group's range, and the branch holds what they cost the others.
-    gain = {"w8a8": 7, "w4a8": 2, "w4a8-r16": 15}[scheme]
+    # smoothed, get their group's range, and the branch holds what they cost the others. e4m3 has
+    # the same relative error at any size, so there is little to even out.
+    gain = {"w8a8": 7, "fp8": 1.3, "w4a8": 2, "w4a8-r16": 15}[scheme]
     assert gain * errors(linear, layer, unseen) < errors(linear, plain, unseen)
     even = torch.randn(256, 128)
     layer = quantize_smoothed(linear, parsed, even, largest(even))
