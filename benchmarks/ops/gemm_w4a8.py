@@ -13,25 +13,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fewstep import _native, ops
 from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit, needs
 from fewstep.bench.products import (
+    activation_of,
     call,
+    linear_only,
     model_cases,
+    needs_activation,
     needs_onnx,
     on_cpu,
     onnx_int4,
     openvino_int4,
+    output_width,
     torch_int4,
+    torch_layer,
     vnni_limit,
 )
+from fewstep.ops._epilogue import activate
 from fewstep.ops.gemm_w4a8 import pack_w4
 from fewstep.ops.gemm_w8a8 import pack_w8
 
 LOW, GPU = torch.bfloat16, ("cuda",)
 IMAGE_OUT = {"M": 4096, "N": 3072, "K": 3072, "G": 64}
+GEGLU, FF1 = (
+    {"M": M, "N": N, "K": K, "G": 128} for M, N, K in ((1024, 10240, 1280), (512, 12288, 3072))
+)
 CASES = [
     Case("SDXL 640 proj", {"M": 1024, "N": 640, "K": 640, "G": 128}, LOW, quick=True),
     Case("SDXL 1280 proj", {"M": 1024, "N": 1280, "K": 1280, "G": 128}, LOW),
@@ -40,6 +48,8 @@ CASES = [
     Case("FLUX.1 text out", {"M": 512, "N": 3072, "K": 3072, "G": 128}, LOW),
     Case("  rank 32", {"M": 512, "N": 3072, "K": 3072, "G": 128, "R": 32}, LOW),
     Case("SDXL GEGLU", {"M": 1024, "N": 10240, "K": 1280, "G": 128}, LOW, ("cpu",)),
+    Case("SDXL GEGLU, with it", GEGLU, LOW, options={"activation": "geglu"}),
+    Case("FLUX.1 text ff1, GELU", FF1, LOW, options={"activation": "gelu_tanh"}),
     Case("FLUX.1 adaLN", {"M": 16, "N": 9216, "K": 3072, "G": 128}, LOW),
     *model_cases(group=64),
     Case("FLUX.1 image out, rank 32", IMAGE_OUT | {"R": 32}, LOW, GPU),
@@ -69,16 +79,21 @@ def branch(case: Case, x: Tensor, first: str) -> dict[str, Tensor]:
 def integers(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[dict[str, Any]]:
     a, a_scale = ops.quantize_int8(x)
     operands = {"a": a, "a_scale": a_scale, "bias": bias, "out_dtype": case.dtype}
+    operands["activation"] = activation_of(case)
     return (operands | quantised(case, w) | branch(case, x, "low"),)
 
 
 def floats(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[dict[str, Any]]:
-    operands = {"a": x, "a_scale": None, "bias": bias}
+    operands = {"a": x, "a_scale": None, "bias": bias, "activation": activation_of(case)}
     return (operands | quantised(case, w) | branch(case, x, "down"),)
 
 
-def product(operands: dict[str, Any], *, impl: str) -> Tensor:
+def product(operands: dict[str, Any], *, impl: str = "auto") -> Tensor:
     return ops.gemm_w4a8(**operands, impl=impl)
+
+
+def product_then_activation(operands: dict[str, Any]) -> Tensor:
+    return activate(product(operands | {"activation": None}), operands["activation"])
 
 
 def end_to_end() -> list[Provider]:
@@ -90,22 +105,25 @@ def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] 
     (p,) = integers(case, x, w, bias)
     if p["packed"] is None:
         return "there is no native kernel for this device"
-    out = x.new_zeros((case["M"], case["N"]))
+    out = x.new_zeros((case["M"], output_width(case)))
+    end = (None, 0, p["activation"] or "", None, None, None)  # smooth, rotate, ..., gate to scale
     arguments = (p["a"], p["a_scale"], p["packed"], p["w_scale"], bias, p.get("low"), p.get("up"))
-    return functools.partial(_native.call, "gemm_w4a8", *arguments, None, 0, out)
+    return functools.partial(_native.call, "gemm_w4a8", *arguments, *end, out)
 
 
 def eight_bits(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
     q, scale = ops.quantize_int8(w)
     packed = pack_w8(q) if w.device.type == "cpu" else None
-    operands = {"bias": bias, "packed": packed} | branch(case, x, "down")
+    operands = {"bias": bias, "packed": packed, "activation": activation_of(case)}
+    operands |= branch(case, x, "down")
     return functools.partial(ops.gemm_w8a8, **operands), x, None, q, scale
 
 
 def whole(unless: Callable[..., str | None]) -> Callable[..., str | None]:
-    """Return `unless` for peers that have no low-rank branch."""
+    """Return `unless` for peers that have neither a low-rank branch nor an activation."""
+    bare = linear_only(unless)
     return lambda case, *tensors: (
-        "has no low-rank branch" if case.shape.get("R") else unless(case, *tensors)
+        "has no low-rank branch" if case.shape.get("R") else bare(case, *tensors)
     )
 
 
@@ -115,7 +133,11 @@ def flops(case: Case) -> float:
 
 def bytes_moved(case: Case) -> float:
     M, N, K = case["M"], case["N"], case["K"]
-    return M * (K + 4.0) + N * K * (0.5 + 2.0 / case["G"]) + (M + 1.0) * N * case.dtype.itemsize
+    return (
+        M * (K + 4.0)
+        + N * K * (0.5 + 2.0 / case["G"])
+        + (M * output_width(case) + N) * case.dtype.itemsize
+    )
 
 
 BENCHMARK = Benchmark(
@@ -126,7 +148,8 @@ BENCHMARK = Benchmark(
         *implementations("gemm_w4a8", product, integers),
         *end_to_end(),
         Provider("fewstep native, kernel", kernel, "op", "native"),
-        baseline("torch linear", F.linear),
+        baseline("fewstep, activation apart", product_then_activation, floats, needs_activation),
+        baseline("torch linear", call, torch_layer),
         baseline("fewstep gemm_w8a8, from x", call, eight_bits),
         baseline("torch weight-only int4", call, torch_int4, whole(on_cpu)),
         baseline("ONNX Runtime MatMulNBits", call, onnx_int4, whole(needs_onnx)),

@@ -5,6 +5,8 @@ the floating activations, so it is what replaces a linear layer: quantise, produ
 "..., kernel" calls the C++ kernel into an output that is there already: what the arithmetic reaches
 on its threads. The op adds the way from Python to it, 0.1 to 0.3 ms where a product before it has
 swept the caches (docs/ops/gemm_w8a8.md).
+A case with an activation has it in "torch linear" too; "fewstep, activation apart" is the product
+from x and then torch's activation.
 The limit on CPUs is the rate of vpdpbusd itself on registers (`_C.cpu.probe_vnni`), per thread.
 """
 
@@ -14,22 +16,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fewstep import _native, ops
 from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit, needs
 from fewstep.bench.products import (
+    activation_of,
     call,
+    linear_only,
     model_cases,
+    needs_activation,
     needs_onnx,
     on_cpu,
     onnx_int8,
     openvino_int8,
+    output_width,
     plain_layer,
+    torch_layer,
     vnni_limit,
 )
+from fewstep.ops._epilogue import activate
 from fewstep.ops.gemm_w8a8 import pack_w8
 
+GEGLU, FF1 = {"M": 1024, "N": 10240, "K": 1280}, {"M": 512, "N": 12288, "K": 3072}
 CASES = [
     Case("SDXL 640 proj", {"M": 1024, "N": 640, "K": 640}, torch.bfloat16, quick=True),
     Case("SDXL 1280 proj", {"M": 1024, "N": 1280, "K": 1280}, torch.bfloat16),
@@ -37,6 +45,8 @@ CASES = [
     Case("SDXL 1280 proj, 256 rows", {"M": 256, "N": 1280, "K": 1280}, torch.bfloat16),
     Case("FLUX.1 text out", {"M": 512, "N": 3072, "K": 3072}, torch.bfloat16, ("cpu",)),
     Case("SDXL GEGLU", {"M": 1024, "N": 10240, "K": 1280}, torch.bfloat16, ("cpu",)),
+    Case("SDXL GEGLU, with it", GEGLU, torch.bfloat16, options={"activation": "geglu"}),
+    Case("FLUX.1 text ff1, GELU", FF1, torch.bfloat16, options={"activation": "gelu_tanh"}),
     Case("FLUX.1 adaLN", {"M": 16, "N": 9216, "K": 3072}, torch.bfloat16),
     *model_cases(),
 ]
@@ -53,11 +63,12 @@ def quantised_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def integers(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
-    return (*ops.quantize_int8(x), *quantised_weight(w), bias, case.dtype)
+    a = ops.quantize_int8(x)
+    return (*a, *quantised_weight(w), bias, case.dtype, activation_of(case))
 
 
 def floats(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
-    return (x, None, *quantised_weight(w), bias, case.dtype)
+    return (x, None, *quantised_weight(w), bias, case.dtype, activation_of(case))
 
 
 def product(
@@ -68,12 +79,17 @@ def product(
     packed: Tensor | None,
     bias: Tensor,
     dtype: torch.dtype,
+    activation: str | None,
     *,
-    impl: str,
+    impl: str = "auto",
 ) -> Tensor:
-    return ops.gemm_w8a8(
-        a, a_scale, w, w_scale, bias=bias, packed=packed, out_dtype=dtype, impl=impl
-    )
+    options = {"bias": bias, "packed": packed, "activation": activation, "out_dtype": dtype}
+    return ops.gemm_w8a8(a, a_scale, w, w_scale, **options, impl=impl)
+
+
+def product_then_activation(*operands: Any) -> Tensor:
+    *rest, activation = operands
+    return activate(product(*rest, None), activation)
 
 
 def end_to_end() -> list[Provider]:
@@ -85,8 +101,9 @@ def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] 
     a, a_scale, _, w_scale, packed, *_ = integers(case, x, w, bias)
     if packed is None:
         return "there is no native kernel for this device"
-    out = x.new_zeros((case["M"], case["N"]), dtype=case.dtype)
-    arguments = (a, a_scale, packed, w_scale, bias, None, None, None, 0, out)
+    out = x.new_zeros((case["M"], output_width(case)), dtype=case.dtype)
+    end = (activation_of(case) or "", None, None, None)  # gate, residual, scale
+    arguments = (a, a_scale, packed, w_scale, bias, None, None, None, 0, *end, out)
     return functools.partial(_native.call, "gemm_w8a8", *arguments)
 
 
@@ -146,7 +163,7 @@ def flops(case: Case) -> float:
 
 def bytes_moved(case: Case) -> float:
     M, N, K = case["M"], case["N"], case["K"]
-    return M * (K + 4.0) + N * (K + 4.0) + (M + 1.0) * N * case.dtype.itemsize
+    return M * (K + 4.0) + N * (K + 4.0) + (M * output_width(case) + N) * case.dtype.itemsize
 
 
 BENCHMARK = Benchmark(
@@ -157,13 +174,19 @@ BENCHMARK = Benchmark(
         *implementations("gemm_w8a8", product, integers),
         *end_to_end(),
         Provider("fewstep native, kernel", kernel, "op", "native"),
-        baseline("torch linear", F.linear),
-        baseline("torch._int_mm, eager scales", int_mm, int_mm_operands, enough_rows),
-        baseline("torch._int_mm, eager, from x", call, int_mm_from_x, enough_rows),
-        baseline("torch dynamic int8", call, dynamic_layer, on_cpu),
-        baseline("torchao int8, compiled", call, torchao_layer, worth_compiling),
-        baseline("ONNX Runtime DynamicQuantizeMatMul", call, onnx_int8, needs_onnx),
-        baseline("OpenVINO int8, dynamic", call, openvino_int8, needs("openvino", "cpu")),
+        baseline("fewstep, activation apart", product_then_activation, floats, needs_activation),
+        baseline("torch linear", call, torch_layer),
+        baseline("torch._int_mm, eager scales", int_mm, int_mm_operands, linear_only(enough_rows)),
+        baseline("torch._int_mm, eager, from x", call, int_mm_from_x, linear_only(enough_rows)),
+        baseline("torch dynamic int8", call, dynamic_layer, linear_only(on_cpu)),
+        baseline("torchao int8, compiled", call, torchao_layer, linear_only(worth_compiling)),
+        baseline("ONNX Runtime DynamicQuantizeMatMul", call, onnx_int8, linear_only(needs_onnx)),
+        baseline(
+            "OpenVINO int8, dynamic",
+            call,
+            openvino_int8,
+            linear_only(needs("openvino", "cpu")),
+        ),
         vnni_limit(),
         matmul_limit(torch.int8),
     ],

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "fewstep/check.h"
+#include "fewstep/cpu/epilogue.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/low_rank.h"
 #include "fewstep/cpu/thread_scratch.h"
@@ -190,8 +191,40 @@ struct Operands {
     const TensorView* low;
     const TensorView* up;
     const float* bias;  // may be null
+    const Epilogue& end;
     std::int64_t M, N, K, groups, rank;
 };
+
+// Columns [n, n + columns) of the weight, what is widened of them.
+struct Columns {
+    const float* scales;  // rows of `groups`
+    const float* up;      // rows of the padded rank
+    std::int64_t n, columns;
+};
+
+// Rows of a tile (t.x, t.low and t.rows are set) by all columns of a panel: sums and bias, row r at
+// y + r * kPanel.
+void multiply_columns(const Operands& p, const Columns& panel, Tile& t, TileFunction multiply_tile,
+                      float* y) {
+    for (std::int64_t at = 0; at < panel.columns; at += kColumns) {
+        const int count = static_cast<int>(std::min<std::int64_t>(kColumns, panel.columns - at));
+        for (int c = 0; c < kColumns; ++c) {
+            // Columns beyond the last are the last again, and not stored.
+            const std::int64_t n = at + std::min(c, count - 1);
+            t.w[c] = p.w.ptr<std::uint8_t>() + (panel.n + n) * (p.K / 2);
+            t.scale[c] = panel.scales + n * p.groups;
+            t.up[c] = panel.up + n * t.rank;
+        }
+        Sums sums;
+        multiply_tile(t, sums);
+        for (int r = 0; r < t.rows; ++r) {
+            for (int c = 0; c < count; ++c) {
+                y[r * kPanel + at + c] =
+                    p.bias ? sums[r][c] + p.bias[panel.n + at + c] : sums[r][c];
+            }
+        }
+    }
+}
 
 // The widened columns [n, n + columns) of a panel: scales and up, rows of `groups` and pad(rank).
 void widen_panel(const Operands& p, std::int64_t n, std::int64_t columns, float* scales,
@@ -210,9 +243,12 @@ void multiply(const Operands& p, const TensorView& x, T* out) {
     const Isa chosen = isa();
     const int threads = p.M * p.N * p.K > kWorthThreads ? omp_get_max_threads() : 1;
     const std::int64_t rank = pad(p.rank);
-    const std::int64_t panels = (p.N + kPanel - 1) / kPanel, blocks = (p.M + kBlock - 1) / kBlock;
+    const std::int64_t width = p.end.width(), runs = p.end.is_glu() ? 2 : 1;
+    const std::int64_t panels = (width + kPanel - 1) / kPanel, blocks = (p.M + kBlock - 1) / kBlock;
     const ThreadScratch<float> rows(1, p.M * p.K), low(1, p.M * rank);
-    const ThreadScratch<float> scales(threads, kPanel * p.groups), up(threads, kPanel * rank);
+    const ThreadScratch<float> scales(threads, runs * kPanel * p.groups);
+    const ThreadScratch<float> up(threads, runs * kPanel * rank);
+    const epilogue::BlendFunction<T> blend = epilogue::choose_blend<T>();
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
@@ -230,6 +266,7 @@ void multiply(const Operands& p, const TensorView& x, T* out) {
         }
         float* const panel_scales = scales.of_thread(omp_get_thread_num());
         float* const panel_up = up.of_thread(omp_get_thread_num());
+        alignas(64) float y[2][kRows * kPanel];
         Tile tile;
         tile.ldx = p.K;
         tile.groups = p.groups;
@@ -240,34 +277,29 @@ void multiply(const Operands& p, const TensorView& x, T* out) {
 #pragma omp for schedule(dynamic)
         for (std::int64_t index = 0; index < panels * blocks; ++index) {
             const std::int64_t first = index / blocks * kPanel, begin = index % blocks * kBlock;
-            const std::int64_t columns = std::min(kPanel, p.N - first);
+            const std::int64_t columns = std::min(kPanel, width - first);
             const std::int64_t end = std::min(p.M, begin + kBlock);
-            if (first != current) widen_panel(p, first, columns, panel_scales, panel_up);
+            Columns half[2];
+            for (std::int64_t i = 0; i < runs; ++i) {
+                float* const own_scales = panel_scales + i * kPanel * p.groups;
+                float* const own_up = panel_up + i * kPanel * rank;
+                half[i] = {own_scales, own_up, first + i * width, columns};
+                if (first != current) {
+                    widen_panel(p, half[i].n, columns, own_scales, own_up);
+                }
+            }
             current = first;
             for (std::int64_t m = begin; m < end; m += tile.rows) {
                 tile.rows = static_cast<int>(std::min<std::int64_t>(kRows, end - m));
                 tile.x = rows.of_thread(0) + m * p.K;
                 tile.low = low.of_thread(0) + m * rank;
                 const TileFunction multiply_tile = choose_tile(chosen, tile.rows);
-                for (std::int64_t at = 0; at < columns; at += kColumns) {
-                    const int count =
-                        static_cast<int>(std::min<std::int64_t>(kColumns, columns - at));
-                    for (int c = 0; c < kColumns; ++c) {
-                        // Columns beyond the last are the last again, and not stored.
-                        const std::int64_t n = at + std::min(c, count - 1);
-                        tile.w[c] = p.w.ptr<std::uint8_t>() + (first + n) * (p.K / 2);
-                        tile.scale[c] = panel_scales + n * p.groups;
-                        tile.up[c] = panel_up + n * rank;
-                    }
-                    Sums sums;
-                    multiply_tile(tile, sums);
-                    for (int r = 0; r < tile.rows; ++r) {
-                        for (int c = 0; c < count; ++c) {
-                            const std::int64_t n = first + at + c;
-                            const float sum = p.bias ? sums[r][c] + p.bias[n] : sums[r][c];
-                            out[(m + r) * p.N + n] = Convert<T>::from(sum);
-                        }
-                    }
+                for (std::int64_t i = 0; i < runs; ++i) {
+                    multiply_columns(p, half[i], tile, multiply_tile, y[i]);
+                }
+                for (int r = 0; r < tile.rows; ++r) {
+                    p.end.finish(m + r, first, static_cast<int>(columns), y[0] + r * kPanel,
+                                 y[1] + r * kPanel, blend, out + (m + r) * width + first);
                 }
             }
         }
@@ -278,8 +310,9 @@ void multiply(const Operands& p, const TensorView& x, T* out) {
 
 void gemm_w4a16(const TensorView& x, const TensorView& w, const TensorView& w_scale,
                 const TensorView* bias, const TensorView* low, const TensorView* up,
+                const std::string& activation, const TensorView* gate, const TensorView* residual,
                 const TensorView& out) {
-    const std::int64_t M = out.size(0), N = out.size(1), K = x.size(1), groups = w_scale.size(1);
+    const std::int64_t M = out.size(0), N = w.size(0), K = x.size(1), groups = w_scale.size(1);
     FEWSTEP_CHECK(K == 0 ? groups == 0 : groups > 0 && K % (kChunk * groups) == 0,
                   "w_scale: expected [N, K / G] with G a multiple of 32 and K = ", K, ", got ",
                   groups, " groups");
@@ -290,12 +323,13 @@ void gemm_w4a16(const TensorView& x, const TensorView& w, const TensorView& w_sc
     expect_contiguous(w_scale, "w_scale", w_scale.dtype, {N, groups});
     if (bias != nullptr) expect_contiguous(*bias, "bias", bias->dtype, {N});
     const std::int64_t rank = expect_branch(low, up, M, N);
-    expect_contiguous(out, "out", x.dtype, {M, N});
+    const Epilogue end(activation, gate, residual, M, N);
+    expect_contiguous(out, "out", x.dtype, {M, end.width()});
     if (M == 0 || N == 0) return;
     std::vector<float> wide_bias(bias == nullptr ? 0 : static_cast<std::size_t>(N));
     if (bias != nullptr) widen(*bias, "bias", 0, N, wide_bias.data());
-    const Operands p{w, w_scale, low, up,     bias == nullptr ? nullptr : wide_bias.data(),
-                     M, N,       K,   groups, rank};
+    const float* const floats = bias == nullptr ? nullptr : wide_bias.data();
+    const Operands p{w, w_scale, low, up, floats, end, M, N, K, groups, rank};
     switch (x.dtype) {
         case DType::kFloat32: return multiply(p, x, out.ptr<float>());
         case DType::kBFloat16: return multiply(p, x, out.ptr<bfloat16>());

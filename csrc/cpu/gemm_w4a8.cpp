@@ -163,8 +163,9 @@ struct Packed {
 void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView& packed,
                const TensorView& w_scale, const TensorView* bias, const TensorView* low,
                const TensorView* up, const TensorView* smooth, std::int64_t rotate,
-               const TensorView& out) {
-    const std::int64_t N = out.size(1), K = a.size(1), groups = w_scale.size(1);
+               const std::string& activation, const TensorView* gate, const TensorView* residual,
+               const TensorView* scale, const TensorView& out) {
+    const std::int64_t N = w_scale.size(0), K = a.size(1), groups = w_scale.size(1);
     const std::int64_t group = groups > 0 ? K / groups : 0;
     FEWSTEP_CHECK(K == groups * group && (K == 0 || group == 32 || group == 64 || group == 128),
                   "w_scale: expected [N, K / G] with G 32, 64 or 128 and K = ", K, ", got ", groups,
@@ -174,7 +175,9 @@ void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView&
     const auto run = [&](auto tag) {
         using Scale = decltype(tag);
         const Packed<Scale> source{packed.ptr<std::uint8_t>(), w_scale.ptr<Scale>(), K, groups};
-        int8::product(source, a, a_scale, bias, low, up, smooth, rotate, out);
+        int8::product(
+            source, N,
+            {a, a_scale, bias, low, up, smooth, rotate, activation, gate, residual, scale, out});
     };
     switch (w_scale.dtype) {
         case DType::kBFloat16: return run(bfloat16{});

@@ -24,12 +24,15 @@ struct Packed {
 void gemm_w8a8(const TensorView& a, const TensorView* a_scale, const TensorView& packed,
                const TensorView& w_scale, const TensorView* bias, const TensorView* low,
                const TensorView* up, const TensorView* smooth, std::int64_t rotate,
-               const TensorView& out) {
-    const std::int64_t N = out.size(1), ld = (a.size(1) + 3) / 4 * 4;
+               const std::string& activation, const TensorView* gate, const TensorView* residual,
+               const TensorView* scale, const TensorView& out) {
+    const std::int64_t N = w_scale.size(0), ld = (a.size(1) + 3) / 4 * 4;
     expect_contiguous(packed, "packed", DType::kUInt8, {(N + 15) / 16 * 16, ld});
     expect_contiguous(w_scale, "w_scale", DType::kFloat32, {N});
     const Packed source{packed.ptr<std::uint8_t>(), w_scale.ptr<float>(), ld};
-    int8::product(source, a, a_scale, bias, low, up, smooth, rotate, out);
+    int8::product(
+        source, N,
+        {a, a_scale, bias, low, up, smooth, rotate, activation, gate, residual, scale, out});
 }
 
 }  // namespace fewstep::cpu

@@ -1,7 +1,8 @@
 """gemm_w4a16 in Triton: one pass over the weight without dots for a row or two, else tiles of dots.
 
 x [M, K] with unit stride in K, w [N, K / 2] uint8 and w_scale [N, K / G] 16-bit contiguous, bias
-[N] floating or none, low [M, R] and up [N, R] contiguous or both none, out [M, N] contiguous.
+[N] floating or none, low [M, R] and up [N, R] contiguous or both none, gate [G, N'] and residual
+[M, N'] with unit stride in N' or none, out [M, N'] contiguous.
 
 Without dots: a program takes BLOCK_N columns of out over all of K, PARTS x 16 bytes of each row of
 the weight at a time. A thread multiplies the 16 bytes of one load by their 32 x, which lie in one
@@ -24,8 +25,17 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import dot, narrow, present
-from ._gemm import GROUP, add_branch, branch_block, find_tile
+from ._common import dot
+from ._gemm import (
+    GROUP,
+    activate,
+    branch_block,
+    end_steps,
+    find_tile,
+    finish_tile,
+    store_end,
+    weight_columns,
+)
 
 
 @triton.jit
@@ -48,6 +58,9 @@ def _gemv_w4a16_kernel(
     bias_ptr,
     low_ptr,
     up_ptr,
+    gate_ptr,
+    residual_ptr,
+    steps,
     out_ptr,
     N,
     K,
@@ -58,10 +71,10 @@ def _gemv_w4a16_kernel(
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.minimum(offs_n, N - 1).to(tl.int64)  # past the end: computed and not stored
+    columns = weight_columns(offs_n, N, ACTIVATION, 1)  # past the end: computed and not stored
     parts = tl.arange(0, PARTS)  # of 32 columns of the weight
     count = K // 32
     w_ptrs = w_ptr + columns[:, None, None] * (count * 16) + tl.arange(0, 16)[None, None, :]
@@ -85,7 +98,7 @@ def _gemv_w4a16_kernel(
         sums = added
     for m in tl.static_range(M):
         out = tl.sum(sums[m], 1)
-        if HAS_BIAS:
+        if bias_ptr is not None:
             out += tl.load(bias_ptr + columns).to(tl.float32)
         if BLOCK_R > 0:
             offs = tl.arange(0, BLOCK_R)
@@ -95,8 +108,15 @@ def _gemv_w4a16_kernel(
                 up_ptrs = up_ptr + columns[:, None] * R + r[None, :]
                 up = tl.load(up_ptrs, mask=(r < R)[None, :], other=0.0).to(tl.float32)
                 out += tl.sum(up * low[None, :], 1)
-        ptrs = out_ptr + tl.cast(m, tl.int64) * N + offs_n
-        tl.store(ptrs, narrow(out, out_ptr.dtype.element_ty), mask=offs_n < N)
+        n = offs_n
+        if ACTIVATION == "geglu" or ACTIVATION == "swiglu":
+            value, switch = tl.split(out.reshape(BLOCK_N // 2, 2))
+            out = value * activate(switch, ACTIVATION)
+            n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        elif ACTIVATION is not None:
+            out = activate(out, ACTIVATION)
+        row = tl.full([1], m, tl.int32)
+        store_end(out, row, n, M, N, gate_ptr, residual_ptr, steps, out_ptr, ACTIVATION)
 
 
 @triton.jit
@@ -107,6 +127,9 @@ def _gemm_w4a16_kernel(
     bias_ptr,
     low_ptr,
     up_ptr,
+    gate_ptr,
+    residual_ptr,
+    steps,
     out_ptr,
     M,
     N,
@@ -118,11 +141,11 @@ def _gemm_w4a16_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     offs_m, offs_n = find_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = tl.minimum(offs_m, M - 1).to(tl.int64)
-    columns = tl.minimum(offs_n, N - 1).to(tl.int64)
+    columns = weight_columns(offs_n, N, ACTIVATION, 8)
     groups = K // G
     s_ptrs = w_scale_ptr + columns * groups
     x_ptrs = x_ptr + rows[None, :] * stride_xm + tl.arange(0, G)[:, None]
@@ -136,13 +159,22 @@ def _gemm_w4a16_kernel(
         s_ptrs += 1
         x_ptrs += G
         w_ptrs += G // 2
-    if HAS_BIAS:
-        out += tl.load(bias_ptr + columns).to(tl.float32)[:, None]
-    if BLOCK_R > 0:
-        out = add_branch(out, up_ptr, columns, low_ptr, rows, R, BLOCK_R)
-    ptrs = out_ptr + offs_m[None, :].to(tl.int64) * N + offs_n[:, None]
-    mask = (offs_m < M)[None, :] & (offs_n < N)[:, None]
-    tl.store(ptrs, narrow(out, out_ptr.dtype.element_ty), mask=mask)
+    finish_tile(
+        out,
+        (offs_m, offs_n),
+        columns,
+        bias_ptr,
+        (low_ptr, up_ptr),
+        R,
+        (M, N),
+        gate_ptr,
+        residual_ptr,
+        steps,
+        out_ptr,
+        BLOCK_R,
+        ACTIVATION,
+        True,
+    )
 
 
 def launch_gemm_w4a16(
@@ -152,11 +184,14 @@ def launch_gemm_w4a16(
     bias: Tensor | None,
     low: Tensor | None,
     up: Tensor | None,
+    activation: str | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
     out: Tensor,
 ) -> None:
     """Fill `out`; shapes as in the module docstring, none of M and N zero."""
     (M, K), N = x.shape, w.shape[0]
-    tensors = (x, w, w_scale, *present(w_scale, bias, low, up), out)
+    tensors = (x, w, w_scale, bias, low, up, *end_steps(gate, residual, M), out)
     sizes = (N, K, 0 if up is None else up.shape[1], x.stride(0))
     G, block_r = K // w_scale.shape[1] if K else 32, branch_block(low, up)
     few = 8 if x.dtype == torch.float32 else 2
@@ -170,7 +205,7 @@ def launch_gemm_w4a16(
             BLOCK_N=block_n,
             PARTS=32,
             BLOCK_R=block_r,
-            HAS_BIAS=bias is not None,
+            ACTIVATION=activation,
             num_warps=4,
         )
         return
@@ -189,7 +224,7 @@ def launch_gemm_w4a16(
         BLOCK_N=block_n,
         BLOCK_R=block_r,
         GROUP=GROUP,
-        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
         num_warps=warps,
         num_stages=3,
     )

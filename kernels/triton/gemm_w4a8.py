@@ -1,8 +1,8 @@
 """gemm_w4a8 in Triton: gemm_w8a8 whose weight is folded from 4 to 8 bits on its way to the dots.
 
 a [M, K] int8 with unit stride in K, w [N, K / 2] uint8 and w_scale [N, K / G] 16-bit contiguous,
-a_scale [M] fp32, bias [N] floating or none, low [M, R] and up [N, R] contiguous or both none, out
-[M, N] contiguous.
+a_scale [M] fp32, bias [N] floating or none, low [M, R] and up [N, R] contiguous or both none, gate
+[G, N'] and residual [M, N'] with unit stride in N' or none, out [M, N'] contiguous.
 
 Up to MANY rows the weight is folded in registers: a program computes a BLOCK_M x BLOCK_N tile of
 out transposed, in steps of one group, and finds its rows' largest scales before. Transposed,
@@ -23,8 +23,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import narrow, present
-from ._gemm import GROUP, add_branch, branch_block, find_tile
+from ._gemm import GROUP, branch_block, end_steps, find_tile, finish_tile, weight_columns
 from .gemm_w8a8 import launch_gemm_w8a8
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even
@@ -108,6 +107,9 @@ def _gemm_w4a8_kernel(
     bias_ptr,
     low_ptr,
     up_ptr,
+    gate_ptr,
+    residual_ptr,
+    steps,
     out_ptr,
     M,
     N,
@@ -119,11 +121,11 @@ def _gemm_w4a8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     offs_m, offs_n = find_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     rows = tl.minimum(offs_m, M - 1).to(tl.int64)
-    columns = tl.minimum(offs_n, N - 1).to(tl.int64)
+    columns = weight_columns(offs_n, N, ACTIVATION, 8)
     groups = K // G
     s_ptrs = w_scale_ptr + columns * groups
     top = _largest_scale(s_ptrs, groups, BLOCK_N)
@@ -139,13 +141,22 @@ def _gemm_w4a8_kernel(
         w_ptrs += G // 2
     a_scale = tl.load(a_scale_ptr + rows)
     out = acc.to(tl.float32) * a_scale[None, :] * (top * 0.0625)[:, None]
-    if HAS_BIAS:
-        out += tl.load(bias_ptr + columns).to(tl.float32)[:, None]
-    if BLOCK_R > 0:
-        out = add_branch(out, up_ptr, columns, low_ptr, rows, R, BLOCK_R)
-    ptrs = out_ptr + offs_m[None, :].to(tl.int64) * N + offs_n[:, None]
-    mask = (offs_m < M)[None, :] & (offs_n < N)[:, None]
-    tl.store(ptrs, narrow(out, out_ptr.dtype.element_ty), mask=mask)
+    finish_tile(
+        out,
+        (offs_m, offs_n),
+        columns,
+        bias_ptr,
+        (low_ptr, up_ptr),
+        R,
+        (M, N),
+        gate_ptr,
+        residual_ptr,
+        steps,
+        out_ptr,
+        BLOCK_R,
+        ACTIVATION,
+        True,
+    )
 
 
 def launch_gemm_w4a8(
@@ -156,6 +167,9 @@ def launch_gemm_w4a8(
     bias: Tensor | None,
     low: Tensor | None,
     up: Tensor | None,
+    activation: str | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
     out: Tensor,
 ) -> None:
     """Fill `out`; shapes as in the module docstring, none of M and N zero."""
@@ -166,7 +180,8 @@ def launch_gemm_w4a8(
         _fold_int4_kernel[(triton.cdiv(N, 8),)](
             w, w_scale, w8, top, N, w_scale.shape[1], G=G, BLOCK_N=8, STEP=1024 // G, num_warps=4
         )
-        launch_gemm_w8a8(a, a_scale, w8, top, bias, low, up, out)
+        end = (activation, gate, residual, out)
+        launch_gemm_w8a8(a, a_scale, w8, top, bias, low, up, *end)
         return
     block_m, block_n = (16 if M <= 16 else 64 if M <= 64 else 128), 64
     _gemm_w4a8_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
@@ -174,7 +189,10 @@ def launch_gemm_w4a8(
         a_scale,
         w,
         w_scale,
-        *present(a_scale, bias, low, up),
+        bias,
+        low,
+        up,
+        *end_steps(gate, residual, M),
         out,
         M,
         N,
@@ -186,7 +204,7 @@ def launch_gemm_w4a8(
         BLOCK_N=block_n,
         BLOCK_R=branch_block(low, up),
         GROUP=GROUP,
-        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
         num_warps=4,
         num_stages=4,
     )

@@ -3,9 +3,10 @@
 The same kernel is gemm_fp8's, on the bits of e4m3 operands with float32 sums.
 
 a [M, K] int8 with unit stride in K, w [N, K] int8 with any strides, a_scale [M] and w_scale [N]
-fp32, bias [N] floating or none, out [M, N] contiguous. low [M, R] and up [N, R], contiguous or both
-none: the branch is added to the scaled sums in their registers, by tensor cores if both have one
-16-bit dtype.
+fp32, bias [N] floating or none. low [M, R] and up [N, R], contiguous or both none: the branch is
+added to the scaled sums in their registers, by tensor cores if both have one 16-bit dtype. Gate
+[G, N'] and residual [M, N'] with unit stride in N', or none; out [M, N'] contiguous: `_gemm.py` has
+the end.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._common import narrow, present
-from ._gemm import GROUP, add_branch, branch_block, dot_e4m3, find_tile
+from ._gemm import (
+    GROUP,
+    branch_block,
+    dot_e4m3,
+    end_steps,
+    find_tile,
+    finish_tile,
+    weight_columns,
+)
 
 
 @triton.jit
@@ -28,6 +36,9 @@ def _gemm_w8a8_kernel(
     bias_ptr,
     low_ptr,
     up_ptr,
+    gate_ptr,
+    residual_ptr,
+    steps,
     out_ptr,
     M,
     N,
@@ -42,14 +53,14 @@ def _gemm_w8a8_kernel(
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     E4M3: tl.constexpr,
     NATIVE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     offs_m, offs_n = find_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
     offs_k = tl.arange(0, BLOCK_K)
     rows = tl.minimum(offs_m, M - 1).to(tl.int64)
-    columns = tl.minimum(offs_n, N - 1).to(tl.int64)
+    columns = weight_columns(offs_n, N, ACTIVATION, 1)
     a_ptrs = a_ptr + rows[:, None] * stride_am + offs_k[None, :]
     w_ptrs = w_ptr + columns[None, :] * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32 if E4M3 else tl.int32)
@@ -66,13 +77,22 @@ def _gemm_w8a8_kernel(
     a_scale = tl.load(a_scale_ptr + rows)
     w_scale = tl.load(w_scale_ptr + columns)
     out = acc.to(tl.float32) * a_scale[:, None] * w_scale[None, :]
-    if HAS_BIAS:
-        out += tl.load(bias_ptr + columns).to(tl.float32)[None, :]
-    if BLOCK_R > 0:
-        out = add_branch(out, low_ptr, rows, up_ptr, columns, R, BLOCK_R)
-    ptrs = out_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    tl.store(ptrs, narrow(out, out_ptr.dtype.element_ty), mask=mask)
+    finish_tile(
+        out,
+        (offs_m, offs_n),
+        columns,
+        bias_ptr,
+        (low_ptr, up_ptr),
+        R,
+        (M, N),
+        gate_ptr,
+        residual_ptr,
+        steps,
+        out_ptr,
+        BLOCK_R,
+        ACTIVATION,
+        False,
+    )
 
 
 def launch_gemm_w8a8(
@@ -83,6 +103,9 @@ def launch_gemm_w8a8(
     bias: Tensor | None,
     low: Tensor | None,
     up: Tensor | None,
+    activation: str | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
     out: Tensor,
     *,
     e4m3: bool = False,
@@ -95,12 +118,18 @@ def launch_gemm_w8a8(
     (M, K), N = a.shape, w.shape[0]
     block_m = 16 if M <= 16 else 64 if M <= 64 else 128
     block_n, block_k = (64, 128) if M <= 64 else (128, 128)
+    # Without more than a bias two programs share a multiprocessor, if neither takes more registers.
+    bare = block_m == 128 and not e4m3 and all(x is None for x in (up, activation, gate, residual))
+    shared = {"maxnreg": 128} if bare else {}
     _gemm_w8a8_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
         a,
         a_scale,
         w,
         w_scale,
-        *present(w_scale, bias, low, up),
+        bias,
+        low,
+        up,
+        *end_steps(gate, residual, M),
         out,
         M,
         N,
@@ -114,9 +143,10 @@ def launch_gemm_w8a8(
         BLOCK_R=branch_block(low, up),
         GROUP=GROUP,
         EVEN_K=K % block_k == 0,
-        HAS_BIAS=bias is not None,
         E4M3=e4m3,
         NATIVE=native,
+        ACTIVATION=activation,
         num_warps=8 if block_m == 128 else 4,
+        **shared,
         num_stages=3,
     )

@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED = 227 * 1024
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 WGMMA = r"wgmma\.mma_async"
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -202,8 +202,11 @@ def backward(d, plain=False, **options):
     )
 
 
-def product(module, M, group=64, dtype=torch.bfloat16, R=32):
-    """Return the launches of a low-bit product with bias, and a branch where R is not 0."""
+def product(module, M, group=64, dtype=torch.bfloat16, R=32, activation=None, blend=False):
+    """Return the launches of a low-bit product with bias, and a branch where R is not 0.
+
+    With `blend` there are a gate and a residual.
+    """
     N, K = 3072, 4096
 
     def new(*shape, dtype=dtype):
@@ -217,7 +220,10 @@ def product(module, M, group=64, dtype=torch.bfloat16, R=32):
     left = (new(M, K),) if module is gemm_w4a16 else (a, scale)
     branch = (new(M, R), new(N, R)) if R else (None, None)
     launch = getattr(module, "launch_" + module.__name__.rpartition(".")[2])
-    return launches(lambda: launch(*left, *w, new(N), *branch, new(M, N)))
+    width = N // 2 if activation in ("geglu", "swiglu") else N
+    blended = (new(1, width), new(M, width)) if blend else (None, None)
+    end = (activation, *blended, new(M, width))
+    return launches(lambda: launch(*left, *w, new(N), *branch, *end))
 
 
 def quantize_rows(rotate):
@@ -303,6 +309,15 @@ VARIANTS = {
     "gemm_fp8 4096": lambda: product(gemm_fp8, 4096),
     "gemm_fp8 4096 float32": lambda: product(gemm_fp8, 4096, dtype=torch.float32),
     "gemm_fp8 4096 alone": lambda: product(gemm_fp8, 4096, R=0),
+    "gemm_fp8 4096 geglu": lambda: product(gemm_fp8, 4096, activation="geglu"),
+    "gemm_w8a8 4096 blend": lambda: product(gemm_w8a8, 4096, blend=True),
+    "gemm_w8a8 4096 gelu": lambda: product(gemm_w8a8, 4096, R=0, activation="gelu", blend=True),
+    "gemm_w8a8 4096 geglu": lambda: product(gemm_w8a8, 4096, activation="geglu"),
+    "gemm_w8a8 16 swiglu": lambda: product(gemm_w8a8, 16, activation="swiglu"),
+    "gemm_w4a8 512 geglu": lambda: product(gemm_w4a8, 512, activation="geglu", blend=True),
+    "gemm_w4a8 16 gelu_tanh": lambda: product(gemm_w4a8, 16, activation="gelu_tanh"),
+    "gemm_w4a16 2 swiglu": lambda: product(gemm_w4a16, 2, activation="swiglu", blend=True),
+    "gemm_w4a16 64 geglu": lambda: product(gemm_w4a16, 64, activation="geglu", blend=True),
     "gemm_w4a8 16": lambda: product(gemm_w4a8, 16),
     "gemm_w4a8 64 group 128": lambda: product(gemm_w4a8, 64, group=128),
     "gemm_w4a8 512": lambda: product(gemm_w4a8, 512),

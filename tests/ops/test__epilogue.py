@@ -18,7 +18,7 @@ from helpers import padded, relative_error, row_sliced, strided
 from product_rules import add_branch, branch_of, within
 
 IMPLS = ["reference", "native", "triton"]
-OPS = ["gemm_w8a8", "gemm_w4a8", "gemm_fp8"]
+OPS = ["gemm_w8a8", "gemm_w4a8", "gemm_w4a16", "gemm_fp8"]
 ISAS = ["portable", "avx2", "avx512"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = 2.0**-24
@@ -222,7 +222,10 @@ def test_int8_outputs_are_those_of_quantize_int8(op, dtype, rows, impl):
         N = outputs * 2 if is_glu(activation) else outputs
         args, bias = operands(op, rows, N, dtype=dtype)
         run = functools.partial(getattr(ops, op), *args, bias=bias, impl=impl)
-        for kwargs in ({}, {"activation": activation, "gate": gate, "residual": residual}):
+        end = {"activation": activation, "gate": gate, "residual": residual}
+        if dtype is not None:
+            end |= {"down": torch.randn(3, 64).to(dtype), "up": torch.randn(N, 3)}
+        for kwargs in ({}, end):
             if is_glu(activation) and not kwargs:
                 continue
             q, scale = run(**kwargs, out_dtype=torch.int8)
@@ -278,7 +281,7 @@ def test_every_instruction_set_has_the_same_bits(op, activation, monkeypatch):
 def test_rows_do_not_change_each_other(op):
     """A row's result is the same alone: tiles, blocks and slices of K have one order."""
     (rows, outputs), gate = ((11,), 90), torch.randn(90)
-    out, args, kwargs = check(op, "native", rows, outputs, None, gate, torch.randn(11, 90), R=4)
+    out, args, kwargs = check(op, "native", rows, outputs, "geglu", gate, torch.randn(11, 90), R=4)
     for m in (0, 7):
         one = slice(m, m + 1)
         left = [x[one] for x in args[:-2]]

@@ -135,7 +135,7 @@ def test_native_writes_only_its_outputs(dtype, isa, monkeypatch):
         for branch in ({}, branch_of((rows,), N, 3)):
             out = padded(torch.zeros(rows, N, dtype=dtype))
             parts = [padded(t) for t in branch.values()] or [None, None]
-            _native.call("gemm_w4a16", *call, *parts, out)
+            _native.call("gemm_w4a16", *call, *parts, "", None, None, out)
             assert padding_intact(out)
             want = ops.gemm_w4a16(x, w, w_scale, bias=bias, **branch, impl="native")
             assert torch.equal(out, want)

@@ -159,10 +159,11 @@ def test_native_writes_only_its_outputs(shape, isa, monkeypatch):
     a, a_scale, w, w_scale, bias = operands((rows,), N, K, group)
     monkeypatch.setenv("FEWSTEP_CPU_ISA", isa)
     call = [padded(t) for t in (a, a_scale, pack_w4(w, w_scale), w_scale, bias)]
+    plain = (None, 0, "", None, None, None)  # smooth to scale
     for branch in ({}, branch_of((rows,), N, 3)):
         out = padded(torch.zeros(rows, N))
         parts = [padded(x) for x in branch.values()] or [None, None]
-        _native.call("gemm_w4a8", *call, *parts, None, 0, out)
+        _native.call("gemm_w4a8", *call, *parts, *plain, out)
         assert padding_intact(out)
         want = ops.gemm_w4a8(a, a_scale, w, w_scale, bias=bias, **branch, impl="native")
         assert torch.equal(out, want)

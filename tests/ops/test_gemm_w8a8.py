@@ -141,12 +141,13 @@ def test_native_writes_only_its_outputs(shape):
     rows, N, K = (torch.Size(shape[0]).numel(), *shape[1:])
     a, a_scale, w, w_scale, bias = operands((rows,), N, K)
     packed = padded(pack_w8(w))
+    plain = (None, 0, "", None, None, None)  # smooth to scale
     for dtype in DTYPES:
         out = padded(torch.zeros(rows, N, dtype=dtype))
         call = [padded(a), padded(a_scale), packed, padded(w_scale), padded(bias)]
         for branch in ({}, branch_of((rows,), N, 3)):
             parts = [padded(x) for x in branch.values()] or [None, None]
-            _native.call("gemm_w8a8", *call, *parts, None, 0, out)
+            _native.call("gemm_w8a8", *call, *parts, *plain, out)
             assert padding_intact(out)
             want = ops.gemm_w8a8(
                 a, a_scale, w, w_scale, bias=bias, **branch, out_dtype=dtype, impl="native"

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import _native, ops
+from ..ops._epilogue import activate, width
 from ..ops.quantize_int4 import unpack_nibbles
 from .model import Case, Provider
 from .providers import needs
@@ -73,6 +75,42 @@ def activation_cases(**more: int) -> list[Case]:
         Case(f"x of {name}", {"M": M, "K": K} | more, torch.bfloat16, ("cuda",))
         for (M, K), name in reversed(shapes.items())
     ]
+
+
+def activation_of(case: Case) -> str | None:
+    """Return the activation that ends the case's layer, if one does."""
+    return case.options.get("activation")
+
+
+def output_width(case: Case) -> int:
+    """Return the columns of the case's output."""
+    return width(case["N"], activation_of(case))
+
+
+def torch_layer(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    """Return F.linear and its operands, or with the case's activation a function of them."""
+    activation = activation_of(case)
+    if activation is None:
+        return F.linear, x, w, bias
+    return (lambda *args: activate(F.linear(*args), activation)), x, w, bias
+
+
+def linear_only(
+    unless: Callable[..., str | None] | None = None,
+) -> Callable[..., str | None]:
+    """Return `unless` for peers that end with the bias."""
+
+    def refuse(case: Case, *tensors: Tensor) -> str | None:
+        if activation_of(case) is not None:
+            return "has no activation"
+        return unless(case, *tensors) if unless else None
+
+    return refuse
+
+
+def needs_activation(case: Case, *tensors: Tensor) -> str | None:
+    """Say that the case has no activation, or return None where it has one."""
+    return None if activation_of(case) else "there is no activation to keep apart"
 
 
 def call(layer: Callable[..., Any], *args: Any) -> Any:

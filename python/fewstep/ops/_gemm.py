@@ -119,10 +119,6 @@ class Operands(NamedTuple):
             return None, None
         return matrix(project(self.a, self.down, self.low)).contiguous(), self.up.contiguous()
 
-    def is_plain(self) -> bool:
-        """Return whether outputs are the rounded sums."""
-        return self.activation is None and self.gate is None and self.residual is None
-
     def epilogue(self) -> tuple[str | None, Tensor | None, Tensor | None]:
         """Return the activation, the gate as [G, N'] (see `gate_rows`), the residual as [M, N']."""
         return epilogue_rows(self.activation, self.gate, self.residual, self.a.shape[:-1])
@@ -420,6 +416,7 @@ def register_product(
     name: str,
     *,
     form: Format = INT8,
+    native_end: bool = True,
     reference: Callable[..., Tensor],
     pack: Callable[[Operands], Tensor],
     launcher: Callable[[], Callable[..., None]],
@@ -433,6 +430,8 @@ def register_product(
     Args:
         name: of the op and of its native kernel.
         form: of the 8-bit activations.
+        native_end: whether the native kernel has what follows the sums; else torch does it, in
+            float32.
         reference: the formula, with the public function's arguments.
         pack: the weight as the CPU kernel reads it, where the call brings none.
         launcher: imports and returns the Triton kernel's launch function.
@@ -446,33 +445,43 @@ def register_product(
         del options["packed"]
         return reference(*first, **options).contiguous()
 
-    def launch_native(p: Operands, out: Tensor) -> None:
+    def launch_native(p: Operands, scale: Tensor | None, out: Tensor) -> None:
+        if not out.numel():
+            return
         if p.down is not None and form is INT8:  # low while the rows are in cache
-            q, scale, low = quantize_native(p.a, p.smooth, p.rotate, p.down)
-            p = p._replace(a=q, a_scale=scale, smooth=None, rotate=0, down=None, low=low)
+            q, a_scale, low = quantize_native(p.a, p.smooth, p.rotate, p.down)
+            p = p._replace(a=q, a_scale=a_scale, smooth=None, rotate=0, down=None, low=low)
         a, a_scale = p.flat()
         known = p.packed is not None and not is_stale(p.packed, p.w, p.w_scale)
         packed = p.packed.contiguous() if known else pack(p)
         left = (a, a_scale, packed, p.w_scale.contiguous(), contiguous(p.bias), *p.branch())
-        _native.call(name, *left, contiguous(p.smooth), p.rotate, matrix(out))
-
-    def unfused(p: Operands, run: Callable[..., Tensor]) -> Tensor:
-        plain = p._replace(activation=None, gate=None, residual=None, out_dtype=torch.float32)
-        return finish(run(*plain), p.activation, p.gate, p.residual).to(p.out_dtype)
+        end: tuple[Any, ...] = ()
+        if native_end:
+            activation, *blended = p.epilogue()
+            end = (activation or "", *blended, scale)
+        _native.call(name, *left, contiguous(p.smooth), p.rotate, *end, matrix(out))
 
     def run_native(*args: Any) -> Tensor:
         p = Operands(*args)
-        if not p.is_plain():
-            return unfused(p, run_native)
+        end = (p.activation, p.gate, p.residual)
+        if not native_end and any(x is not None for x in end):
+            plain = p._replace(activation=None, gate=None, residual=None, out_dtype=torch.float32)
+            return finish(run_native(*plain), *end).to(p.out_dtype)
         out = p.new_output()
-        if out.numel():
-            launch_native(p, out)
+        launch_native(p, None, out)
         return out
+
+    def run_native_int8(*args: Any) -> tuple[Tensor, Tensor]:
+        p = Operands(*args)
+        # The kernel takes integer rows, which `low` is made beside, for bfloat16's.
+        if not native_end or (p.down is not None and p.out_dtype != torch.bfloat16):
+            return quantize_native(run_native(*args))
+        q, scale = p.new_output(torch.int8), p.new_scale()
+        launch_native(p, scale.view(-1), q)
+        return q, scale if q.numel() else scale.fill_(1)
 
     def run_triton(*args: Any) -> Tensor:
         p = Operands(*args)
-        if not p.is_plain():
-            return unfused(p, run_triton)
         out = p.new_output()
         if out.numel():
             branch = p.branch()
@@ -480,7 +489,7 @@ def register_product(
                 a, a_scale = form.quantize(p.a, p.smooth, p.rotate)
                 p = p._replace(a=a, a_scale=a_scale)
             weight = (bits(p.w.contiguous()), p.w_scale.contiguous(), contiguous(p.bias))
-            launcher()(*p.flat(), *weight, *branch, matrix(out))
+            launcher()(*p.flat(), *weight, *branch, *p.epilogue(), matrix(out))
         return out
 
     def fake(*args: Any) -> Tensor:
@@ -503,7 +512,7 @@ def register_product(
         Implementation("reference", run_reference, lambda *_, **__: None),
     )
     ways_int8 = (
-        replace(ways[0], run=lambda *args: quantize_native(run_native(*args))),
+        replace(ways[0], run=run_native_int8),
         replace(ways[1], run=lambda *args: quantize_triton(run_triton(*args))),
         replace(ways[2], run=lambda *args: quantize_reference(run_reference(*args))),
     )
@@ -516,7 +525,8 @@ def register_product(
 def gate_layers(
     device: torch.device, weight: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
 ) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
-    """Return gate cases as layers call: many rows of floating x, a 16-bit branch, 16-bit outputs.
+    """Return gate cases as layers call: many rows of floating x, a 16-bit branch, 16-bit outputs;
+    and without the branch an activation, a gate and a residual.
 
     `weight(N, K, generator)` returns values and scales that make outputs of order one.
     """
@@ -535,4 +545,8 @@ def gate_layers(
         unit = torch.finfo(dtype).eps
         case = (draw(M, K), None, w, w_scale), {"bias": draw(N), **branch}, unit, 5 * unit
         cases.append(case)
+        # A product of two sums of up to 7, each as good as the one above, and a gate below one.
+        end = {"activation": "geglu", "residual": draw(M, N // 2)}
+        end["gate"] = draw(N // 2).sigmoid()
+        cases.append(((draw(M, K), None, w, w_scale), {"bias": draw(N), **end}, unit, 20 * unit))
     return cases

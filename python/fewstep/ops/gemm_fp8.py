@@ -65,6 +65,7 @@ def _launcher() -> Callable[..., None]:
 IMPLEMENTATIONS, _op, _op_int8 = register_product(
     "gemm_fp8",
     form=E4M3,
+    native_end=False,
     reference=_reference,
     pack=lambda p: bits(unit_stride(p.w)),
     launcher=_launcher,

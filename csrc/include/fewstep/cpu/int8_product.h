@@ -1,6 +1,7 @@
 // Products of int8 rows and a weight that a task sees as a panel of bytes: gemm_w8a8 and gemm_w4a8.
 //
-//   out_mn = fma(float(sum_k a_mk w_nk) a_scale_m, w_scale_n, bias_n) + sum_r low_mr up_nr
+//   y_mn = fma(float(sum_k a_mk w_nk) a_scale_m, w_scale_n, bias_n) + sum_r low_mr up_nr
+//   out  = y, or what epilogue.h makes of it, rounded; or int8 rows of that, each with a scale
 //
 // First the rows: quantised if they are floating, and summed for the offset of the weights. Then
 // the product, in the same parallel region: work is cut into (block of rows) x (panel of 64
@@ -16,6 +17,11 @@
 //   scales(n, columns, scratch)                a scale per column; kPanel floats are lent
 // If they have to be made and few rows are to meet them, they are made in slices of K that stay in
 // the first-level cache and are multiplied at once.
+//
+// Without an epilogue a tile goes from its registers to the output. With one it goes, as float32,
+// to scratch in the first-level cache, and from there row by row. A task of a gated activation
+// (geglu, swiglu) multiplies each tile of rows with two runs of 64 columns, half the weight apart.
+// Where the second doesn't start with a panel, it is put together from two panels, once a task.
 #pragma once
 
 #include <omp.h>
@@ -23,10 +29,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <vector>
 
 #include "fewstep/check.h"
+#include "fewstep/cpu/epilogue.h"
 #include "fewstep/cpu/int8_tiles.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/low_rank.h"
@@ -44,7 +52,7 @@
 
 namespace fewstep::cpu::int8 {
 
-static_assert(kPanel == LowRank::kPanel);
+static_assert(kPanel == LowRank::kPanel && kPanel == epilogue::kPanel);
 
 // What turns the sums of a tile into outputs: undo the offset of the weights, scale, add the bias
 // and the low-rank branch.
@@ -270,6 +278,7 @@ struct Operands {
     const float* bias;
     const std::int32_t* offsets;
     const LowRank* branch;
+    const Epilogue* end;
     std::int64_t M, N, K;
 };
 
@@ -281,11 +290,12 @@ struct Task {
     const float* up;     // the branch's panel
 };
 
-// k in [first, last) of a task's product. acc has room for one tile, or with slices of K for all
-// rows.
+// k in [first, last) of a task's product, rows of out at distance ldo. acc has room for one tile,
+// or with slices of K for all rows.
 template <typename Out>
 void multiply_slice(const Operands& p, const Task& task, const std::uint8_t* bytes,
-                    std::int64_t first, std::int64_t last, Isa isa, std::int32_t* acc, Out* out) {
+                    std::int64_t first, std::int64_t last, Isa isa, std::int32_t* acc, Out* out,
+                    std::int64_t ldo) {
     const int step = tile_rows(isa);
     const bool whole = first == 0 && last == p.K;
     Tile tile;
@@ -300,7 +310,7 @@ void multiply_slice(const Operands& p, const Task& task, const std::uint8_t* byt
     f.bias = p.bias == nullptr ? nullptr : p.bias + task.n;
     f.up = task.up;
     f.rank = p.branch->rank();
-    f.ldo = p.N;
+    f.ldo = ldo;
     f.columns = task.columns;
     f.last = last == p.K;
     for (std::int64_t m = task.begin; m < task.end; m += step) {
@@ -312,20 +322,134 @@ void multiply_slice(const Operands& p, const Task& task, const std::uint8_t* byt
         f.a_scale = p.a_scale + m;
         f.low = p.branch->row(m);
         f.rows = tile.rows;
-        choose_tile<Out>(isa, tile.rows, tile.vectors)(tile, f, out + m * p.N + task.n);
+        choose_tile<Out>(isa, tile.rows, tile.vectors)(tile, f, out + (m - task.begin) * ldo);
     }
 }
 
-// Calls prepare(m) for every row, then multiplies.
+constexpr std::int64_t kSliceRows = 8, kSlice = 128;  // 8 KiB of bytes; measured
+
+// A run of columns that a thread has at hand, and its memory.
+struct Run {
+    Task task{};
+    const std::uint8_t* bytes = nullptr;
+    std::uint8_t* scratch = nullptr;     // of bytes, if they are made
+    std::uint8_t* neighbours = nullptr;  // of the panels that they are put together from
+    float* up = nullptr;
+    alignas(64) float scales[kPanel];
+};
+
+inline int padded(std::int64_t columns) {
+    return static_cast<int>((std::min<std::int64_t>(kPanel, columns) + 15) / 16 * 16);
+}
+
+// The bytes of a run that starts within a panel: the end of that one and the start of the next.
+template <typename Source>
+void join_panels(const Source& source, const Operands& p, const Run& run, std::int64_t begin,
+                 std::int64_t end) {
+    const std::int64_t first = run.task.n / kPanel * kPanel, second = first + kPanel;
+    const int skipped = static_cast<int>(run.task.n - first);
+    const int left = std::min(run.task.columns, static_cast<int>(kPanel) - skipped);
+    const int right = run.task.columns - left;
+    const int widths[] = {padded(p.N - first), padded(p.N - second), padded(run.task.columns)};
+    const auto bytes = [&](std::int64_t n, std::uint8_t* scratch) {
+        const int columns = static_cast<int>(std::min<std::int64_t>(kPanel, p.N - n));
+        return source.bytes(n, columns, begin, end, scratch);
+    };
+    const std::uint8_t* const from = bytes(first, run.neighbours);
+    const std::uint8_t* const next =
+        right > 0 ? bytes(second, run.neighbours + (end - begin) * kPanel) : nullptr;
+    for (std::int64_t g = 0; g < (end - begin + 3) / 4; ++g) {
+        std::uint8_t* const to = run.scratch + 4 * g * widths[2];
+        std::memcpy(to, from + 4 * (g * widths[0] + skipped), static_cast<std::size_t>(4 * left));
+        if (right > 0) {
+            std::memcpy(to + 4 * left, next + 4 * g * widths[1],
+                        static_cast<std::size_t>(4 * right));
+        }
+    }
+}
+
+// The bytes of k in [begin, end).
+template <typename Source>
+const std::uint8_t* bytes_of(const Source& source, const Operands& p, const Run& run,
+                             std::int64_t begin, std::int64_t end) {
+    if (run.task.n % kPanel == 0) {
+        return source.bytes(run.task.n, run.task.columns, begin, end, run.scratch);
+    }
+    join_panels(source, p, run, begin, end);
+    return run.scratch;
+}
+
+// Columns from n on: a panel, or within one as many as `columns`. Bytes too, unless by slices.
+template <typename Source>
+void prepare_run(const Source& source, const Operands& p, std::int64_t n, int columns, bool slices,
+                 Run& run) {
+    if (n % kPanel == 0) columns = static_cast<int>(std::min<std::int64_t>(kPanel, p.N - n));
+    run.task.n = n;
+    run.task.columns = columns;
+    run.task.scale = source.scales(n, columns, run.scales);
+    p.branch->panel(n, columns, run.up);
+    run.task.up = run.up;
+    if (!slices) run.bytes = bytes_of(source, p, run, 0, p.K);
+}
+
+// A tile of rows, or all of few rows by slices of K.
+template <typename Out, typename Source>
+void multiply_run(const Source& source, const Operands& p, const Run& run, bool slices, Isa isa,
+                  std::int32_t* acc, Out* out, std::int64_t ldo) {
+    if (!slices) {
+        multiply_slice(p, run.task, run.bytes, 0, p.K, isa, acc, out, ldo);
+        return;
+    }
+    for (std::int64_t first = 0; first < p.K; first += kSlice) {
+        const std::int64_t last = std::min(p.K, first + kSlice);
+        const std::uint8_t* const bytes = bytes_of(source, p, run, first, last);
+        multiply_slice(p, run.task, bytes, first, last, isa, acc, out, ldo);
+    }
+}
+
+// Rows [begin, end) of outputs [n, n + columns), through the epilogue. One run of columns is at
+// hand, or two.
+template <typename Out, typename Source>
+void multiply_and_finish(const Source& source, const Operands& p, Run* runs, std::int64_t begin,
+                         std::int64_t end, int columns, bool slices, Isa isa, std::int32_t* acc,
+                         epilogue::BlendFunction<Out> blend, Out* out) {
+    alignas(64) float y[2][kSliceRows * kPanel];
+    const std::int64_t n = runs[0].task.n, step = slices ? kSliceRows : tile_rows(isa);
+    for (std::int64_t m = begin; m < end; m += step) {
+        const std::int64_t stop = std::min(end, m + step);
+        for (std::int64_t row = m; row < stop; ++row) {
+            p.end->prefetch(row, n, columns, out + row * p.end->width() + n);
+        }
+        for (int half = 0; half < (p.end->is_glu() ? 2 : 1); ++half) {
+            runs[half].task.begin = m;
+            runs[half].task.end = stop;
+            multiply_run(source, p, runs[half], slices, isa, acc, y[half], kPanel);
+        }
+        for (std::int64_t row = m; row < stop; ++row) {
+            const std::int64_t at = (row - m) * kPanel;
+            p.end->finish(row, n, columns, y[0] + at, y[1] + at, blend,
+                          out + row * p.end->width() + n);
+        }
+    }
+}
+
+// What becomes of whole rows of out: int8 and a scale, or nothing.
+template <typename Out>
+struct Quantized {
+    std::int8_t* q = nullptr;
+    float* scale = nullptr;
+};
+
+// Calls prepare(m) for every row, then multiplies, then quantises rows of out if asked to.
 template <typename Out, typename Source, typename Prepare>
-void multiply(const Operands& p, const Source& source, const Prepare& prepare, Out* out) {
+void multiply(const Operands& p, const Source& source, const Prepare& prepare, Out* out,
+              const Quantized<Out>& quantized) {
     constexpr std::int64_t kWorthThreads = 1 << 18;
     constexpr std::int64_t kBlock = 192;  // rows of a task: a multiple of every tile height
     constexpr std::int64_t kSecondLevel = 512 << 10;
-    constexpr std::int64_t kSliceRows = 8, kSlice = 128;  // 8 KiB of bytes; measured
     const Isa chosen = isa();
     const int threads = p.M * p.N * p.K > kWorthThreads ? omp_get_max_threads() : 1;
-    const std::int64_t panels = (p.N + kPanel - 1) / kPanel;
+    const std::int64_t width = p.end->width(), panels = (width + kPanel - 1) / kPanel;
     // A panel that has to be made meets all rows at once where there are enough to go round.
     const std::int64_t rows = Source::kMakes && panels >= 8 * threads ? p.M : kBlock;
     const std::int64_t blocks = (p.M + rows - 1) / rows;
@@ -333,9 +457,16 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
     // A weight that fits the second-level cache meets one block of rows after the other; of a
     // larger one, and of one that is made, each panel meets all rows before the next.
     const bool fits = !Source::kMakes && p.N * p.K <= kSecondLevel;
-    const std::int64_t made = Source::kMakes ? (slices ? kSlice : p.K) * kPanel : 0;
-    const ThreadScratch<std::uint8_t> byte_scratch(threads, made);
-    const ThreadScratch<float> up_scratch(threads, p.branch->rank() * kPanel);
+    const int runs = p.end->is_glu() ? 2 : 1;
+    const bool joins = p.end->is_glu() && width % kPanel != 0;
+    const std::int64_t depth = ((slices ? kSlice : p.K) + 3) / 4 * 4 * kPanel;
+    const ThreadScratch<std::uint8_t> byte_scratch(threads,
+                                                   Source::kMakes || joins ? runs * depth : 0);
+    const ThreadScratch<std::uint8_t> joined_scratch(threads,
+                                                     Source::kMakes && joins ? 2 * depth : 0);
+    const ThreadScratch<float> up_scratch(threads, runs * p.branch->rank() * kPanel);
+    const epilogue::BlendFunction<Out> blend = epilogue::choose_blend<Out>();
+    const quantize::RowFunction<Out> quantize_row = quantize::choose_row<Out>();
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
@@ -344,34 +475,39 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
             p.branch->prepare_row(m);
         }
         alignas(64) std::int32_t acc[kSliceRows * kPanel];
-        alignas(64) float scales[kPanel];
-        std::uint8_t* const scratch = byte_scratch.of_thread(omp_get_thread_num());
-        float* const up = up_scratch.of_thread(omp_get_thread_num());
+        Run run[2];
+        for (int i = 0; i < runs; ++i) {
+            const int thread = omp_get_thread_num();
+            run[i].scratch = byte_scratch.of_thread(thread) + i * depth;
+            run[i].neighbours = joined_scratch.of_thread(thread);
+            run[i].up = up_scratch.of_thread(thread) + i * p.branch->rank() * kPanel;
+        }
         std::int64_t current = -1;  // the panel that this thread has at hand
-        const std::uint8_t* bytes = nullptr;
-        Task task{};
-        task.up = up;
 #pragma omp for schedule(dynamic)
         for (std::int64_t index = 0; index < panels * blocks; ++index) {
-            const std::int64_t panel = fits ? index % panels : index / blocks;
-            task.begin = (fits ? index / panels : index % blocks) * rows;
-            task.end = std::min(p.M, task.begin + rows);
-            task.n = panel * kPanel;
-            task.columns = static_cast<int>(std::min<std::int64_t>(kPanel, p.N - task.n));
+            const std::int64_t panel = fits ? index % panels : index / blocks, n = panel * kPanel;
+            const std::int64_t begin = (fits ? index / panels : index % blocks) * rows;
+            const std::int64_t end = std::min(p.M, begin + rows);
+            const int columns = static_cast<int>(std::min<std::int64_t>(kPanel, width - n));
             if (panel != current) {
-                task.scale = source.scales(task.n, task.columns, scales);
-                p.branch->panel(task.n, task.columns, up);
-                if (!slices) bytes = source.bytes(task.n, task.columns, 0, p.K, scratch);
+                for (int i = 0; i < runs; ++i) {
+                    prepare_run(source, p, n + i * width, columns, slices, run[i]);
+                }
                 current = panel;
             }
-            if (!slices) {
-                multiply_slice(p, task, bytes, 0, p.K, chosen, acc, out);
+            if (!p.end->is_plain()) {
+                multiply_and_finish(source, p, run, begin, end, columns, slices, chosen, acc, blend,
+                                    out);
                 continue;
             }
-            for (std::int64_t first = 0; first < p.K; first += kSlice) {
-                const std::int64_t last = std::min(p.K, first + kSlice);
-                bytes = source.bytes(task.n, task.columns, first, last, scratch);
-                multiply_slice(p, task, bytes, first, last, chosen, acc, out);
+            run[0].task.begin = begin;
+            run[0].task.end = end;
+            multiply_run(source, p, run[0], slices, chosen, acc, out + begin * width + n, width);
+        }
+        if (quantized.q != nullptr) {
+#pragma omp for schedule(static)
+            for (std::int64_t m = 0; m < p.M; ++m) {
+                quantized.scale[m] = quantize_row(out + m * width, quantized.q + m * width, width);
             }
         }
     }
@@ -384,36 +520,52 @@ struct RowState {
     std::unique_ptr<std::int32_t[]> offsets;
 };
 
+// Where the product goes: out, or with a scale per row int8 of what out would be in `rounded`.
+struct Destination {
+    const TensorView& out;
+    const TensorView* scale;
+    DType rounded;
+};
+
 template <typename Source, typename Prepare>
 void multiply_into(const Operands& p, const Source& source, const Prepare& prepare,
-                   const TensorView& out) {
-    switch (out.dtype) {
-        case DType::kFloat32: return multiply(p, source, prepare, out.ptr<float>());
-        case DType::kBFloat16: return multiply(p, source, prepare, out.ptr<bfloat16>());
-        case DType::kFloat16: return multiply(p, source, prepare, out.ptr<float16>());
+                   const Destination& to) {
+    const auto run = [&](auto tag) {
+        using Out = decltype(tag);
+        if (to.scale == nullptr) {
+            return multiply(p, source, prepare, to.out.ptr<Out>(), Quantized<Out>{});
+        }
+        const std::unique_ptr<Out[]> rows(new Out[static_cast<std::size_t>(p.M * p.end->width())]);
+        multiply(p, source, prepare, rows.get(),
+                 Quantized<Out>{to.out.ptr<std::int8_t>(), to.scale->ptr<float>()});
+    };
+    switch (to.rounded) {
+        case DType::kFloat32: return run(float{});
+        case DType::kBFloat16: return run(bfloat16{});
+        case DType::kFloat16: return run(float16{});
         default:
             FEWSTEP_CHECK(false, "out: expected float32, bfloat16 or float16, got ",
-                          name(out.dtype));
+                          name(to.rounded));
     }
 }
 
 // Where a row of `a` is integers already.
 template <typename Source>
 void multiply_integers(Operands& p, const Source& source, const TensorView& a,
-                       const TensorView& a_scale, RowState& state, const TensorView& out) {
+                       const TensorView& a_scale, RowState& state, const Destination& to) {
     p.a = a.ptr<std::int8_t>();
     p.lda = a.stride(0);
     p.a_scale = a_scale.ptr<float>();
     const SumFunction sum = choose_sum(isa());
     multiply_into(
         p, source, [&](std::int64_t m) { state.offsets[m] = offset_of(sum, p.a + m * p.lda, p.K); },
-        out);
+        to);
 }
 
 template <typename T, typename Source>
 void multiply_floats(Operands& p, const Source& source, const TensorView& a,
                      const TensorView* smooth, std::int64_t rotate, RowState& state,
-                     const TensorView& out) {
+                     const Destination& to) {
     // Not initialised: every element is written before it is read.
     state.quantized.reset(new std::int8_t[static_cast<std::size_t>(p.M * p.K)]);
     state.scales.reset(new float[static_cast<std::size_t>(p.M)]);
@@ -440,45 +592,71 @@ void multiply_floats(Operands& p, const Source& source, const TensorView& a,
             }
             state.offsets[m] = offset_of(sum, q, p.K);
         },
-        out);
+        to);
 }
 
-// The whole op, from checked views of the weight (in `source`) and unchecked ones of the rest.
+// What is left of an op's arguments beside its weight.
+struct Arguments {
+    const TensorView& a;
+    const TensorView* a_scale;
+    const TensorView* bias;
+    const TensorView* low;
+    const TensorView* up;
+    const TensorView* smooth;
+    std::int64_t rotate;
+    const std::string& activation;
+    const TensorView* gate;
+    const TensorView* residual;
+    const TensorView* scale;
+    const TensorView& out;
+};
+
+// The whole op, from checked views of the weight (in `source`, with N columns) and unchecked ones
+// of the rest.
 template <typename Source>
-void product(const Source& source, const TensorView& a, const TensorView* a_scale,
-             const TensorView* bias, const TensorView* low, const TensorView* up,
-             const TensorView* smooth, std::int64_t rotate, const TensorView& out) {
+void product(const Source& source, std::int64_t N, const Arguments& given) {
+    const TensorView &a = given.a, &out = given.out;
     Operands p;
     p.M = out.size(0);
-    p.N = out.size(1);
+    p.N = N;
     p.K = a.size(1);
     FEWSTEP_CHECK(p.K < kGemmW8A8MaxK, "a: expected K < ", kGemmW8A8MaxK, ", got ", p.K);
-    FEWSTEP_CHECK((a.dtype == DType::kInt8) == (a_scale != nullptr),
+    FEWSTEP_CHECK((a.dtype == DType::kInt8) == (given.a_scale != nullptr),
                   "a_scale: expected one with int8 a and none with floating a, got ",
-                  a_scale == nullptr ? "none" : "one", " with ", name(a.dtype));
-    FEWSTEP_CHECK(a_scale == nullptr || (smooth == nullptr && rotate == 0),
+                  given.a_scale == nullptr ? "none" : "one", " with ", name(a.dtype));
+    FEWSTEP_CHECK(given.a_scale == nullptr || (given.smooth == nullptr && given.rotate == 0),
                   "smooth, rotate: expected none with int8 a, got one");
     expect_rows(a, "a", a.dtype, {p.M, p.K});
-    if (a_scale != nullptr) expect_contiguous(*a_scale, "a_scale", DType::kFloat32, {p.M});
-    if (bias != nullptr) expect_contiguous(*bias, "bias", bias->dtype, {p.N});
-    expect_contiguous(out, "out", out.dtype, {p.M, p.N});
-    const LowRank branch(low, up, p.M, p.N);
+    if (given.a_scale != nullptr) {
+        expect_contiguous(*given.a_scale, "a_scale", DType::kFloat32, {p.M});
+    }
+    if (given.bias != nullptr) expect_contiguous(*given.bias, "bias", given.bias->dtype, {p.N});
+    const Epilogue end(given.activation, given.gate, given.residual, p.M, p.N);
+    p.end = &end;
+    Destination to{out, given.scale, out.dtype};
+    if (given.scale != nullptr) {
+        expect_contiguous(*given.scale, "scale", DType::kFloat32, {p.M});
+        to.rounded = a.dtype == DType::kInt8 ? DType::kBFloat16 : a.dtype;
+    }
+    expect_contiguous(out, "out", given.scale == nullptr ? out.dtype : DType::kInt8,
+                      {p.M, end.width()});
+    const LowRank branch(given.low, given.up, p.M, p.N);
     p.branch = &branch;
     if (p.M == 0 || p.N == 0) return;
-    std::vector<float> wide_bias(bias == nullptr ? 0 : static_cast<std::size_t>(p.N));
-    if (bias != nullptr) widen(*bias, "bias", 0, p.N, wide_bias.data());
-    p.bias = bias == nullptr ? nullptr : wide_bias.data();
+    std::vector<float> wide_bias(given.bias == nullptr ? 0 : static_cast<std::size_t>(p.N));
+    if (given.bias != nullptr) widen(*given.bias, "bias", 0, p.N, wide_bias.data());
+    p.bias = given.bias == nullptr ? nullptr : wide_bias.data();
     RowState state;
     state.offsets.reset(new std::int32_t[static_cast<std::size_t>(p.M)]);
     p.offsets = state.offsets.get();
     switch (a.dtype) {
-        case DType::kInt8: return multiply_integers(p, source, a, *a_scale, state, out);
+        case DType::kInt8: return multiply_integers(p, source, a, *given.a_scale, state, to);
         case DType::kFloat32:
-            return multiply_floats<float>(p, source, a, smooth, rotate, state, out);
+            return multiply_floats<float>(p, source, a, given.smooth, given.rotate, state, to);
         case DType::kBFloat16:
-            return multiply_floats<bfloat16>(p, source, a, smooth, rotate, state, out);
+            return multiply_floats<bfloat16>(p, source, a, given.smooth, given.rotate, state, to);
         case DType::kFloat16:
-            return multiply_floats<float16>(p, source, a, smooth, rotate, state, out);
+            return multiply_floats<float16>(p, source, a, given.smooth, given.rotate, state, to);
         default:
             FEWSTEP_CHECK(false, "a: expected int8, float32, bfloat16 or float16, got ",
                           name(a.dtype));

@@ -3,7 +3,7 @@
 //   top_n = max_g s_ng     f_ng = round(4096 (s_ng / top_n))     w8_nk = (q_nk f_ng + 128) >> 8
 //   out   = gemm_w8a8 with w8 in place of w and top / 16 in place of w_scale
 //
-// a, a_scale, bias, low, up and out as in gemm_w8a8.h; w_scale is s, [N, K / G] bfloat16 or
+// All but packed and w_scale as in gemm_w8a8.h; w_scale is s, [N, K / G] bfloat16 or
 // float16, contiguous, G 32, 64 or 128. A scale that is NaN makes its column NaN; without groups
 // (K = 0) top is 16.
 //
@@ -13,11 +13,14 @@
 // may hold anything. They are expanded to the layout of gemm_w8a8 in a task.
 #pragma once
 
+#include <string>
+
 #include "fewstep/tensor.h"
 
 namespace fewstep::cpu {
 void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView& packed,
                const TensorView& w_scale, const TensorView* bias, const TensorView* low,
                const TensorView* up, const TensorView* smooth, std::int64_t rotate,
-               const TensorView& out);
+               const std::string& activation, const TensorView* gate, const TensorView* residual,
+               const TensorView* scale, const TensorView& out);
 }

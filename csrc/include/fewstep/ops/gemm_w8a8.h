@@ -11,11 +11,17 @@
 // out [M, N] float32, bfloat16 or float16, contiguous. Or a is floating and a_scale null: its rows
 // are quantised first, to the bit as by quantize_int8, with smooth and rotate if given.
 //
+// activation (gelu, gelu_tanh, silu, geglu, swiglu or ""), gate [G, N'] and residual [M, N']:
+// cpu/epilogue.h; out is then [M, N'], N' = N / 2 with geglu and swiglu. With scale [M] float32 out
+// is int8: quantize_int8 of what would be out in a's dtype if it is floating, else in bfloat16.
+//
 // packed: the weight, uint8 [ceil(N / 16) * 16, ceil(K / 4) * 4] bytes holding w + 128 in panels of
 // 64 columns (the last panel narrower, a multiple of 16). A panel of width W is [K / 4][W][4]: the
 // four k of a group lie side by side, as vpdpbusd wants them. Padding may hold anything. The offset
 // is undone in the epilogue: sum a (w + 128) - 128 sum a, arithmetic modulo 2^32.
 #pragma once
+
+#include <string>
 
 #include "fewstep/tensor.h"
 
@@ -28,7 +34,8 @@ namespace cpu {
 void gemm_w8a8(const TensorView& a, const TensorView* a_scale, const TensorView& packed,
                const TensorView& w_scale, const TensorView* bias, const TensorView* low,
                const TensorView* up, const TensorView* smooth, std::int64_t rotate,
-               const TensorView& out);
+               const std::string& activation, const TensorView* gate, const TensorView* residual,
+               const TensorView* scale, const TensorView& out);
 }
 
 }  // namespace fewstep
