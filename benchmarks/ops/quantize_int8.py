@@ -1,11 +1,14 @@
 """quantize_int8: the activation side of a W8A8 layer.
 
 Each row is read once from memory (the second read comes from the cache) and its int8 form written.
+"..., smoothed and rotated" has what may come first in the same pass, "..., with low" the low-rank
+branch's first product of rank 32, and its baseline is that product by itself.
 The baselines are the same formula in eager torch and compiled.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fewstep import ops
 from fewstep.bench import Benchmark, Case, baseline, copy_limit, implementations
@@ -30,6 +33,22 @@ def eager(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, amax[..., 0] / 127
 
 
+def prepared(case: Case, x: Tensor) -> tuple[Tensor, ...]:
+    return x, torch.rand(case["K"], device=x.device) + 0.5
+
+
+def smoothed_and_rotated(x: Tensor, smooth: Tensor) -> tuple[Tensor, ...]:
+    return ops.quantize_int8(x, smooth=smooth, rotate=128)
+
+
+def projected(case: Case, x: Tensor) -> tuple[Tensor, ...]:
+    return x, torch.randn(32, case["K"], device=x.device).to(case.dtype)
+
+
+def with_low(x: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+    return ops.quantize_int8(x, down=down)
+
+
 def flops(case: Case) -> float:
     return 4.0 * case["M"] * case["K"]
 
@@ -44,6 +63,9 @@ BENCHMARK = Benchmark(
     inputs,
     [
         *implementations("quantize_int8", ops.quantize_int8),
+        baseline("fewstep, smoothed and rotated", smoothed_and_rotated, prepared),
+        baseline("fewstep, with low", with_low, projected),
+        baseline("torch linear, low alone", F.linear, projected),
         baseline("torch eager", eager),
         baseline("torch.compile", torch.compile(eager, dynamic=False)),
         copy_limit(),

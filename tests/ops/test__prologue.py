@@ -141,7 +141,8 @@ def test_low_keeps_its_bound(M, K, R, dtype, quantize, impl, monkeypatch):
     # The bound of ops/_prologue.py; half a unit of the dtype, and the 2^-24 of K terms again.
     unit = torch.finfo(dtype).eps / 2
     bound = (K * 2.0**-24 * terms + unit * exact.abs()) * (1 + unit)
-    for isa in ISAS if impl == "native" else ISAS[2:]:
+    # Without a wish there are dot products of bfloat16 too, where the machine has them.
+    for isa in (*ISAS, "") if impl == "native" else [""]:
         monkeypatch.setenv("FEWSTEP_CPU_ISA", isa)
         q, scale, low = quantize(x, down=down, impl=impl)
         assert low.dtype == dtype

@@ -295,6 +295,21 @@ def test_a_plan_gives_each_layer_its_scheme(tmp_path):
         handle.plan()
 
 
+def test_rotation_by_a_block_or_by_the_largest_that_fits():
+    model = Model()
+    model.blocks[1].ff2 = nn.Linear(250, 128)
+    handle = quantize(model, "w8a8", rotate=True)
+    for name, layer in handle.replaced.items():
+        want = 0 if name == "blocks.1.ff2" else min(layer.in_features, 256)  # 250 = 2 * 125
+        assert layer.rotate == want, name
+    handle.undo()
+    with pytest.raises(ValueError, match=r"blocks.1.ff2: .* multiple of the rotation 64, got 250"):
+        quantize(model, "w8a8-h64")
+    assert type(model.blocks[1].ff2) is nn.Linear
+    with pytest.raises(ValueError, match="rotate: expected 64 as in 'w8a8-h64', got 32"):
+        quantize(model, "w8a8-h64", rotate=32)
+
+
 def test_one_layer_in_two_places_has_one_scheme():
     model = Model()
     model.blocks[1].ff1 = model.blocks[0].ff1

@@ -549,4 +549,8 @@ def gate_layers(
         end = {"activation": "geglu", "residual": draw(M, N // 2)}
         end["gate"] = draw(N // 2).sigmoid()
         cases.append(((draw(M, K), None, w, w_scale), {"bias": draw(N), **end}, unit, 20 * unit))
+        # K roundings of x'' to int8 fall as they do in the reference, to the bit.
+        prologue = {"smooth": draw(K).abs() + 0.5, "rotate": 64}
+        args = (draw(M, K), None, w, w_scale)
+        cases.append((args, {"bias": draw(N), **prologue, **branch}, unit, 5 * unit))
     return cases

@@ -175,4 +175,12 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         for shape in ((5, 77, 96), (3, 5001)):
             x = torch.randn(shape, generator=generator).to(device, dtype)
             cases.append(((x,), {}, 0.0, 0.0))
-    return [*cases, *prologue_cases(device, 5120)]
+    cases += prologue_cases(device, 5120)
+    x, down = (
+        torch.randn((n, 1280), generator=generator).to(device, torch.bfloat16) for n in (7, 16)
+    )
+    # low: half a unit of bfloat16 twice, where sums fall to different sides, and the 2^-24 of each
+    # of 1280 terms of order one.
+    unit = torch.finfo(torch.bfloat16).eps
+    cases.append(((x,), {"rotate": 64, "down": down}, unit, 1280**2 * 2.0**-24))
+    return cases

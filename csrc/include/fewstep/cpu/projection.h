@@ -142,15 +142,6 @@ FEWSTEP_TARGET_AVX512_BF16 void tile_bf16(const bfloat16* x, std::int64_t ldx, c
 }
 #endif
 
-inline bool has_bf16() {
-#if defined(__x86_64__)
-    static const bool has = __builtin_cpu_supports("avx512bf16");
-    return has && isa() == Isa::kAvx512;
-#else
-    return false;
-#endif
-}
-
 // One of the 16 tiles of 1 to 4 rows by 1 to 4 columns.
 #define FEWSTEP_TILES(tile)                                     \
     {                                                           \
@@ -196,7 +187,7 @@ class Projection {
         rank_ = down->size(0);
         expect_contiguous(*down, "down", x.dtype, {rank_, K_});
         down_ = down->ptr<T>();
-        if constexpr (std::is_same_v<T, bfloat16>) pairs_ = has_bf16();
+        if constexpr (std::is_same_v<T, bfloat16>) pairs_ = has_bf16_dots();
         if (std::is_same_v<T, float> || pairs_) return;
         wide_.reset(new float[static_cast<std::size_t>(rank_ * K_)]);
         widen_(down_, nullptr, wide_.get(), rank_ * K_);
