@@ -14,6 +14,7 @@ WIDE, W4 = torch.ones(3, 64), torch.ones(5, 32, dtype=torch.uint8)
 GROUPS, A4 = torch.ones(5, 2).bfloat16(), torch.ones(3, 64, dtype=torch.int8)
 PACKED4 = ops.module("gemm_w4a8").pack_w4(W4, GROUPS)
 Q8 = torch.empty(3, 8, dtype=torch.int8)
+END = ("", None, None)  # activation, gate, residual
 PACKED, OUT = ops.module("gemm_w8a8").pack_w8(W), torch.empty(3, 5)
 Q, TQ = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 2, 3, 8)
 K, TK = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 1, 3, 8)
@@ -29,19 +30,11 @@ def put(values, index, value):
 
 CALLS = {
     "cache_metric": (X, Y, None, None, PARTIALS, METRIC),
-    "quantize_int8": (
-        X[0],
-        None,
-        0,
-        None,
-        torch.empty(3, 8, dtype=torch.int8),
-        torch.empty(3),
-        None,
-    ),
-    "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, LOW, UP, None, 0, OUT),
+    "quantize_int8": (X[0], None, 0, None, Q8, torch.empty(3), None),
+    "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, LOW, UP, None, 0, *END, None, OUT),
     "quantize_int4": (WIDE, 0, W4[:3].clone(), GROUPS[:3].clone()),
-    "gemm_w4a8": (A4, A_SCALE, PACKED4, GROUPS, W_SCALE, LOW, UP, None, 0, OUT),
-    "gemm_w4a16": (WIDE, W4, GROUPS, W_SCALE, LOW, UP, OUT),
+    "gemm_w4a8": (A4, A_SCALE, PACKED4, GROUPS, W_SCALE, LOW, UP, None, 0, *END, None, OUT),
+    "gemm_w4a16": (WIDE, W4, GROUPS, W_SCALE, LOW, UP, *END, OUT),
     "attention_jvp": (
         *(Q, K, K, TQ, TK, TK, MASK, MASK[None], None, None, False),
         *(OUT4, T_OUT4, STAT, T_STAT, STAT, 1.0),
@@ -87,7 +80,7 @@ BAD = [
     ("gemm_w8a8", 6, torch.ones(5, 3), "up: expected size 2 in axis 1"),
     ("gemm_w8a8", 7, torch.ones(8), "smooth, rotate: expected none with int8 a, got one"),
     ("gemm_w8a8", 8, 16, "smooth, rotate: expected none with int8 a, got one"),
-    ("gemm_w8a8", 9, torch.empty(3, 9)[:, :5], "out: expected a contiguous tensor"),
+    ("gemm_w8a8", 13, torch.empty(3, 9)[:, :5], "out: expected a contiguous tensor"),
     ("quantize_int4", 2, torch.empty(3, 32), "q: expected uint8, got float32"),
     ("quantize_int4", 3, torch.ones(3, 3).bfloat16(), "scale: expected .* got 3 groups"),
     ("quantize_int4", 3, torch.ones(3, 0).bfloat16(), "scale: expected .* got 0 groups"),
