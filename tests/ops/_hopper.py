@@ -357,6 +357,8 @@ def products_of(name: str) -> str | None:
     """Return what the PTX of a variant's dots must hold."""
     if name in WITHOUT_TENSOR_CORES:
         return None
+    if name.startswith("gemm_fp8 4096"):
+        return rf"{WGMMA}\S*e4m3\.e4m3"
     return ANY_TENSOR_CORES if name.startswith("gemm") else WGMMA
 
 
