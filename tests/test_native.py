@@ -12,10 +12,9 @@ A, A_SCALE, W_SCALE = torch.ones(3, 8, dtype=torch.int8), torch.ones(3), torch.o
 UP, LOW = torch.ones(5, 2), torch.ones(3, 2)
 WIDE, W4 = torch.ones(3, 64), torch.ones(5, 32, dtype=torch.uint8)
 GROUPS, A4 = torch.ones(5, 2).bfloat16(), torch.ones(3, 64, dtype=torch.int8)
-PACKED4 = ops.module("gemm_w4a8").pack_w4(W4, GROUPS)
 Q8 = torch.empty(3, 8, dtype=torch.int8)
 END = ("", None, None)  # activation, gate, residual
-PACKED, OUT = ops.module("gemm_w8a8").pack_w8(W), torch.empty(3, 5)
+OUT = torch.empty(3, 5)
 Q, TQ = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 2, 3, 8)
 K, TK = torch.randn(1, 1, 3, 8), torch.randn(1, 1, 1, 3, 8)
 MASK, OFFSETS = torch.zeros(1, 2, 3, 3), torch.tensor([0, 1, 3], dtype=torch.int32)
@@ -31,9 +30,9 @@ def put(values, index, value):
 CALLS = {
     "cache_metric": (X, Y, None, None, PARTIALS, METRIC),
     "quantize_int8": (X[0], None, 0, None, Q8, torch.empty(3), None),
-    "gemm_w8a8": (A, A_SCALE, PACKED, W_SCALE, W_SCALE, LOW, UP, None, 0, *END, None, OUT),
+    "gemm_w8a8": (A, A_SCALE, W, W_SCALE, W_SCALE, LOW, UP, None, 0, *END, None, OUT),
     "quantize_int4": (WIDE, 0, W4[:3].clone(), GROUPS[:3].clone()),
-    "gemm_w4a8": (A4, A_SCALE, PACKED4, GROUPS, W_SCALE, LOW, UP, None, 0, *END, None, OUT),
+    "gemm_w4a8": (A4, A_SCALE, W4, GROUPS, W_SCALE, LOW, UP, None, 0, *END, None, OUT),
     "gemm_w4a16": (WIDE, W4, GROUPS, W_SCALE, LOW, UP, *END, OUT),
     "attention_jvp": (
         *(Q, K, K, TQ, TK, TK, MASK, MASK[None], None, None, False),
@@ -70,7 +69,7 @@ BAD = [
     ),
     ("gemm_w8a8", 1, None, "a_scale: expected one with int8 a.*got none"),
     ("gemm_w8a8", 1, torch.ones(2), "a_scale: expected size 3"),
-    ("gemm_w8a8", 2, PACKED[:, :4], "packed: expected size 8"),
+    ("gemm_w8a8", 2, W[:, :4], "w: expected size 8 in axis 1"),
     ("gemm_w8a8", 3, torch.ones(10)[::2], "w_scale: expected unit stride"),
     ("gemm_w8a8", 4, torch.ones(4), "bias: expected size 5"),
     ("gemm_w8a8", 5, None, "low, up: expected both or neither, got up alone"),
@@ -84,7 +83,7 @@ BAD = [
     ("quantize_int4", 2, torch.empty(3, 32), "q: expected uint8, got float32"),
     ("quantize_int4", 3, torch.ones(3, 3).bfloat16(), "scale: expected .* got 3 groups"),
     ("quantize_int4", 3, torch.ones(3, 0).bfloat16(), "scale: expected .* got 0 groups"),
-    ("gemm_w4a8", 2, PACKED4[:, :32], "packed: expected size 36 in axis 1"),
+    ("gemm_w4a8", 2, W4[:, :31], "w: expected size 32 in axis 1"),
     ("gemm_w4a8", 3, GROUPS.float(), "w_scale: expected bfloat16 or float16, got float32"),
     ("gemm_w4a8", 3, torch.ones(5, 4).bfloat16(), "w_scale: expected .* got 4 groups"),
     ("gemm_w4a8", 5, LOW.double(), "low: expected float32, bfloat16 or float16, got float64"),

@@ -20,7 +20,6 @@ from fewstep.bench.products import (
     openvino_int4,
     torch_int4,
 )
-from fewstep.ops.gemm_w4a8 import pack_w4
 
 CASES = [
     Case("FLUX.1 adaLN, 1 image", {"M": 1, "N": 9216, "K": 3072, "G": 64}, torch.bfloat16),
@@ -47,10 +46,9 @@ def product(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor, *, impl: str) -
 
 def w4a8(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
     q, scale = ops.quantize_int4(w, group=case["G"])
-    packed = pack_w4(q, scale) if w.device.type == "cpu" else None
 
     def layer(x: Tensor) -> Tensor:
-        return ops.gemm_w4a8(x, None, q, scale, bias=bias, packed=packed)
+        return ops.gemm_w4a8(x, None, q, scale, bias=bias)
 
     return layer, x
 

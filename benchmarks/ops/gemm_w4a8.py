@@ -32,8 +32,6 @@ from fewstep.bench.products import (
     vnni_limit,
 )
 from fewstep.ops._epilogue import activate
-from fewstep.ops.gemm_w4a8 import pack_w4
-from fewstep.ops.gemm_w8a8 import pack_w8
 
 LOW, GPU = torch.bfloat16, ("cuda",)
 IMAGE_OUT = {"M": 4096, "N": 3072, "K": 3072, "G": 64}
@@ -62,10 +60,9 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape, device=device).to(case.dtype) for shape in shapes)
 
 
-def quantised(case: Case, w: Tensor) -> dict[str, Tensor | None]:
+def quantised(case: Case, w: Tensor) -> dict[str, Tensor]:
     q, scale = ops.quantize_int4(w, group=case["G"])
-    packed = pack_w4(q, scale) if w.device.type == "cpu" else None
-    return {"w": q, "w_scale": scale, "packed": packed}
+    return {"w": q, "w_scale": scale}
 
 
 def branch(case: Case, x: Tensor, first: str) -> dict[str, Tensor]:
@@ -103,18 +100,17 @@ def end_to_end() -> list[Provider]:
 
 def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] | str:
     (p,) = integers(case, x, w, bias)
-    if p["packed"] is None:
+    if x.device.type != "cpu":
         return "there is no native kernel for this device"
     out = x.new_zeros((case["M"], output_width(case)))
     end = (None, 0, p["activation"] or "", None, None, None)  # smooth, rotate, ..., gate to scale
-    arguments = (p["a"], p["a_scale"], p["packed"], p["w_scale"], bias, p.get("low"), p.get("up"))
+    arguments = (p["a"], p["a_scale"], p["w"], p["w_scale"], bias, p.get("low"), p.get("up"))
     return functools.partial(_native.call, "gemm_w4a8", *arguments, *end, out)
 
 
 def eight_bits(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
     q, scale = ops.quantize_int8(w)
-    packed = pack_w8(q) if w.device.type == "cpu" else None
-    operands = {"bias": bias, "packed": packed, "activation": activation_of(case)}
+    operands = {"bias": bias, "activation": activation_of(case)}
     operands |= branch(case, x, "down")
     return functools.partial(ops.gemm_w8a8, **operands), x, None, q, scale
 

@@ -35,7 +35,6 @@ from fewstep.bench.products import (
     vnni_limit,
 )
 from fewstep.ops._epilogue import activate
-from fewstep.ops.gemm_w8a8 import pack_w8
 
 GEGLU, FF1 = {"M": 1024, "N": 10240, "K": 1280}, {"M": 512, "N": 12288, "K": 3072}
 CASES = [
@@ -57,18 +56,13 @@ def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape, device=device).to(case.dtype) for shape in shapes)
 
 
-def quantised_weight(w: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    q, scale = ops.quantize_int8(w)
-    return q, scale, pack_w8(q) if w.device.type == "cpu" else None
-
-
 def integers(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
-    a = ops.quantize_int8(x)
-    return (*a, *quantised_weight(w), bias, case.dtype, activation_of(case))
+    a, weight = ops.quantize_int8(x), ops.quantize_int8(w)
+    return (*a, *weight, bias, case.dtype, activation_of(case))
 
 
 def floats(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
-    return (x, None, *quantised_weight(w), bias, case.dtype, activation_of(case))
+    return (x, None, *ops.quantize_int8(w), bias, case.dtype, activation_of(case))
 
 
 def product(
@@ -76,14 +70,13 @@ def product(
     a_scale: Tensor | None,
     w: Tensor,
     w_scale: Tensor,
-    packed: Tensor | None,
     bias: Tensor,
     dtype: torch.dtype,
     activation: str | None,
     *,
     impl: str = "auto",
 ) -> Tensor:
-    options = {"bias": bias, "packed": packed, "activation": activation, "out_dtype": dtype}
+    options = {"bias": bias, "activation": activation, "out_dtype": dtype}
     return ops.gemm_w8a8(a, a_scale, w, w_scale, **options, impl=impl)
 
 
@@ -98,12 +91,12 @@ def end_to_end() -> list[Provider]:
 
 
 def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] | str:
-    a, a_scale, _, w_scale, packed, *_ = integers(case, x, w, bias)
-    if packed is None:
+    if x.device.type != "cpu":
         return "there is no native kernel for this device"
     out = x.new_zeros((case["M"], output_width(case)), dtype=case.dtype)
     end = (activation_of(case) or "", None, None, None)  # gate, residual, scale
-    arguments = (a, a_scale, packed, w_scale, bias, None, None, None, 0, *end, out)
+    operands = (*ops.quantize_int8(x), *ops.quantize_int8(w), bias)
+    arguments = (*operands, None, None, None, 0, *end, out)
     return functools.partial(_native.call, "gemm_w8a8", *arguments)
 
 

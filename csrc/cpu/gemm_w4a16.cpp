@@ -297,9 +297,10 @@ void multiply(const Operands& p, const TensorView& x, T* out) {
                 for (std::int64_t i = 0; i < runs; ++i) {
                     multiply_columns(p, half[i], tile, multiply_tile, y[i]);
                 }
+                p.end.activate(y[0], y[1], tile.rows * kPanel);
                 for (int r = 0; r < tile.rows; ++r) {
-                    p.end.finish(m + r, first, static_cast<int>(columns), y[0] + r * kPanel,
-                                 y[1] + r * kPanel, blend, out + (m + r) * width + first);
+                    p.end.blend(m + r, first, static_cast<int>(columns), y[0] + r * kPanel, blend,
+                                out + (m + r) * width + first);
                 }
             }
         }

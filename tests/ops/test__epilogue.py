@@ -314,12 +314,12 @@ def test_threads_do_not_change_a_bit(op, rows, activation):
 def test_opcheck(op):
     rows = (2, 6)
     args, bias = operands(op, rows, 20, dtype=torch.float32)
-    packed = [] if op == "gemm_w4a16" else [None, None, 0]  # and smooth, rotate
+    prologue = [] if op == "gemm_w4a16" else [None, 0]
     dtype = [] if op == "gemm_w4a16" else [torch.float32]
     gate, residual = torch.randn(2, 1, 10), torch.randn(*rows, 10)
     low, up = branch_of(rows, 20, 3).values()
     epilogue = ("geglu", gate, residual)
-    call = (*args, bias, *packed, None, up, low, *epilogue, *dtype, "native")
+    call = (*args, bias, *prologue, None, up, low, *epilogue, *dtype, "native")
     # The schema check compares tensors by arithmetic that torch lacks for e4m3.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     checks = checks if op == "gemm_fp8" else (*checks, "test_schema")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep import _native, ops
-from fewstep.ops.gemm_w4a8 import fold_int4, pack_w4
+from fewstep.ops.gemm_w4a8 import fold_int4
 from fewstep.ops.quantize_int4 import unpack_nibbles
 from helpers import DEVICES, padded, padding_intact, row_sliced, strided
 from product_rules import (
@@ -158,7 +158,7 @@ def test_native_writes_only_its_outputs(shape, isa, monkeypatch):
     rows, N, K, group = (torch.Size(shape[0]).numel(), *shape[1:])
     a, a_scale, w, w_scale, bias = operands((rows,), N, K, group)
     monkeypatch.setenv("FEWSTEP_CPU_ISA", isa)
-    call = [padded(t) for t in (a, a_scale, pack_w4(w, w_scale), w_scale, bias)]
+    call = [padded(t) for t in (a, a_scale, w, w_scale, bias)]
     plain = (None, 0, "", None, None, None)  # smooth to scale
     for branch in ({}, branch_of((rows,), N, 3)):
         out = padded(torch.zeros(rows, N))
@@ -167,44 +167,6 @@ def test_native_writes_only_its_outputs(shape, isa, monkeypatch):
         assert padding_intact(out)
         want = ops.gemm_w4a8(a, a_scale, w, w_scale, bias=bias, **branch, impl="native")
         assert torch.equal(out, want)
-
-
-def test_packed_weight_gives_the_same_bits(impl):
-    a, a_scale, w, w_scale, bias = operands((33,), 150, 128, 64)
-    plain = ops.gemm_w4a8(a, a_scale, w, w_scale, bias=bias, impl=impl)
-    packed = pack_w4(w, w_scale)
-    assert torch.equal(
-        plain, ops.gemm_w4a8(a, a_scale, w, w_scale, bias=bias, packed=packed, impl=impl)
-    )
-
-
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_packed_layout_is_as_documented(group):
-    K, groups = 2 * group, 2
-    w, w_scale = weight_of(150, K, group)
-    packed = pack_w4(w, w_scale)
-    row = K // 2 + 2 * groups
-    assert packed.shape == (160, row)
-    flat, q = packed.flatten(), unpack_nibbles(w).int()
-    top = w_scale.float().amax(1)
-    for n in (0, 63, 64, 127, 128, 149):
-        panel, width = n // 64, 64 if n < 128 else 32
-        for k in (0, 3, 4, 7, group - 1, K - 1):
-            at = panel * 64 * row + (k // 8) * width * 4 + (n % 64) * 4 + k % 4
-            half = flat[at].item() >> 4 if k % 8 > 3 else flat[at].item() & 15
-            assert half == q[n, k] + 8
-        for g in range(groups):
-            at = panel * 64 * row + width * K // 2 + 2 * (g * width + n % 64)
-            factor = flat[at].item() + 256 * flat[at + 1].item()
-            assert factor == torch.round(4096 * (w_scale[n, g].float() / top[n]))
-
-
-def test_packing_names_a_wrong_weight():
-    w, w_scale = weight_of(4, 64, 32)
-    with pytest.raises(ValueError, match=r"w: expected torch.uint8 \[N, K / 2\]"):
-        pack_w4(w.to(torch.int8), w_scale)
-    with pytest.raises(ValueError, match=r"w_scale: expected bfloat16 or float16 \[4, 64 / G\]"):
-        pack_w4(w, w_scale[:, :1].expand(4, 3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -271,12 +233,10 @@ def test_opcheck():
     op = torch.ops.fewstep.gemm_w4a8.default
     low, up = branch_of((2, 6), 20, 3).values()
     end = (None, None, None)  # test__epilogue.py has these
-    for packed, branch in ((None, (None, None, None)), (pack_w4(*args[2:]), (None, up, low))):
-        torch.library.opcheck(
-            op, (*args, bias, packed, None, 0, *branch, *end, torch.bfloat16, "native")
-        )
+    for branch in ((None, None, None), (None, up, low)):
+        torch.library.opcheck(op, (*args, bias, None, 0, *branch, *end, torch.bfloat16, "native"))
     x, down = torch.randn(2, 6, 64, requires_grad=True), torch.randn(3, 64, requires_grad=True)
-    full = (x, None, *args[2:], bias, None, None, 0, down, up, None, *end, torch.float32, "native")
+    full = (x, None, *args[2:], bias, None, 0, down, up, None, *end, torch.float32, "native")
     torch.library.opcheck(op, full)
 
 
@@ -335,7 +295,6 @@ def test_scales_have_no_derivative():
         ({"a_scale": None}, r"a: expected floating \[\.\.\., M, K\], got torch.int8"),
         ({"a_scale": torch.ones(5)}, r"a_scale: expected shape \[6\], got \[5\]"),
         ({"bias": torch.ones(19)}, r"bias: expected shape \[20\], got \[19\]"),
-        ({"packed": torch.ones(20, 32)}, r"packed: expected shape \[32, 36\], got \[20, 32\]"),
         ({"out_dtype": torch.int32}, "out_dtype: expected float32, bfloat16, float16 or int8"),
         ({"impl": "cuda"}, "impl: expected one of"),
         (

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fewstep import _native, ops
-from fewstep.ops.gemm_w8a8 import pack_w8
 from helpers import DEVICES, padded, padding_intact, row_sliced, strided
 from product_rules import (
     BRANCH_DTYPES,
@@ -140,11 +139,10 @@ def test_layouts_do_not_read_padding(layout, impl):
 def test_native_writes_only_its_outputs(shape):
     rows, N, K = (torch.Size(shape[0]).numel(), *shape[1:])
     a, a_scale, w, w_scale, bias = operands((rows,), N, K)
-    packed = padded(pack_w8(w))
     plain = (None, 0, "", None, None, None)  # smooth to scale
     for dtype in DTYPES:
         out = padded(torch.zeros(rows, N, dtype=dtype))
-        call = [padded(a), padded(a_scale), packed, padded(w_scale), padded(bias)]
+        call = [padded(a), padded(a_scale), padded(w), padded(w_scale), padded(bias)]
         for branch in ({}, branch_of((rows,), N, 3)):
             parts = [padded(x) for x in branch.values()] or [None, None]
             _native.call("gemm_w8a8", *call, *parts, *plain, out)
@@ -153,30 +151,6 @@ def test_native_writes_only_its_outputs(shape):
                 a, a_scale, w, w_scale, bias=bias, **branch, out_dtype=dtype, impl="native"
             )
             assert torch.equal(out, want)
-
-
-def test_packed_weight_gives_the_same_bits(impl):
-    a, a_scale, w, w_scale, bias = operands((33,), 150, 70)
-    plain = ops.gemm_w8a8(a, a_scale, w, w_scale, bias=bias, impl=impl)
-    packed = ops.gemm_w8a8(a, a_scale, w, w_scale, bias=bias, packed=pack_w8(w), impl=impl)
-    assert torch.equal(plain, packed)
-
-
-def test_packing_names_a_wrong_weight():
-    for w in (torch.randn(4, 4), torch.ones(4, dtype=torch.int8)):
-        with pytest.raises(ValueError, match=r"w: expected torch.int8 \[N, K\]"):
-            pack_w8(w)
-
-
-def test_packed_layout_is_as_documented():
-    w = torch.randint(-128, 128, (150, 10), dtype=torch.int8)
-    packed = pack_w8(w)
-    assert packed.shape == (160, 12)
-    flat = packed.flatten()
-    for n, k in ((0, 0), (63, 9), (64, 5), (127, 0), (128, 1), (149, 9)):
-        panel, width = n // 64, 64 if n < 128 else 32
-        at = panel * 64 * 12 + (k // 4) * width * 4 + (n % 64) * 4 + k % 4
-        assert flat[at] == w[n, k].int() + 128
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -263,12 +237,10 @@ def test_opcheck():
     op = torch.ops.fewstep.gemm_w8a8.default
     low, up = branch_of((2, 6), 20, 3).values()
     end = (None, None, None)  # test__epilogue.py has these
-    for packed, branch in ((None, (None, None, None)), (pack_w8(args[2]), (None, up, low))):
-        torch.library.opcheck(
-            op, (*args, bias, packed, None, 0, *branch, *end, torch.bfloat16, "native")
-        )
+    for branch in ((None, None, None), (None, up, low)):
+        torch.library.opcheck(op, (*args, bias, None, 0, *branch, *end, torch.bfloat16, "native"))
     x, down = torch.randn(2, 6, 32, requires_grad=True), torch.randn(3, 32, requires_grad=True)
-    full = (x, None, *args[2:], bias, None, None, 0, down, up, None, *end, torch.float32, "native")
+    full = (x, None, *args[2:], bias, None, 0, down, up, None, *end, torch.float32, "native")
     torch.library.opcheck(op, full)
 
 
@@ -342,7 +314,6 @@ def test_scales_have_no_derivative():
             "w_scale: expected torch.float32, got torch.float64",
         ),
         ({"bias": torch.ones(19)}, r"bias: expected shape \[20\], got \[19\]"),
-        ({"packed": torch.ones(20, 32)}, r"packed: expected shape \[32, 32\], got \[20, 32\]"),
         ({"out_dtype": torch.int32}, "out_dtype: expected float32, bfloat16, float16 or int8"),
         ({"impl": "cuda"}, "impl: expected one of"),
         (

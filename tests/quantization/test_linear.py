@@ -1,7 +1,6 @@
 """QuantLinear: accuracy, and everything that is done to a module besides calling it."""
 
 import copy
-import importlib
 import io
 
 import pytest
@@ -151,7 +150,7 @@ def test_deepcopy_is_independent(scheme):
     assert torch.equal(quantized(x), want)
 
 
-def test_what_is_derived_follows_the_weight():
+def test_other_weights_in_place_and_as_buffers():
     _, quantized = make()
     x = torch.randn(4, 192)
     quantized.weight_int8.neg_()  # in place
@@ -160,25 +159,6 @@ def test_what_is_derived_follows_the_weight():
     quantized._buffers["weight_int8"] = -quantized.weight_int8  # as offloading hooks do
     quantized._buffers["bias"] = -quantized.bias
     assert torch.equal(quantized(x), -negated)
-
-
-def test_the_packed_copy_is_made_when_it_is_needed():
-    _, quantized = make()
-    x = torch.randn(4, 192)
-    quantized(x)
-    packed = quantized._packed
-    quantized.to(torch.bfloat16).float()
-    assert quantized._packed is packed  # a cast does not change the weight
-    want, state = quantized(x), quantized.state_dict()
-    quantized.to("meta")
-    assert quantized._packed is None
-    quantized.to_empty(device="cpu")
-    quantized.weight_int8.copy_(state["weight_int8"])
-    quantized.weight_scale.copy_(state["weight_scale"])
-    quantized.bias.copy_(state["bias"])
-    assert quantized._packed is None  # moved, but not called yet
-    assert torch.equal(quantized(x), want)
-    assert (quantized._packed is None) == (packed is None)
 
 
 def test_meta_and_back(scheme):
@@ -251,7 +231,7 @@ def test_inference_mode(scheme):
         assert torch.equal(quantized(x), copy.deepcopy(quantized)(x))
 
 
-def test_what_is_derived_follows_the_scale_and_data():
+def test_writes_to_the_scale_and_to_data_are_followed():
     _, quantized = make(scheme="w4a8-g32-r8")
     x = torch.randn(4, 192)
     for change in (
@@ -260,11 +240,11 @@ def test_what_is_derived_follows_the_scale_and_data():
     ):
         quantized(x)
         change()
-        want = copy.deepcopy(quantized)(x)  # a copy has nothing derived
+        want = copy.deepcopy(quantized)(x)
         assert torch.equal(quantized(x), want)
 
 
-def test_the_packed_copy_is_neither_saved_nor_counted(scheme):
+def test_nothing_is_kept_beside_the_buffers(scheme):
     _, quantized = make(scheme=scheme)
     assert set(dict(quantized.named_buffers())) == set(quantized.state_dict())
     buffer = io.BytesIO()
@@ -338,26 +318,6 @@ def test_compiles_without_graph_break(scheme):
     assert torch.equal(compiled(x), quantized(x))
 
 
-def _counted(module, name, seen):
-    inner = getattr(module, name)
-
-    def call(*args):
-        seen.append(name)
-        return inner(*args)
-
-    return call
-
-
-@pytest.fixture
-def packs(monkeypatch):
-    """The names of the packing functions that products call, one per call."""
-    seen = []
-    for op, name in (("gemm_w8a8", "pack_w8"), ("gemm_w4a8", "pack_w4")):
-        module = importlib.import_module(f"fewstep.ops.{op}")  # whose name is the function's
-        monkeypatch.setattr(module, name, _counted(module, name, seen))
-    return seen
-
-
 def swap_storage(layer, state):
     layer.quantized.data = state[layer.storage]
     layer.weight_scale.data = state["weight_scale"]
@@ -386,22 +346,18 @@ def cast_after_a_write(layer, state):
     ],
     ids=["load", "assign", "write", "scale", "storage", "buffers", "cast"],
 )
-def test_a_compiled_graph_follows_the_weight(scheme, change, packs):
+def test_a_compiled_graph_follows_the_weight(scheme, change):
     layer, other = make(scheme=scheme)[1], make(scheme=scheme)[1]
     x = torch.randn(4, 192)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     before = compiled(x)
     assert torch.equal(compiled(x), before)
-    assert not packs  # the graph reads the layer's copy
     change(layer, other.state_dict())
-    want = copy.deepcopy(layer)(x)  # which has nothing derived
+    want = copy.deepcopy(layer)(x)
     assert not torch.equal(want, before)
     assert torch.equal(compiled(x), want)
     assert torch.equal(layer(x), want)
-    packs.clear()
-    assert torch.equal(compiled(x), want)
-    assert not packs
 
 
 def test_other_weights_in_a_functional_call(scheme):
@@ -428,7 +384,7 @@ def test_other_weights_in_a_functional_call(scheme):
     assert torch.equal(both, torch.stack([call(s, x) for s in states]))
 
 
-def test_what_is_derived_belongs_to_no_mode():
+def test_no_mode_leaves_anything_behind():
     for call in (
         lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
         lambda layer, x: torch.func.vmap(layer)(x),
@@ -436,7 +392,7 @@ def test_what_is_derived_belongs_to_no_mode():
     ):
         layer, x = make()[1], torch.randn(4, 192)
         want = layer(x)
-        layer = copy.deepcopy(layer)  # with nothing derived
+        layer = copy.deepcopy(layer)
         call(layer, x)
         assert torch.equal(layer(x), want)
         with torch.enable_grad():

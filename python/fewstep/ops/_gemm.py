@@ -42,7 +42,6 @@ from torch.nn import functional as F
 from .. import _native
 from . import _prologue
 from ._autograd import Derivative, DerivativeError, loop_vmap, push_forward
-from ._derived import is_stale
 from ._epilogue import FLOATS, activate, expect_epilogue, finish, gate_rows, width
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton
@@ -53,7 +52,7 @@ from .quantize_int8 import run_triton as quantize_triton
 
 MAX_K = 1 << 17
 SCHEMA = (
-    "(Tensor a, Tensor? a_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor? packed,"
+    "(Tensor a, Tensor? a_scale, Tensor w, Tensor w_scale, Tensor? bias,"
     " Tensor? smooth, int rotate, Tensor? down, Tensor? up, Tensor? low, str? activation,"
     " Tensor? gate, Tensor? residual, ScalarType out_dtype, str impl) -> Tensor"
 )
@@ -84,7 +83,6 @@ class Operands(NamedTuple):
     w: Tensor
     w_scale: Tensor
     bias: Tensor | None
-    packed: Tensor | None
     smooth: Tensor | None
     rotate: int
     down: Tensor | None
@@ -206,11 +204,10 @@ def expect_branch(
 def expect_operands(
     p: Operands,
     weight_shape: tuple[int, ...],
-    packed_shape: tuple[int, ...] = (),
     form: Format = INT8,
 ) -> None:
     """Check everything but w itself: its op does."""
-    a, a_scale, w, bias, packed = p.a, p.a_scale, p.w, p.bias, p.packed
+    a, a_scale, w, bias = p.a, p.a_scale, p.w, p.bias
     if not a.shape or a.dtype not in (FLOATS if a_scale is None else (form.dtype,)):
         wanted = "floating" if a_scale is None else form.dtype
         raise ValueError(f"a: expected {wanted} [..., M, K], got {a.dtype} {list(a.shape)}")
@@ -218,7 +215,6 @@ def expect_operands(
     expect("w", w, weight_shape, (w.dtype,), device)
     expect("a_scale", a_scale, tuple(rows), (torch.float32,), device)
     expect("bias", bias, (N,), FLOATS, device)
-    expect("packed", packed, packed_shape, (torch.uint8,), device)
     if a_scale is None:
         _prologue.expect_prologue("a", a, p.smooth, p.rotate)
     elif p.smooth is not None or p.rotate:
@@ -418,7 +414,6 @@ def register_product(
     form: Format = INT8,
     native_end: bool = True,
     reference: Callable[..., Tensor],
-    pack: Callable[[Operands], Tensor],
     launcher: Callable[[], Callable[..., None]],
     weight: Callable[[Operands], Tensor],
 ) -> tuple[tuple[Implementation, ...], Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
@@ -433,7 +428,6 @@ def register_product(
         native_end: whether the native kernel has what follows the sums; else torch does it, in
             float32.
         reference: the formula, with the public function's arguments.
-        pack: the weight as the CPU kernel reads it, where the call brings none.
         launcher: imports and returns the Triton kernel's launch function.
         weight: W in float32, for the derivatives.
     """
@@ -442,24 +436,24 @@ def register_product(
         p = Operands(*args)
         options = p._asdict()
         first = [options.pop(key) for key in ("a", "a_scale", "w", "w_scale")]
-        del options["packed"]
         return reference(*first, **options).contiguous()
 
     def launch_native(p: Operands, scale: Tensor | None, out: Tensor) -> None:
         if not out.numel():
             return
-        if p.down is not None and form is INT8:  # low while the rows are in cache
+        # With integers the kernel rounds to bfloat16 before it quantises.
+        alike = scale is None or p.a.dtype == torch.bfloat16
+        if p.down is not None and form is INT8 and alike:  # low while the rows are in cache
             q, a_scale, low = quantize_native(p.a, p.smooth, p.rotate, p.down)
             p = p._replace(a=q, a_scale=a_scale, smooth=None, rotate=0, down=None, low=low)
         a, a_scale = p.flat()
-        known = p.packed is not None and not is_stale(p.packed, p.w, p.w_scale)
-        packed = p.packed.contiguous() if known else pack(p)
-        left = (a, a_scale, packed, p.w_scale.contiguous(), contiguous(p.bias), *p.branch())
+        weight = (bits(unit_stride(p.w)), p.w_scale.contiguous(), contiguous(p.bias))
         end: tuple[Any, ...] = ()
         if native_end:
             activation, *blended = p.epilogue()
             end = (activation or "", *blended, scale)
-        _native.call(name, *left, contiguous(p.smooth), p.rotate, *end, matrix(out))
+        start = (a, a_scale, *weight, *p.branch(), contiguous(p.smooth), p.rotate)
+        _native.call(name, *start, *end, matrix(out))
 
     def run_native(*args: Any) -> Tensor:
         p = Operands(*args)

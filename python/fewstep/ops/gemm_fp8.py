@@ -27,8 +27,7 @@ and of the order of 2^-12 S for values of random sign (docs/ops/gemm_fp8.md). Na
 its row or column of out NaN.
 
 Without `a_scale`, `a` is floating and is quantised first, exactly as by `quantize_fp8` row by row,
-in the same call. out_dtype is then a's dtype unless given. The CPU kernel reads w where it lies:
-there is no packed form.
+in the same call. out_dtype is then a's dtype unless given.
 """
 
 from __future__ import annotations
@@ -43,13 +42,11 @@ from ..reference.gemm_fp8 import gemm_fp8 as _reference
 from ._gemm import (
     E4M3,
     Operands,
-    bits,
     expect,
     expect_operands,
     gate_layers,
     register_product,
     rounding_dtype,
-    unit_stride,
 )
 from ._select import select
 
@@ -67,7 +64,6 @@ IMPLEMENTATIONS, _op, _op_int8 = register_product(
     form=E4M3,
     native_end=False,
     reference=_reference,
-    pack=lambda p: bits(unit_stride(p.w)),
     launcher=_launcher,
     weight=lambda p: p.w.float() * p.w_scale[:, None],
 )
@@ -134,7 +130,7 @@ def gemm_fp8(
     prologue, branch = (smooth, rotate), (down, up, low)
     epilogue = (activation, gate, residual)
     rounded = rounding_dtype(a, out_dtype)
-    first = (a, a_scale, w, w_scale, bias, None)
+    first = (a, a_scale, w, w_scale, bias)
     operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     _validate(operands)
     op = _op_int8 if out_dtype == torch.int8 else _op

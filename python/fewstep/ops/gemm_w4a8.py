@@ -20,8 +20,7 @@ float32 division and rounded to nearest, ties to even; q f fits 16 bits, the shi
 1/2 + 1/64 of top / 16, a 112th of the largest weight 7 top; docs/ops/gemm_w4a8.md measures it.
 
 Without `a_scale`, `a` is floating and is quantised first, as by `quantize_int8`, in the same call.
-Sums, scaling and their error are `gemm_w8a8`'s. `pack_w4(w, w_scale)` rearranges a weight once for
-the CPU kernel (csrc/include/fewstep/ops/gemm_w4a8.h has the layout), still in 4 bits.
+Sums, scaling and their error are `gemm_w8a8`'s.
 """
 
 from __future__ import annotations
@@ -32,47 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.gemm_w4a8 import fold_factors, fold_int4
+from ..reference.gemm_w4a8 import fold_int4
 from ..reference.gemm_w4a8 import gemm_w4a8 as _reference
 from ._gemm import Operands, expect_operands, gate_layers, register_product, rounding_dtype
 from ._select import select
-from .quantize_int4 import expect_int4, unpack_nibbles
+from .quantize_int4 import expect_int4
 
-__all__ = ["fold_int4", "gemm_w4a8", "pack_w4"]
-
-PANEL = 64
-
-
-def packed_shape(w: Tensor, w_scale: Tensor) -> tuple[int, int]:
-    """Return the shape of `pack_w4(w, w_scale)`: N padded to 16, values and factors of a row."""
-    return -(-w.shape[0] // 16) * 16, w.shape[1] + 2 * w_scale.shape[1]
-
-
-def pack_w4(w: Tensor, w_scale: Tensor) -> Tensor:
-    """Return the weight as the CPU kernel reads it, uint8; opaque otherwise.
-
-    Panels of 64 columns of the product, the last one only as wide as N needs in steps of 16. One of
-    width W holds q + 8 as [K / 8][W][4] bytes, k 0-3 of an eight in the low halves and k 4-7 in the
-    high ones, and then f as int16 [K / G][W].
-
-    Raises:
-        ValueError: w is not uint8 [N, K / 2], or w_scale does not fit it.
-    """
-    expect_int4(w, w_scale)
-    rows, columns = packed_shape(w, w_scale)
-    q = torch.zeros((rows, 2 * w.shape[1]), dtype=torch.int8, device=w.device)
-    q[: w.shape[0]] = unpack_nibbles(w)
-    eights = (q + 8).view(torch.uint8).unflatten(1, (-1, 2, 4))
-    values = eights[:, :, 0] | (eights[:, :, 1] << 4)  # [rows, K / 8, 4]
-    factors = torch.zeros((rows, w_scale.shape[1]), dtype=torch.int16, device=w.device)
-    factors[: w.shape[0]] = fold_factors(w_scale)
-    packed = torch.empty(rows * columns, dtype=torch.uint8, device=w.device)
-    for start in range(0, rows, PANEL):
-        stop = min(start + PANEL, rows)
-        panel = [values[start:stop].transpose(0, 1), factors[start:stop].t().contiguous()]
-        parts = [x.reshape(-1).view(torch.uint8) for x in panel]
-        torch.cat(parts, out=packed[start * columns : stop * columns])
-    return packed.view(rows, columns)
+__all__ = ["fold_int4", "gemm_w4a8"]
 
 
 def _launcher() -> Callable[..., None]:
@@ -89,7 +54,6 @@ def _weight(p: Operands) -> Tensor:
 IMPLEMENTATIONS, _op, _op_int8 = register_product(
     "gemm_w4a8",
     reference=_reference,
-    pack=lambda p: pack_w4(p.w, p.w_scale),
     launcher=_launcher,
     weight=_weight,
 )
@@ -102,7 +66,6 @@ def gemm_w4a8(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
-    packed: Tensor | None = None,
     smooth: Tensor | None = None,
     rotate: int = 0,
     down: Tensor | None = None,
@@ -122,7 +85,6 @@ def gemm_w4a8(
         w: uint8 [N, K / 2], as from `quantize_int4`.
         w_scale: bfloat16 or float16 [N, K / G] with G 32, 64 or 128; not negative.
         bias: floating [N], added in float32.
-        packed: `pack_w4(w, w_scale)`, to save packing in every call on the CPU.
         smooth: floating [K], positive, for floating a: its columns are divided by it first.
         rotate: 0, or 16, 32, 64, 128 or 256 for floating a: every so many neighbours are rotated
             after that. W must be rotated too, and have been multiplied by smooth.
@@ -148,13 +110,13 @@ def gemm_w4a8(
     """
     prologue, branch = (smooth, rotate), (down, up, low)
     epilogue, rounded = (activation, gate, residual), rounding_dtype(a, out_dtype)
-    first = (a, a_scale, w, w_scale, bias, packed)
+    first = (a, a_scale, w, w_scale, bias)
     operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     expect_int4(w, w_scale)
     K = a.shape[-1] if a.shape else 0
     if K % 2:
         raise ValueError(f"a: expected an even K, got {K}")
-    expect_operands(operands, (w.shape[0], K // 2), packed_shape(w, w_scale))
+    expect_operands(operands, (w.shape[0], K // 2))
     op = _op_int8 if out_dtype == torch.int8 else _op
     return op(*operands, select("gemm_w4a8", impl, IMPLEMENTATIONS, a))
 

@@ -20,9 +20,6 @@ roundings is relative 2^-24, so without a branch and before the rounding to out_
 
 Without `a_scale`, `a` is floating and is quantised first, exactly as by `quantize_int8`, in the
 same call: a whole linear layer costs one dispatch. out_dtype is then a's dtype unless given.
-
-`pack_w8(w)` rearranges a weight once for the CPU kernel (csrc/include/fewstep/ops/gemm_w8a8.h has
-the layout); without `packed` that kernel packs w in every call.
 """
 
 from __future__ import annotations
@@ -44,41 +41,12 @@ from ._gemm import (
 )
 from ._select import select
 
-__all__ = ["gemm_w8a8", "pack_w8"]
-
-PANEL = 64
-
-
-def packed_shape(w: Tensor) -> tuple[int, int]:
-    """Return the shape of `pack_w8(w)`: N padded to 16, K padded to 4."""
-    return -(-w.shape[0] // 16) * 16, -(-w.shape[1] // 4) * 4
+__all__ = ["gemm_w8a8"]
 
 
 def _expect_weight(w: Tensor) -> None:
     if len(w.shape) != 2 or w.dtype != torch.int8:
         raise ValueError(f"w: expected torch.int8 [N, K], got {w.dtype} {list(w.shape)}")
-
-
-def pack_w8(w: Tensor) -> Tensor:
-    """Return the weight [N, K] int8 as the CPU kernel reads it, uint8; opaque otherwise.
-
-    w + 128 in panels of 64 columns of the product, the four k of a group side by side:
-    [ceil(N / 64)][K / 4][64][4], the last panel only as wide as N needs in steps of 16.
-
-    Raises:
-        ValueError: w is not int8 [N, K].
-    """
-    _expect_weight(w)
-    rows, columns = packed_shape(w)
-    padded = w.new_zeros((rows, columns))
-    padded[: w.shape[0], : w.shape[1]] = w
-    if padded.numel() == 0:
-        return padded.view(torch.uint8)
-    words = padded.view(torch.int32).bitwise_xor_(-0x7F7F7F80)  # 0x80808080: adds 128 to each byte
-    full = rows // PANEL * PANEL
-    panels = words[:full].view(-1, PANEL, columns // 4).transpose(1, 2).reshape(-1)
-    packed = torch.cat([panels, words[full:].t().reshape(-1)])
-    return packed.view(torch.uint8).view(rows, columns)
 
 
 def _launcher() -> Callable[..., None]:
@@ -90,7 +58,6 @@ def _launcher() -> Callable[..., None]:
 IMPLEMENTATIONS, _op, _op_int8 = register_product(
     "gemm_w8a8",
     reference=_reference,
-    pack=lambda p: pack_w8(p.w),
     launcher=_launcher,
     weight=lambda p: p.w.float() * p.w_scale[:, None],
 )
@@ -98,7 +65,7 @@ IMPLEMENTATIONS, _op, _op_int8 = register_product(
 
 def _validate(p: Operands) -> None:
     _expect_weight(p.w)
-    expect_operands(p, (p.w.shape[0], p.a.shape[-1] if p.a.shape else 0), packed_shape(p.w))
+    expect_operands(p, (p.w.shape[0], p.a.shape[-1] if p.a.shape else 0))
     expect("w_scale", p.w_scale, (p.w.shape[0],), (torch.float32,), p.a.device)
 
 
@@ -109,7 +76,6 @@ def gemm_w8a8(
     w_scale: Tensor,
     *,
     bias: Tensor | None = None,
-    packed: Tensor | None = None,
     smooth: Tensor | None = None,
     rotate: int = 0,
     down: Tensor | None = None,
@@ -129,7 +95,6 @@ def gemm_w8a8(
         w: int8 [N, K].
         w_scale: float32 [N].
         bias: floating [N], added in float32.
-        packed: `pack_w8(w)`, to save packing in every call on the CPU; others ignore it.
         smooth: floating [K], positive, for floating a: its columns are divided by it first.
         rotate: 0, or 16, 32, 64, 128 or 256 for floating a: every so many neighbours are rotated
             after that. W must be rotated too, and have been multiplied by smooth.
@@ -155,7 +120,7 @@ def gemm_w8a8(
     """
     prologue, branch = (smooth, rotate), (down, up, low)
     epilogue, rounded = (activation, gate, residual), rounding_dtype(a, out_dtype)
-    first = (a, a_scale, w, w_scale, bias, packed)
+    first = (a, a_scale, w, w_scale, bias)
     operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     _validate(operands)
     op = _op_int8 if out_dtype == torch.int8 else _op

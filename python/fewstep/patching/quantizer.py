@@ -174,7 +174,6 @@ class FewstepQuantizer(DiffusersQuantizer):
                 raise ValueError(
                     f"{missing[0]}: expected it among the saved tensors, got a file without"
                 )
-            layer.pack()
         describe(model, self.quantization_config)
         count_quantized(model)
         return model

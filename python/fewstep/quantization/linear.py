@@ -37,14 +37,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .. import _native, ops
-from ..ops._autograd import transform
-from ..ops._derived import Source, mark
+from .. import ops
 from ..ops._gemm import MAX_K, bits
 from ..ops._prologue import rotate_blocks
-from ..ops.gemm_w4a8 import fold_int4, pack_w4
+from ..ops.gemm_w4a8 import fold_int4
 from ..ops.gemm_w4a16 import dequantize_int4
-from ..ops.gemm_w8a8 import pack_w8
 from ..ops.quantize_int4 import SCALES
 from .low_rank import split
 from .rows import QuantizedRows
@@ -77,12 +74,6 @@ class ComputedWeight(Tensor):
 
 class QuantLinear(nn.Linear):
     """Base of the quantised layers; `QuantLinear.from_linear(linear, "w8a8")` makes one.
-
-    On the CPU the int8 products want their weight rearranged (`ops.gemm_w8a8.pack_w8`,
-    `ops.gemm_w4a8.pack_w4`): such a copy is kept beside it, so it takes twice its bytes there. The
-    copy is derived: never saved, dropped by a move, and made again by the first call on the CPU
-    that finds none or an old one. (Such a call must be an eager one: a compiled graph can't keep
-    it, and packs in every call instead.)
 
     `weight` reads as the dequantised weight with the low-rank branch and without the smoothing, in
     the dtype that the module was cast to, so code that asks for `layer.weight.dtype` or `.device`,
@@ -126,10 +117,6 @@ class QuantLinear(nn.Linear):
         if dtype is None:
             dtype = torch.float32 if bias is None else bias.dtype
         self._dtype = dtype  # follows .to(dtype) as a floating weight would
-        # No buffer: what is derived goes neither to other devices nor into files.
-        self._packed: Tensor | None = None
-        self._packed_from: Source | None = None
-        self.pack()
 
     @staticmethod
     def from_linear(
@@ -224,14 +211,8 @@ class QuantLinear(nn.Linear):
         """Return uninitialised values and scales."""
 
     @abstractmethod
-    def _multiply(
-        self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
-    ) -> Tensor:
+    def _multiply(self, x: Tensor | QuantizedRows, branch: _Branch) -> Tensor:
         """Return the layer's output for x as it is given; `branch` is up and down, or empty."""
-
-    def _pack_weight(self) -> Tensor | None:
-        """Return a rearranged copy for the CPU kernel, None where it takes the weight as it is."""
-        return None
 
     @property
     def quantized(self) -> Tensor:
@@ -303,7 +284,7 @@ class QuantLinear(nn.Linear):
         if join is not None:
             down, up = join(down, up, x.dtype)
         branch = {"up": up, "down": _cast(down, x.dtype)}
-        return self._multiply(x, self._current_pack(x), branch)
+        return self._multiply(x, branch)
 
     def _multiply_rows(self, x: QuantizedRows, join: Join | None) -> Tensor:
         reason = "has adapters" if join is not None else self.refuse_rows()
@@ -317,7 +298,7 @@ class QuantLinear(nn.Linear):
                 f"x: expected rows quantised for {self.scheme}, with its smoothing factors and "
                 f"rotation, got factors: {got}, rotation: {x.rotate}"
             )
-        return self._multiply(x, self._current_pack(x), {})
+        return self._multiply(x, {})
 
     def _activations(self, x: Tensor | QuantizedRows) -> dict[str, Any]:
         """Return x as the products with 8-bit activations take it."""
@@ -335,55 +316,15 @@ class QuantLinear(nn.Linear):
             f"reset_parameters: expected a layer with a floating weight, got one in {self.scheme}"
         )
 
-    def _current_pack(self, x: Tensor | QuantizedRows) -> Tensor | None:
-        if x.device.type != "cpu" or torch.compiler.is_exporting():
-            return None
-        # A graph passes on what is there when it runs; the op sees if that is not the weight's.
-        if torch.compiler.is_compiling():
-            return self._packed
-        # Offloading hooks and torch.func replace buffers without telling the module.
-        current = self._packed_from
-        if current is None or not current.is_current(self.quantized, self.weight_scale):
-            if transform() is not None:  # to which everything made here belongs
-                return None
-            self.pack()
-        return self._packed
-
-    def pack(self) -> None:
-        """Rebuild what the CPU kernel wants of the weight; nothing on other devices.
-
-        Called where it is needed; a graph that torch.compile makes before any eager call on the CPU
-        would pack in every call.
-        """
-        device = self.quantized.device
-        native = device.type == "cpu" and _native.unavailable(f"gemm_{self.kind}", device) is None
-        with torch.inference_mode(False):  # or a later call could not be differentiated
-            self._packed = self._pack_weight() if native else None
-        self._remember_source()
-
-    def _remember_source(self) -> None:
-        self._packed_from = Source(self.quantized, self.weight_scale)
-        if self._packed is not None:
-            mark(self._packed, self._packed_from)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None, "_packed_from": None}
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move or cast, but keep the weight and its scale to the last bit."""
         kept = {name: self._buffers[name] for name in (self.storage, "weight_scale")}
-        packed, source = self._packed, self._packed_from
-        current = source is not None and source.is_current(*kept.values())
-        self._packed = self._packed_from = None  # moving it too would be a transfer for nothing
         super()._apply(fn, recurse)
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         for name, before in kept.items():
             now = self._buffers[name]
             if now.dtype != before.dtype:
                 self._buffers[name] = before.to(now.device)
-        if current and self.quantized is kept[self.storage]:  # a cast, or a move to where it is
-            self._packed = packed
-            self._remember_source()
         return self
 
     def _load_from_state_dict(
@@ -402,7 +343,6 @@ class QuantLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.weight_scale.dtype != dtype:  # load_state_dict(assign=True)
             self.weight_scale = self.weight_scale.to(dtype)
-        self.pack()
 
     def refuse_tensor(self, name: str, value: Tensor | None) -> str | None:
         """Return why a tensor can't become the low-bit values or their scale, or None."""
@@ -462,14 +402,9 @@ class W8A8Linear(_ByteLinear):
         """Return the low-bit values and scales of a floating weight."""
         return ops.quantize_int8(weight, rotate=scheme.rotate)
 
-    def _multiply(
-        self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
-    ) -> Tensor:
+    def _multiply(self, x: Tensor | QuantizedRows, branch: _Branch) -> Tensor:
         given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
-        return ops.gemm_w8a8(**self._activations(x), **given, packed=packed, **branch)
-
-    def _pack_weight(self) -> Tensor | None:
-        return pack_w8(self.quantized)
+        return ops.gemm_w8a8(**self._activations(x), **given, **branch)
 
 
 class FP8Linear(_ByteLinear):
@@ -495,9 +430,7 @@ class FP8Linear(_ByteLinear):
         super().__setstate__(state)
         self._buffers[self.storage] = self.quantized.view(self.byte)
 
-    def _multiply(
-        self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
-    ) -> Tensor:
+    def _multiply(self, x: Tensor | QuantizedRows, branch: _Branch) -> Tensor:
         given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
         return ops.gemm_fp8(**self._activations(x), **given, **branch)
 
@@ -548,14 +481,9 @@ class W4A8Linear(_Int4Linear):
         folded, row_scale = fold_int4(quantized, scale)
         return folded.float() * row_scale[:, None]
 
-    def _multiply(
-        self, x: Tensor | QuantizedRows, packed: Tensor | None, branch: _Branch
-    ) -> Tensor:
+    def _multiply(self, x: Tensor | QuantizedRows, branch: _Branch) -> Tensor:
         given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
-        return ops.gemm_w4a8(**self._activations(x), **given, packed=packed, **branch)
-
-    def _pack_weight(self) -> Tensor | None:
-        return pack_w4(self.quantized, self.weight_scale)
+        return ops.gemm_w4a8(**self._activations(x), **given, **branch)
 
 
 class W4A16Linear(_Int4Linear):
@@ -572,7 +500,7 @@ class W4A16Linear(_Int4Linear):
         """Return why `forward` needs its input as it is."""
         return "takes activations as they are"
 
-    def _multiply(self, x: Tensor, packed: Tensor | None, branch: _Branch) -> Tensor:
+    def _multiply(self, x: Tensor, branch: _Branch) -> Tensor:
         if self.smooth is not None:
             if branch["up"] is not None:
                 branch = {"up": branch["up"], "low": F.linear(x, branch["down"])}

@@ -229,7 +229,7 @@ class Epilogue {
     }
     std::int64_t width() const { return width_; }
 
-    // Asks for the lines that finish() of the same columns will want: they are seldom in cache.
+    // Asks for the lines that blend() of the same columns will want: they are seldom in cache.
     template <typename Out>
     void prefetch(std::int64_t m, std::int64_t n, int columns, const Out* out) const {
         const auto ask = [](const void* from, std::int64_t bytes, auto is_write) {
@@ -248,11 +248,16 @@ class Epilogue {
         }
     }
 
-    // Columns [n, n + columns) of row m, at most kPanel, from y and for halves s. y is overwritten.
+    // `count` values of y, and for halves of s, become what is activated: many at once, because
+    // each takes a chain of some twenty instructions.
+    void activate(float* y, const float* s, int count) const {
+        if (activate_ != nullptr) activate_(y, is_glu_ ? s : nullptr, count);
+    }
+
+    // Columns [n, n + columns) of row m, at most kPanel, from activated values.
     template <typename Out>
-    void finish(std::int64_t m, std::int64_t n, int columns, float* y, const float* s,
-                epilogue::BlendFunction<Out> blend, Out* out) const {
-        if (activate_ != nullptr) activate_(y, is_glu_ ? s : nullptr, columns);
+    void blend(std::int64_t m, std::int64_t n, int columns, const float* y,
+               epilogue::BlendFunction<Out> blend, Out* out) const {
         blend(y, line(gate_, m / rows_of_gate_, n), line(residual_, m, n), columns, out);
     }
 

@@ -4,24 +4,26 @@
 //   out  = y, or what epilogue.h makes of it, rounded; or int8 rows of that, each with a scale
 //
 // First the rows: quantised if they are floating, and summed for the offset of the weights. Then
-// the product, in the same parallel region: work is cut into (block of rows) x (panel of 64
-// columns); a task walks its rows in tiles while the panel (64 K bytes) stays in the second-level
-// cache. Sums are exact and what follows them has one order, so neither threads nor scheduling
-// change a bit.
-//
-// What differs between the ops is where columns [n, n + columns) of the weight come from, a Source:
-//   static constexpr bool kMakes               whether bytes() makes them, in scratch that it is
-//                                              lent: width (end - begin) bytes
-//   bytes(n, columns, begin, end, scratch)     k in [begin, end) of w + 128: [k / 4][width][4] with
-//                                              the width a multiple of 16
-//   scales(n, columns, scratch)                a scale per column; kPanel floats are lent
-// If they have to be made and few rows are to meet them, they are made in slices of K that stay in
-// the first-level cache and are multiplied at once.
+// the product, in the same parallel region. A task is a block of rows by 64 columns: it arranges
+// their weights to a panel, 64 K bytes that stay in the second-level cache, and walks its rows in
+// tiles, asking for the next panel's weights meanwhile. Few rows are multiplied with the weight's
+// own, in dots, since arranging would take longer. Sums are exact and what follows them has one
+// order, so neither the way, nor threads, nor scheduling change a bit.
 //
 // Without an epilogue a tile goes from its registers to the output. With one it goes, as float32,
-// to scratch in the first-level cache, and from there row by row. A task of a gated activation
-// (geglu, swiglu) multiplies each tile of rows with two runs of 64 columns, half the weight apart.
-// Where the second doesn't start with a panel, it is put together from two panels, once a task.
+// to scratch in the first-level cache, and from there row by row; a gated activation (geglu,
+// swiglu) multiplies each tile with two panels, half the weight apart. Rows that are to be int8 are
+// quantised when all of out is there.
+//
+// What differs between the ops is the weight, a Source:
+//   scratch()                             bytes that it is lent, a multiple of cache lines
+//   panel(n, columns, scratch)            columns [n, n + columns) as int8_tiles.h reads them
+//   kSigned                               whether rows() are w, or else w + 128
+//   rows(n, columns, scratch, pointers)   the rows themselves, at most kDots; pointers to those
+//   that
+//                                         are missing repeat the last
+//   scales(n, columns, floats)            a scale per column; kPanel floats are lent
+//   row(n), stride()                      where row n lies, and the bytes from row to row
 #pragma once
 
 #include <omp.h>
@@ -35,6 +37,7 @@
 
 #include "fewstep/check.h"
 #include "fewstep/cpu/epilogue.h"
+#include "fewstep/cpu/int8_dots.h"
 #include "fewstep/cpu/int8_tiles.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/low_rank.h"
@@ -67,7 +70,6 @@ struct Finish {
     std::int64_t rank;
     std::int64_t ldo;  // distance of output rows
     int rows, columns;
-    bool last;  // false while slices of K are to come: the sums stay in acc
 };
 
 template <typename Out>
@@ -98,7 +100,7 @@ using TileFunction = void (*)(const Tile&, const Finish&, Out*);
 template <typename Out>
 void tile_portable(const Tile& t, const Finish& f, Out* out) {
     accumulate_portable(t);
-    if (f.last) finish(f, out);
+    finish(f, out);
 }
 
 inline std::int32_t sum_portable(const std::int8_t* a, std::int64_t n) {
@@ -111,7 +113,7 @@ inline std::int32_t sum_portable(const std::int8_t* a, std::int64_t n) {
 template <int kRows, typename Out>
 FEWSTEP_TARGET_AVX2 void tile_avx2(const Tile& t, const Finish& f, Out* out) {
     accumulate_avx2<kRows>(t);
-    if (f.last) finish(f, out);
+    finish(f, out);
 }
 
 FEWSTEP_TARGET_AVX2 inline std::int32_t sum_avx2(const std::int8_t* a, std::int64_t n) {
@@ -162,7 +164,7 @@ FEWSTEP_TARGET_AVX512 void tile_avx512(const Tile& t, const Finish& f, Out* out)
     }
     __m512i acc[kRows][kVectors];
     accumulate_avx512<kRows, kVectors>(t, acc);
-    if (!f.last || f.columns < 16 * kVectors) {  // the latter in the last, ragged panel
+    if (f.columns < 16 * kVectors) {  // in the last, ragged panel
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -170,7 +172,7 @@ FEWSTEP_TARGET_AVX512 void tile_avx512(const Tile& t, const Finish& f, Out* out)
                 _mm512_store_si512(t.acc + r * kPanel + 16 * v, acc[r][v]);
             }
         }
-        if (f.last) finish(f, out);
+        finish(f, out);
         return;
     }
     // Column n of row r before the branch; without bias -0 is added, which changes no bit.
@@ -255,6 +257,35 @@ inline int tile_rows(Isa isa) {
     return isa == Isa::kAvx512 ? 6 : 4;
 }
 
+template <typename Out>
+using FinishFunction = void (*)(const Finish&, Out*);
+
+template <typename Out>
+void finish_portable(const Finish& f, Out* out) {
+    finish(f, out);
+}
+
+#if defined(__x86_64__)
+template <typename Out>
+FEWSTEP_TARGET_AVX2 void finish_avx2(const Finish& f, Out* out) {
+    finish(f, out);
+}
+template <typename Out>
+FEWSTEP_TARGET_AVX512 void finish_avx512(const Finish& f, Out* out) {
+    finish(f, out);
+}
+#endif
+
+template <typename Out>
+FinishFunction<Out> choose_finish(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::kAvx512) return finish_avx512<Out>;
+    if (isa == Isa::kAvx2) return finish_avx2<Out>;
+#endif
+    (void)isa;
+    return finish_portable<Out>;
+}
+
 using SumFunction = std::int32_t (*)(const std::int8_t*, std::int64_t);
 
 inline SumFunction choose_sum(Isa isa) {
@@ -282,155 +313,92 @@ struct Operands {
     std::int64_t M, N, K;
 };
 
-// What a task works on: rows [begin, end) of columns [n, n + columns).
-struct Task {
-    std::int64_t n, begin, end;
-    int columns;
-    const float* scale;  // per column
-    const float* up;     // the branch's panel
-};
-
-// k in [first, last) of a task's product, rows of out at distance ldo. acc has room for one tile,
-// or with slices of K for all rows.
-template <typename Out>
-void multiply_slice(const Operands& p, const Task& task, const std::uint8_t* bytes,
-                    std::int64_t first, std::int64_t last, Isa isa, std::int32_t* acc, Out* out,
-                    std::int64_t ldo) {
-    const int step = tile_rows(isa);
-    const bool whole = first == 0 && last == p.K;
-    Tile tile;
-    tile.lda = p.lda;
-    tile.groups = (last - first) / 4;
-    tile.tail = static_cast<int>((last - first) % 4);
-    tile.b = bytes;
-    tile.vectors = (task.columns + 15) / 16;
-    tile.resume = first > 0;
-    Finish f;
-    f.w_scale = task.scale;
-    f.bias = p.bias == nullptr ? nullptr : p.bias + task.n;
-    f.up = task.up;
-    f.rank = p.branch->rank();
-    f.ldo = ldo;
-    f.columns = task.columns;
-    f.last = last == p.K;
-    for (std::int64_t m = task.begin; m < task.end; m += step) {
-        tile.a = p.a + m * p.lda + first;
-        tile.rows = static_cast<int>(std::min<std::int64_t>(step, task.end - m));
-        tile.acc = whole ? acc : acc + (m - task.begin) * kPanel;
-        f.acc = tile.acc;
-        f.offsets = p.offsets + m;
-        f.a_scale = p.a_scale + m;
-        f.low = p.branch->row(m);
-        f.rows = tile.rows;
-        choose_tile<Out>(isa, tile.rows, tile.vectors)(tile, f, out + (m - task.begin) * ldo);
-    }
-}
-
-constexpr std::int64_t kSliceRows = 8, kSlice = 128;  // 8 KiB of bytes; measured
-
-// A run of columns that a thread has at hand, and its memory.
-struct Run {
-    Task task{};
-    const std::uint8_t* bytes = nullptr;
-    std::uint8_t* scratch = nullptr;     // of bytes, if they are made
-    std::uint8_t* neighbours = nullptr;  // of the panels that they are put together from
-    float* up = nullptr;
+// Columns [n, n + columns) of the weight that a thread has at hand, and its memory.
+struct Columns {
+    std::int64_t n = 0;
+    int columns = 0;
+    const float* scale = nullptr;  // per column
+    const std::uint8_t* panel = nullptr;
+    std::uint8_t* scratch = nullptr;
+    float* up = nullptr;  // the branch's panel
     alignas(64) float scales[kPanel];
 };
 
-inline int padded(std::int64_t columns) {
-    return static_cast<int>((std::min<std::int64_t>(kPanel, columns) + 15) / 16 * 16);
-}
-
-// The bytes of a run that starts within a panel: the end of that one and the start of the next.
 template <typename Source>
-void join_panels(const Source& source, const Operands& p, const Run& run, std::int64_t begin,
-                 std::int64_t end) {
-    const std::int64_t first = run.task.n / kPanel * kPanel, second = first + kPanel;
-    const int skipped = static_cast<int>(run.task.n - first);
-    const int left = std::min(run.task.columns, static_cast<int>(kPanel) - skipped);
-    const int right = run.task.columns - left;
-    const int widths[] = {padded(p.N - first), padded(p.N - second), padded(run.task.columns)};
-    const auto bytes = [&](std::int64_t n, std::uint8_t* scratch) {
-        const int columns = static_cast<int>(std::min<std::int64_t>(kPanel, p.N - n));
-        return source.bytes(n, columns, begin, end, scratch);
-    };
-    const std::uint8_t* const from = bytes(first, run.neighbours);
-    const std::uint8_t* const next =
-        right > 0 ? bytes(second, run.neighbours + (end - begin) * kPanel) : nullptr;
-    for (std::int64_t g = 0; g < (end - begin + 3) / 4; ++g) {
-        std::uint8_t* const to = run.scratch + 4 * g * widths[2];
-        std::memcpy(to, from + 4 * (g * widths[0] + skipped), static_cast<std::size_t>(4 * left));
-        if (right > 0) {
-            std::memcpy(to + 4 * left, next + 4 * g * widths[1],
-                        static_cast<std::size_t>(4 * right));
-        }
-    }
+void prepare_columns(const Operands& p, const Source& source, std::int64_t n, int columns, bool few,
+                     Columns& at) {
+    at.n = n;
+    at.columns = columns;
+    at.scale = source.scales(n, columns, at.scales);
+    p.branch->panel(n, columns, at.up);
+    if (!few) at.panel = source.panel(n, columns, at.scratch);
 }
 
-// The bytes of k in [begin, end).
-template <typename Source>
-const std::uint8_t* bytes_of(const Source& source, const Operands& p, const Run& run,
-                             std::int64_t begin, std::int64_t end) {
-    if (run.task.n % kPanel == 0) {
-        return source.bytes(run.task.n, run.task.columns, begin, end, run.scratch);
-    }
-    join_panels(source, p, run, begin, end);
-    return run.scratch;
+// What `rows` rows from m on take from their operands.
+inline Finish finish_of(const Operands& p, const Columns& at, std::int64_t m, int rows,
+                        const std::int32_t* acc, std::int64_t ldo) {
+    Finish f;
+    f.acc = acc;
+    f.offsets = p.offsets + m;
+    f.a_scale = p.a_scale + m;
+    f.w_scale = at.scale;
+    f.bias = p.bias == nullptr ? nullptr : p.bias + at.n;
+    f.low = p.branch->row(m);
+    f.up = at.up;
+    f.rank = p.branch->rank();
+    f.ldo = ldo;
+    f.rows = rows;
+    f.columns = at.columns;
+    return f;
 }
 
-// Columns from n on: a panel, or within one as many as `columns`. Bytes too, unless by slices.
-template <typename Source>
-void prepare_run(const Source& source, const Operands& p, std::int64_t n, int columns, bool slices,
-                 Run& run) {
-    if (n % kPanel == 0) columns = static_cast<int>(std::min<std::int64_t>(kPanel, p.N - n));
-    run.task.n = n;
-    run.task.columns = columns;
-    run.task.scale = source.scales(n, columns, run.scales);
-    p.branch->panel(n, columns, run.up);
-    run.task.up = run.up;
-    if (!slices) run.bytes = bytes_of(source, p, run, 0, p.K);
+// Rows [m, m + rows), a tile, by a panel.
+template <typename Out>
+void multiply_tile(const Operands& p, const Columns& at, std::int64_t m, int rows, Isa isa,
+                   Out* out, std::int64_t ldo) {
+    alignas(64) std::int32_t acc[kMaxRows * kPanel];
+    Tile tile;
+    tile.a = p.a + m * p.lda;
+    tile.lda = p.lda;
+    tile.b = at.panel;
+    tile.groups = p.K / 4;
+    tile.tail = static_cast<int>(p.K % 4);
+    tile.rows = rows;
+    tile.vectors = (at.columns + 15) / 16;
+    tile.acc = acc;
+    choose_tile<Out>(isa, rows, tile.vectors)(tile, finish_of(p, at, m, rows, acc, ldo), out);
 }
 
-// A tile of rows, or all of few rows by slices of K.
+constexpr std::int64_t kFewRows = 64;
+
+// All rows, at most kFewRows, by the weight's own, four of them after the other.
 template <typename Out, typename Source>
-void multiply_run(const Source& source, const Operands& p, const Run& run, bool slices, Isa isa,
-                  std::int32_t* acc, Out* out, std::int64_t ldo) {
-    if (!slices) {
-        multiply_slice(p, run.task, run.bytes, 0, p.K, isa, acc, out, ldo);
-        return;
+void multiply_rows(const Operands& p, const Source& source, const Columns& at, Isa isa, Out* out,
+                   std::int64_t ldo) {
+    alignas(64) std::int32_t acc[kFewRows * kPanel];
+    const std::int64_t tiles = (p.M + kDots - 1) / kDots;
+    Dots d;
+    d.lda = p.lda;
+    d.K = p.K;
+    d.ld = kPanel;
+    // In turn the tiles ask for the weight's bytes eight rows ahead, in their order.
+    d.lines = static_cast<int>(std::max<std::int64_t>(1, kDots * source.stride() / p.K / tiles));
+    for (int c = 0; c < at.columns; c += kDots) {
+        source.rows(at.n + c, std::min(kDots, at.columns - c), at.scratch, d.b);
+        for (std::int64_t m = 0; m < p.M; m += kDots) {
+            d.a = p.a + m * p.lda;
+            d.rows = static_cast<int>(std::min<std::int64_t>(kDots, p.M - m));
+            d.acc = acc + m * kPanel + c;
+            d.coming = source.row(at.n + c + 2 * kDots) + m / kDots * d.lines * p.K;
+            choose_dots<Source::kSigned>(isa, d.rows)(d);
+        }
     }
-    for (std::int64_t first = 0; first < p.K; first += kSlice) {
-        const std::int64_t last = std::min(p.K, first + kSlice);
-        const std::uint8_t* const bytes = bytes_of(source, p, run, first, last);
-        multiply_slice(p, run.task, bytes, first, last, isa, acc, out, ldo);
-    }
+    choose_finish<Out>(isa)(finish_of(p, at, 0, static_cast<int>(p.M), acc, ldo), out);
 }
 
-// Rows [begin, end) of outputs [n, n + columns), through the epilogue. One run of columns is at
-// hand, or two.
-template <typename Out, typename Source>
-void multiply_and_finish(const Source& source, const Operands& p, Run* runs, std::int64_t begin,
-                         std::int64_t end, int columns, bool slices, Isa isa, std::int32_t* acc,
-                         epilogue::BlendFunction<Out> blend, Out* out) {
-    alignas(64) float y[2][kSliceRows * kPanel];
-    const std::int64_t n = runs[0].task.n, step = slices ? kSliceRows : tile_rows(isa);
-    for (std::int64_t m = begin; m < end; m += step) {
-        const std::int64_t stop = std::min(end, m + step);
-        for (std::int64_t row = m; row < stop; ++row) {
-            p.end->prefetch(row, n, columns, out + row * p.end->width() + n);
-        }
-        for (int half = 0; half < (p.end->is_glu() ? 2 : 1); ++half) {
-            runs[half].task.begin = m;
-            runs[half].task.end = stop;
-            multiply_run(source, p, runs[half], slices, isa, acc, y[half], kPanel);
-        }
-        for (std::int64_t row = m; row < stop; ++row) {
-            const std::int64_t at = (row - m) * kPanel;
-            p.end->finish(row, n, columns, y[0] + at, y[1] + at, blend,
-                          out + row * p.end->width() + n);
-        }
-    }
+// Asks the second-level cache for bytes.
+inline void fetch(const std::uint8_t* first, std::int64_t bytes) {
+    for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, 0, 2);
 }
 
 // What becomes of whole rows of out: int8 and a scale, or nothing.
@@ -445,26 +413,22 @@ template <typename Out, typename Source, typename Prepare>
 void multiply(const Operands& p, const Source& source, const Prepare& prepare, Out* out,
               const Quantized<Out>& quantized) {
     constexpr std::int64_t kWorthThreads = 1 << 18;
-    constexpr std::int64_t kBlock = 192;  // rows of a task: a multiple of every tile height
-    constexpr std::int64_t kSecondLevel = 512 << 10;
+    constexpr std::int64_t kTasks = 8;    // of a thread: to even out their ends
+    constexpr std::int64_t kBlock = 192;  // rows of a task at least: a multiple of a tile's
     const Isa chosen = isa();
     const int threads = p.M * p.N * p.K > kWorthThreads ? omp_get_max_threads() : 1;
     const std::int64_t width = p.end->width(), panels = (width + kPanel - 1) / kPanel;
-    // A panel that has to be made meets all rows at once where there are enough to go round.
-    const std::int64_t rows = Source::kMakes && panels >= 8 * threads ? p.M : kBlock;
+    const bool few = p.M <= kFewRows && p.K > 0, plain = p.end->is_plain();
+    // A panel meets as many rows at once as there are other panels to go round.
+    const std::int64_t share = p.M * panels / (kTasks * threads) / kBlock * kBlock;
+    const std::int64_t rows = few ? p.M : std::min(p.M, std::max(kBlock, share));
     const std::int64_t blocks = (p.M + rows - 1) / rows;
-    const bool slices = Source::kMakes && p.M <= kSliceRows && p.K > kSlice;
-    // A weight that fits the second-level cache meets one block of rows after the other; of a
-    // larger one, and of one that is made, each panel meets all rows before the next.
-    const bool fits = !Source::kMakes && p.N * p.K <= kSecondLevel;
-    const int runs = p.end->is_glu() ? 2 : 1;
-    const bool joins = p.end->is_glu() && width % kPanel != 0;
-    const std::int64_t depth = ((slices ? kSlice : p.K) + 3) / 4 * 4 * kPanel;
-    const ThreadScratch<std::uint8_t> byte_scratch(threads,
-                                                   Source::kMakes || joins ? runs * depth : 0);
-    const ThreadScratch<std::uint8_t> joined_scratch(threads,
-                                                     Source::kMakes && joins ? 2 * depth : 0);
-    const ThreadScratch<float> up_scratch(threads, runs * p.branch->rank() * kPanel);
+    const int step = few ? static_cast<int>(p.M) : tile_rows(chosen);
+    const int halves = p.end->is_glu() ? 2 : 1;
+    const std::int64_t depth = source.scratch();
+    const ThreadScratch<std::uint8_t> byte_scratch(threads, halves * depth);
+    const ThreadScratch<float> up_scratch(threads, halves * p.branch->rank() * kPanel);
+    const ThreadScratch<float> y_scratch(threads, plain ? 0 : halves * step * kPanel);
     const epilogue::BlendFunction<Out> blend = epilogue::choose_blend<Out>();
     const quantize::RowFunction<Out> quantize_row = quantize::choose_row<Out>();
 #pragma omp parallel num_threads(threads)
@@ -474,35 +438,61 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
             prepare(m);
             p.branch->prepare_row(m);
         }
-        alignas(64) std::int32_t acc[kSliceRows * kPanel];
-        Run run[2];
-        for (int i = 0; i < runs; ++i) {
-            const int thread = omp_get_thread_num();
-            run[i].scratch = byte_scratch.of_thread(thread) + i * depth;
-            run[i].neighbours = joined_scratch.of_thread(thread);
-            run[i].up = up_scratch.of_thread(thread) + i * p.branch->rank() * kPanel;
+        const int thread = omp_get_thread_num();
+        Columns at[2];
+        float* y[2];
+        for (int i = 0; i < halves; ++i) {
+            at[i].scratch = byte_scratch.of_thread(thread) + i * depth;
+            at[i].up = up_scratch.of_thread(thread) + i * p.branch->rank() * kPanel;
+            y[i] = y_scratch.of_thread(thread) + i * step * kPanel;
         }
+        const auto multiply_step = [&](int half, std::int64_t m, int count, auto* to,
+                                       std::int64_t ldo) {
+            if (few) {
+                multiply_rows(p, source, at[half], chosen, to, ldo);
+            } else {
+                multiply_tile(p, at[half], m, count, chosen, to, ldo);
+            }
+        };
         std::int64_t current = -1;  // the panel that this thread has at hand
 #pragma omp for schedule(dynamic)
         for (std::int64_t index = 0; index < panels * blocks; ++index) {
-            const std::int64_t panel = fits ? index % panels : index / blocks, n = panel * kPanel;
-            const std::int64_t begin = (fits ? index / panels : index % blocks) * rows;
-            const std::int64_t end = std::min(p.M, begin + rows);
+            const std::int64_t panel = index / blocks, n = panel * kPanel;
+            const std::int64_t begin = index % blocks * rows, end = std::min(p.M, begin + rows);
             const int columns = static_cast<int>(std::min<std::int64_t>(kPanel, width - n));
             if (panel != current) {
-                for (int i = 0; i < runs; ++i) {
-                    prepare_run(source, p, n + i * width, columns, slices, run[i]);
+                for (int i = 0; i < halves; ++i) {
+                    prepare_columns(p, source, n + i * width, columns, few, at[i]);
                 }
                 current = panel;
             }
-            if (!p.end->is_plain()) {
-                multiply_and_finish(source, p, run, begin, end, columns, slices, chosen, acc, blend,
-                                    out);
-                continue;
+            // Arranging the next panel would wait for memory: its rows are asked for in between.
+            // With several threads it is a guess, which panel that will be.
+            const std::int64_t next = std::min(n + threads * kPanel, width);
+            const std::int64_t coming = few ? 0 : std::min<std::int64_t>(kPanel, width - next);
+            std::int64_t fetched = 0;
+            for (std::int64_t m = begin; m < end; m += step) {
+                const int count = static_cast<int>(std::min<std::int64_t>(step, end - m));
+                if (plain) {
+                    multiply_step(0, m, count, out + m * width + n, width);
+                } else {
+                    for (int r = 0; r < count; ++r) {
+                        p.end->prefetch(m + r, n, columns, out + (m + r) * width + n);
+                    }
+                    for (int i = 0; i < halves; ++i) multiply_step(i, m, count, y[i], kPanel);
+                    p.end->activate(y[0], y[halves - 1], count * kPanel);
+                    for (int r = 0; r < count; ++r) {
+                        p.end->blend(m + r, n, columns, y[0] + r * kPanel, blend,
+                                     out + (m + r) * width + n);
+                    }
+                }
+                const std::int64_t until = coming * (m + count - begin) / (end - begin);
+                for (int i = 0; i < halves && until > fetched; ++i) {
+                    fetch(source.row(next + fetched + i * width),
+                          source.stride() * (until - fetched));
+                }
+                fetched = until;
             }
-            run[0].task.begin = begin;
-            run[0].task.end = end;
-            multiply_run(source, p, run[0], slices, chosen, acc, out + begin * width + n, width);
         }
         if (quantized.q != nullptr) {
 #pragma omp for schedule(static)

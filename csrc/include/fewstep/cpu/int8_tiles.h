@@ -5,7 +5,7 @@
 // a: rows at distance lda, K = 4 * groups + tail bytes each; b: [groups (+ 1)][16 * vectors][4];
 // acc: row r at acc + r * kPanel (the AVX-512 form leaves its sums in registers). The last,
 // incomplete group of a is read byte by byte, so nothing behind a row is touched, and counts as
-// zero. With `resume` the sums go on from what acc holds: K may come in slices.
+// zero.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,6 @@ struct Tile {
     int rows;     // 1..kernel's rows
     int vectors;  // panel width / 16
     std::int32_t* acc;
-    bool resume;
 };
 
 inline std::int32_t load_group(const std::int8_t* a, int bytes) {
@@ -43,7 +42,6 @@ inline void accumulate_portable(const Tile& t) {
     const int width = t.vectors * 16;
     for (int r = 0; r < t.rows; ++r) {
         std::uint32_t sums[kPanel] = {};
-        if (t.resume) std::memcpy(sums, t.acc + r * kPanel, sizeof(std::int32_t) * width);
         const std::int8_t* a = t.a + r * t.lda;
         for (std::int64_t g = 0; g < t.groups + (t.tail != 0); ++g) {
             std::int8_t k[4] = {};
@@ -89,9 +87,8 @@ FEWSTEP_TARGET_AVX2 void accumulate_avx2(const Tile& t) {
         for (int r = 0; r < kRows; ++r) {
             // hadd works within 128-bit halves: columns come out as 0 1 4 5 2 3 6 7.
             const __m256i pairs = _mm256_hadd_epi32(acc[r][0], acc[r][1]);
-            __m256i sums = _mm256_permute4x64_epi64(pairs, 0xd8);
+            const __m256i sums = _mm256_permute4x64_epi64(pairs, 0xd8);
             __m256i* const out = reinterpret_cast<__m256i*>(t.acc + r * kPanel + n);
-            if (t.resume) sums = _mm256_add_epi32(sums, _mm256_loadu_si256(out));
             _mm256_storeu_si256(out, sums);
         }
     }
@@ -109,8 +106,7 @@ FEWSTEP_TARGET_AVX512 [[gnu::always_inline]] inline void accumulate_avx512(
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-            acc[r][v] =
-                t.resume ? _mm512_loadu_si512(t.acc + r * kPanel + 16 * v) : _mm512_setzero_si512();
+            acc[r][v] = _mm512_setzero_si512();
         }
     }
     const std::int8_t* a = t.a;

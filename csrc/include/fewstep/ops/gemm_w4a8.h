@@ -3,14 +3,10 @@
 //   top_n = max_g s_ng     f_ng = round(4096 (s_ng / top_n))     w8_nk = (q_nk f_ng + 128) >> 8
 //   out   = gemm_w8a8 with w8 in place of w and top / 16 in place of w_scale
 //
-// All but packed and w_scale as in gemm_w8a8.h; w_scale is s, [N, K / G] bfloat16 or
-// float16, contiguous, G 32, 64 or 128. A scale that is NaN makes its column NaN; without groups
+// All but w and w_scale as in gemm_w8a8.h. w [N, K / 2] uint8, unit stride: q in two's complement,
+// the even k in the low half of a byte. w_scale is s, [N, K / G] bfloat16 or float16, contiguous,
+// G 32, 64 or 128. A scale that is NaN makes its column NaN; without groups
 // (K = 0) top is 16.
-//
-// packed: uint8 [ceil(N / 16) * 16, K / 2 + 2 K / G] bytes in panels of 64 columns (the last one
-// narrower, a multiple of 16). A panel of width W is q + 8 as [K / 8][W][4] bytes, k 0-3 of an
-// eight in the low halves and k 4-7 in the high ones, then f as int16 [K / G][W]. Padding columns
-// may hold anything. They are expanded to the layout of gemm_w8a8 in a task.
 #pragma once
 
 #include <string>
@@ -18,7 +14,7 @@
 #include "fewstep/tensor.h"
 
 namespace fewstep::cpu {
-void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView& packed,
+void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView& w,
                const TensorView& w_scale, const TensorView* bias, const TensorView* low,
                const TensorView* up, const TensorView* smooth, std::int64_t rotate,
                const std::string& activation, const TensorView* gate, const TensorView* residual,

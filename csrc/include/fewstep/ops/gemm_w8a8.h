@@ -6,19 +6,14 @@
 //   out_mn = fma(low_mr, up_nr, out_mn), r = 0, 1, ...           with a low-rank branch
 //
 // Scaling is float32, rounded once to out's dtype at the end; K < kGemmW8A8MaxK.
-// a [M, K] int8, unit stride in K; a_scale [M], w_scale [N] float32 and bias [N] floating,
-// contiguous; low [M, R] and up [N, R] float32, bfloat16 or float16, contiguous, both or neither;
-// out [M, N] float32, bfloat16 or float16, contiguous. Or a is floating and a_scale null: its rows
-// are quantised first, to the bit as by quantize_int8, with smooth and rotate if given.
+// a [M, K] and w [N, K] int8, unit stride in K; a_scale [M], w_scale [N] float32 and bias [N]
+// floating, contiguous; low [M, R] and up [N, R] float32, bfloat16 or float16, contiguous, both or
+// neither; out [M, N] float32, bfloat16 or float16, contiguous. Or a is floating and a_scale null:
+// its rows are quantised first, to the bit as by quantize_int8, with smooth and rotate if given.
 //
 // activation (gelu, gelu_tanh, silu, geglu, swiglu or ""), gate [G, N'] and residual [M, N']:
 // cpu/epilogue.h; out is then [M, N'], N' = N / 2 with geglu and swiglu. With scale [M] float32 out
 // is int8: quantize_int8 of what would be out in a's dtype if it is floating, else in bfloat16.
-//
-// packed: the weight, uint8 [ceil(N / 16) * 16, ceil(K / 4) * 4] bytes holding w + 128 in panels of
-// 64 columns (the last panel narrower, a multiple of 16). A panel of width W is [K / 4][W][4]: the
-// four k of a group lie side by side, as vpdpbusd wants them. Padding may hold anything. The offset
-// is undone in the epilogue: sum a (w + 128) - 128 sum a, arithmetic modulo 2^32.
 #pragma once
 
 #include <string>
@@ -31,7 +26,7 @@ namespace fewstep {
 constexpr std::int64_t kGemmW8A8MaxK = std::int64_t{1} << 17;
 
 namespace cpu {
-void gemm_w8a8(const TensorView& a, const TensorView* a_scale, const TensorView& packed,
+void gemm_w8a8(const TensorView& a, const TensorView* a_scale, const TensorView& w,
                const TensorView& w_scale, const TensorView* bias, const TensorView* low,
                const TensorView* up, const TensorView* smooth, std::int64_t rotate,
                const std::string& activation, const TensorView* gate, const TensorView* residual,
