@@ -248,7 +248,7 @@ void multiply(const Operands& p, const TensorView& x, T* out) {
     const ThreadScratch<float> rows(1, p.M * p.K), low(1, p.M * rank);
     const ThreadScratch<float> scales(threads, runs * kPanel * p.groups);
     const ThreadScratch<float> up(threads, runs * kPanel * rank);
-    const epilogue::BlendFunction<T> blend = epilogue::choose_blend<T>();
+    const epilogue::RoundFunction<T> round = epilogue::choose_round<T>();
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
@@ -297,11 +297,8 @@ void multiply(const Operands& p, const TensorView& x, T* out) {
                 for (std::int64_t i = 0; i < runs; ++i) {
                     multiply_columns(p, half[i], tile, multiply_tile, y[i]);
                 }
-                p.end.activate(y[0], y[1], tile.rows * kPanel);
-                for (int r = 0; r < tile.rows; ++r) {
-                    p.end.blend(m + r, first, static_cast<int>(columns), y[0] + r * kPanel, blend,
-                                out + (m + r) * width + first);
-                }
+                p.end.finish(m, first, tile.rows, static_cast<int>(columns), y[0], y[1], round,
+                             out + m * width + first);
             }
         }
     }

@@ -122,52 +122,60 @@ template <typename T>
     }
 }
 
-template <typename Out>
-[[gnu::always_inline]] inline void blend_row(const float* v, const Line& gate, const Line& residual,
-                                             int columns, Out* out) {
-    if (gate.data == nullptr && residual.data == nullptr) {
-        for (int n = 0; n < columns; ++n) out[n] = Convert<Out>::from(v[n]);
-        return;
-    }
+// y becomes gate y + residual.
+[[gnu::always_inline]] inline void blend_row(float* y, const Line& gate, const Line& residual,
+                                             int columns) {
     alignas(64) float factors[kPanel], terms[kPanel];
     widen_row(gate, 1.0f, columns, factors);
     widen_row(residual, -0.0f, columns, terms);
-    for (int n = 0; n < columns; ++n) {
-        out[n] = Convert<Out>::from(std::fma(factors[n], v[n], terms[n]));
-    }
+    for (int n = 0; n < columns; ++n) y[n] = std::fma(factors[n], y[n], terms[n]);
+}
+
+template <typename Out>
+[[gnu::always_inline]] inline void round_row(const float* y, int columns, Out* out) {
+    for (int n = 0; n < columns; ++n) out[n] = Convert<Out>::from(y[n]);
 }
 
 using ActivateFunction = void (*)(float* y, const float* s, int columns);
+using BlendFunction = void (*)(float* y, const Line& gate, const Line& residual, int columns);
 template <typename Out>
-using BlendFunction = void (*)(const float* v, const Line& gate, const Line& residual, int columns,
-                               Out* out);
+using RoundFunction = void (*)(const float* y, int columns, Out* out);
 
 template <Activation kActivation>
 void activate_portable(float* y, const float* s, int columns) {
     activate_row<kActivation>(y, s, columns);
 }
+inline void blend_portable(float* y, const Line& gate, const Line& residual, int columns) {
+    blend_row(y, gate, residual, columns);
+}
 template <typename Out>
-void blend_portable(const float* v, const Line& gate, const Line& residual, int columns, Out* out) {
-    blend_row(v, gate, residual, columns, out);
+void round_portable(const float* y, int columns, Out* out) {
+    round_row(y, columns, out);
 }
 #if defined(__x86_64__)
 template <Activation kActivation>
 FEWSTEP_TARGET_AVX2 void activate_avx2(float* y, const float* s, int columns) {
     activate_row<kActivation>(y, s, columns);
 }
+FEWSTEP_TARGET_AVX2 inline void blend_avx2(float* y, const Line& gate, const Line& residual,
+                                           int columns) {
+    blend_row(y, gate, residual, columns);
+}
 template <typename Out>
-FEWSTEP_TARGET_AVX2 void blend_avx2(const float* v, const Line& gate, const Line& residual,
-                                    int columns, Out* out) {
-    blend_row(v, gate, residual, columns, out);
+FEWSTEP_TARGET_AVX2 void round_avx2(const float* y, int columns, Out* out) {
+    round_row(y, columns, out);
 }
 template <Activation kActivation>
 FEWSTEP_TARGET_AVX512 void activate_avx512(float* y, const float* s, int columns) {
     activate_row<kActivation>(y, s, columns);
 }
+FEWSTEP_TARGET_AVX512 inline void blend_avx512(float* y, const Line& gate, const Line& residual,
+                                               int columns) {
+    blend_row(y, gate, residual, columns);
+}
 template <typename Out>
-FEWSTEP_TARGET_AVX512 void blend_avx512(const float* v, const Line& gate, const Line& residual,
-                                        int columns, Out* out) {
-    blend_row(v, gate, residual, columns, out);
+FEWSTEP_TARGET_AVX512 void round_avx512(const float* y, int columns, Out* out) {
+    round_row(y, columns, out);
 }
 #endif
 
@@ -180,13 +188,21 @@ ActivateFunction choose_activate() {
     return activate_portable<kActivation>;
 }
 
-template <typename Out>
-BlendFunction<Out> choose_blend() {
+inline BlendFunction choose_blend() {
 #if defined(__x86_64__)
-    if (isa() == Isa::kAvx512) return blend_avx512<Out>;
-    if (isa() == Isa::kAvx2) return blend_avx2<Out>;
+    if (isa() == Isa::kAvx512) return blend_avx512;
+    if (isa() == Isa::kAvx2) return blend_avx2;
 #endif
-    return blend_portable<Out>;
+    return blend_portable;
+}
+
+template <typename Out>
+RoundFunction<Out> choose_round() {
+#if defined(__x86_64__)
+    if (isa() == Isa::kAvx512) return round_avx512<Out>;
+    if (isa() == Isa::kAvx2) return round_avx2<Out>;
+#endif
+    return round_portable<Out>;
 }
 
 }  // namespace epilogue
@@ -229,7 +245,7 @@ class Epilogue {
     }
     std::int64_t width() const { return width_; }
 
-    // Asks for the lines that blend() of the same columns will want: they are seldom in cache.
+    // Asks for the lines that finish() of the same columns will want: they are seldom in cache.
     template <typename Out>
     void prefetch(std::int64_t m, std::int64_t n, int columns, const Out* out) const {
         const auto ask = [](const void* from, std::int64_t bytes, auto is_write) {
@@ -248,17 +264,20 @@ class Epilogue {
         }
     }
 
-    // `count` values of y, and for halves of s, become what is activated: many at once, because
-    // each takes a chain of some twenty instructions.
-    void activate(float* y, const float* s, int count) const {
-        if (activate_ != nullptr) activate_(y, is_glu_ ? s : nullptr, count);
-    }
-
-    // Columns [n, n + columns) of row m, at most kPanel, from activated values.
+    // Rows [m, m + rows) of columns [n, n + columns), at most kPanel, from y and for halves s,
+    // whose rows are kPanel apart; y is overwritten. All values of a tile at once take each step:
+    // an activation is a chain of some twenty instructions, and a load from the residual waits for
+    // earlier stores to out if their addresses agree in the low twelve bits.
     template <typename Out>
-    void blend(std::int64_t m, std::int64_t n, int columns, const float* y,
-               epilogue::BlendFunction<Out> blend, Out* out) const {
-        blend(y, line(gate_, m / rows_of_gate_, n), line(residual_, m, n), columns, out);
+    void finish(std::int64_t m, std::int64_t n, int rows, int columns, float* y, const float* s,
+                epilogue::RoundFunction<Out> round, Out* out) const {
+        constexpr int kPanel = epilogue::kPanel;
+        if (activate_ != nullptr) activate_(y, is_glu_ ? s : nullptr, rows * kPanel);
+        for (int r = 0; r < rows && (gate_ != nullptr || residual_ != nullptr); ++r) {
+            blend_(y + r * kPanel, line(gate_, (m + r) / rows_of_gate_, n),
+                   line(residual_, m + r, n), columns);
+        }
+        for (int r = 0; r < rows; ++r) round(y + r * kPanel, columns, out + r * width_);
     }
 
   private:
@@ -279,6 +298,7 @@ class Epilogue {
     const TensorView* gate_;
     const TensorView* residual_;
     epilogue::ActivateFunction activate_ = nullptr;
+    epilogue::BlendFunction blend_ = epilogue::choose_blend();
     std::int64_t width_ = 0, rows_of_gate_ = 1;
     bool is_glu_ = false;
 };

@@ -429,7 +429,7 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
     const ThreadScratch<std::uint8_t> byte_scratch(threads, halves * depth);
     const ThreadScratch<float> up_scratch(threads, halves * p.branch->rank() * kPanel);
     const ThreadScratch<float> y_scratch(threads, plain ? 0 : halves * step * kPanel);
-    const epilogue::BlendFunction<Out> blend = epilogue::choose_blend<Out>();
+    const epilogue::RoundFunction<Out> round = epilogue::choose_round<Out>();
     const quantize::RowFunction<Out> quantize_row = quantize::choose_row<Out>();
 #pragma omp parallel num_threads(threads)
     {
@@ -480,11 +480,8 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
                         p.end->prefetch(m + r, n, columns, out + (m + r) * width + n);
                     }
                     for (int i = 0; i < halves; ++i) multiply_step(i, m, count, y[i], kPanel);
-                    p.end->activate(y[0], y[halves - 1], count * kPanel);
-                    for (int r = 0; r < count; ++r) {
-                        p.end->blend(m + r, n, columns, y[0] + r * kPanel, blend,
-                                     out + (m + r) * width + n);
-                    }
+                    p.end->finish(m, n, count, columns, y[0], y[halves - 1], round,
+                                  out + m * width + n);
                 }
                 const std::int64_t until = coming * (m + count - begin) / (end - begin);
                 for (int i = 0; i < halves && until > fetched; ++i) {
