@@ -1,7 +1,7 @@
 """Draws the tables of the documents from the committed records; nothing in them is typed.
 
     make figures                    # measure: records under benchmarks/results/<device>/
-    python docs/readme_tables.py    # draw: README, docs/benchmarks.md, docs/guides/patching.md
+    python docs/readme_tables.py    # README, docs/benchmarks.md, the guides
 
 A document says from which device's folder it was drawn, and goes on with that one; an argument
 chooses another. A table's caption names the machine and the commit of its run. A test draws every

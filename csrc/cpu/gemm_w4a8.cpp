@@ -285,7 +285,7 @@ struct Weight {
     }
 
     const std::uint8_t* row(std::int64_t n) const { return w + n * ld; }
-    std::int64_t stride() const { return ld; }
+    std::int64_t row_bytes() const { return K / 2; }
 };
 
 }  // namespace

@@ -32,7 +32,7 @@ struct Weight {
     const std::uint8_t* row(std::int64_t n) const {
         return reinterpret_cast<const std::uint8_t*>(w) + n * ld;
     }
-    std::int64_t stride() const { return ld; }
+    std::int64_t row_bytes() const { return K; }
 };
 
 }  // namespace

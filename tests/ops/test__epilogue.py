@@ -519,3 +519,13 @@ def test_halves_of_an_odd_weight_are_refused(op):
     with pytest.raises(ValueError, match="w: expected an even N for geglu, got 21"):
         getattr(ops, op)(*args, activation="geglu")
     assert width(21, None) == 21
+
+
+def test_a_residual_may_be_written_to_before_the_backward():
+    """Its gradient needs no values, as in x + residual."""
+    (_, _, *weight), _ = operands("gemm_w8a8", (4,), 20, 32, torch.float32)
+    x, residual = torch.randn(4, 32, requires_grad=True), torch.randn(4, 20)
+    out = ops.gemm_w8a8(x, None, *weight, residual=residual)
+    residual.add_(1)
+    out.sum().backward()
+    assert x.grad.isfinite().all()

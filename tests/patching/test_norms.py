@@ -269,6 +269,31 @@ def test_other_layers_are_found_by_each_call():
         assert torch.equal(image_of(pipe), image)
 
 
+@pytest.mark.parametrize("path", ["attn", "ff", "ff.net.0", "norm1.norm"])
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_whoever_looks_at_an_input_gets_a_tensor(path, how):
+    pipe = build("flux")
+    model, seen = denoiser(pipe), []
+    with fewstep.quantize(model, "w8a8", norms="share"):
+        image = image_of(pipe)
+        module = model.transformer_blocks[0].get_submodule(path)
+        if how == "hook":
+            module.register_forward_hook(lambda m, args, out: seen.extend([*args, out]))
+        else:
+            inner = module.forward
+
+            def forward(*args, **kwargs):
+                out = inner(*args, **kwargs)
+                seen.extend([*args, *kwargs.values(), out])
+                return out
+
+            module.forward = forward
+        assert torch.equal(image_of(pipe), image)
+    parts = [y for x in seen for y in (x if isinstance(x, tuple) else (x,)) if y is not None]
+    assert all(isinstance(x, (torch.Tensor, dict)) for x in parts)
+    assert any(isinstance(x, torch.Tensor) for x in parts)
+
+
 def test_loras_get_the_values():
     peft = pytest.importorskip("peft")
     config = {"target_modules": ["to_q", "proj_mlp"], "init_lora_weights": False}

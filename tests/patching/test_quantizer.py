@@ -293,6 +293,17 @@ def test_compiles_whole(folder):
         assert torch.equal(compiled(**inputs()).sample, got)
 
 
+def test_one_config_serves_several_models(folder, tmp_path):
+    config = fewstep.QuantizationConfig("w8a8")
+    first = SD3Transformer2DModel.from_pretrained(folder, quantization_config=config)
+    described = first.config.quantization_config
+    assert described is not config
+    assert not config.layers
+    config.layers = {"w8a8": ["elsewhere"]}
+    first.save_pretrained(tmp_path)
+    assert SD3Transformer2DModel.from_pretrained(tmp_path).config.quantization_config
+
+
 def test_bad_input_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="scheme: expected one of w8a8"):
         fewstep.QuantizationConfig("w4a4")

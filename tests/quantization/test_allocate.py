@@ -18,7 +18,7 @@ from fewstep.quantization.allocate import (
     weight_bytes,
 )
 from fewstep.quantization.calibration import first_tensor
-from fewstep.quantization.errors import content, output_error
+from fewstep.quantization.errors import content, output_error, split_error
 
 
 def skip(name, linear):
@@ -138,6 +138,14 @@ def test_content_is_the_mean_over_blocks():
     # A change of the mean alone is content, one without a mean is quality; both count the same.
     shift = output_error(y + 1, y)
     assert shift == pytest.approx(64 / float(content(y).square().sum()))
+
+
+def test_noise_counts_where_there_is_no_signal():
+    want = torch.ones(1, 1, 8, 8)  # all content, no quality
+    noise = torch.zeros_like(want)
+    noise[..., ::2], noise[..., 1::2] = 0.1, -0.1
+    found = split_error(want + noise, want)
+    assert found == pytest.approx((0, 0.01), abs=1e-8)
 
 
 def test_what_is_measured_of_each_layer(choices):

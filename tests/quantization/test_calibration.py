@@ -130,6 +130,15 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert len(again.evaluations) == 3
 
 
+def test_a_layer_in_several_places_is_saved(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.append(model[0])
+    found = calibrate(model, [{"input": torch.randn(4, 8)}])
+    found.save(tmp_path / "twice.safetensors")
+    again = Calibration.load(tmp_path / "twice.safetensors")
+    assert torch.equal(again.inputs["2"], found.inputs["0"])
+
+
 def test_what_can_not_be_saved_or_loaded_is_named(tmp_path):
     found = calibrate(Pipe(), [{"steps": 1}])
     found.evaluations.append(((object(),), {}))

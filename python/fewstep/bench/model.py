@@ -35,7 +35,7 @@ class Case:
 class Provider:
     """One way to do the work.
 
-    `make(case, *inputs)` gets one input set, prepares whatever is not to be timed (packed weights,
+    `make(case, *inputs)` gets one input set, prepares whatever is not to be timed (weights,
     casts) and returns the call to time, or a sentence saying why it can't run here. An op's
     provider names its `impl`, which must pass the op's gate first. A limit does `amount` units of
     `resource` per call instead of the case's work: its rate bounds everyone else's.

@@ -24,7 +24,7 @@ before the rounding to out_dtype,
 Derivatives take the rounding of x for the identity (straight-through), W, smooth and the scales
 for constants: d_x = ((d_y W) H) / smooth + (d_y up) down. That is what trains a LoRA over a
 quantised layer, and the exact tangent of the dequantised one. Through an activation or to a gate
-they need y, which is not kept: the product is taken again, in float32.
+they need y, which is not kept: the product is taken again, in float32 (gemm_w4a16: in x's dtype).
 """
 
 from __future__ import annotations
@@ -301,9 +301,12 @@ def differentiate(names: str, weight: Callable[..., Tensor], op: Callable[[], An
         ctx.activation = given["activation"]
         curved = ctx.activation is not None and any(wanted[name] for name in Linear._fields)
         ctx.needs_y = curved or wanted["gate"]
-        # Only these need x: else a frozen layer would keep it alive.
+        # What nobody needs is not kept alive, nor guarded against writes.
+        tensors[order.index("residual")] = None
         if not (wanted["up"] or wanted["down"] or ctx.needs_y):
             tensors[0] = None
+        if not (wanted["up"] or ctx.needs_y):
+            tensors[order.index("low")] = None
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.out_dtype = output.shape, output.dtype

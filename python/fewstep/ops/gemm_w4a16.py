@@ -191,7 +191,8 @@ def gemm_w4a16(
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: a scale carries a tangent or requires grad; anything does for int8.
+        DerivativeError: a scale carries a tangent or requires grad, or with out_dtype int8 any
+            input does.
     """
     if not x.shape or x.dtype not in FLOATS:
         raise ValueError(f"x: expected floating [..., M, K], got {x.dtype} {list(x.shape)}")

@@ -106,7 +106,8 @@ def gemm_w4a8(
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         UnsupportedError: `impl` can't serve these tensors.
-        DerivativeError: a scale carries a tangent or requires grad; anything does for int8.
+        DerivativeError: a scale carries a tangent or requires grad, or with out_dtype int8 any
+            input does.
     """
     prologue, branch = (smooth, rotate), (down, up, low)
     epilogue, rounded = (activation, gate, residual), rounding_dtype(a, out_dtype)

@@ -116,11 +116,23 @@ def _at(module: nn.Module | None, path: str) -> nn.Module | None:
     return module
 
 
+def _is_wrapped(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
+
+
+def _refuse_wrapped(block: nn.Module, path: str) -> str | None:
+    """Return which module on the way to a layer would show its input to somebody else, or None."""
+    keys = path.split(".")
+    for i in range(1, len(keys) + 1):
+        module = _at(block, name := ".".join(keys[:i]))
+        if module is not None and _is_wrapped(module):
+            return f"{name} has hooks"
+    return None
+
+
 def _refuse_layer(path: str, layer: nn.Module | None) -> str | None:
     if not isinstance(layer, QuantLinear):
         return f"{path} is {'absent' if layer is None else type(layer).__name__}"
-    if any(getattr(layer, hooks) for hooks in _HOOKS) or "forward" in layer.__dict__:
-        return f"{path} has hooks"
     reason = layer.refuse_rows()
     return None if reason is None else f"{path} {reason}"
 
@@ -152,6 +164,9 @@ class _Readers(NamedTuple):
         """Return why the layers can't take quantised rows now, or None."""
         if getattr(self.block, "_chunk_size", None) is not None:
             return "the feed-forward layer runs in chunks"
+        for path in (*self.place.layers, *self.place.attentions):
+            if (reason := _refuse_wrapped(self.block, path)) is not None:
+                return reason
         for path in self.place.attentions:
             if (reason := _refuse_attention(path, _at(self.block, path))) is not None:
                 return reason
@@ -193,7 +208,7 @@ class QuantizingNorm(nn.LayerNorm):
         """Return what the block's arithmetic makes `QuantizedRows` of, or the norm of a tensor."""
         readers = self._readers
         if (
-            any(getattr(self, hooks) for hooks in _HOOKS)
+            _is_wrapped(self)
             or autocast_dtype(input) is not None
             or _is_differentiated(input, self.weight, self.bias)
             or readers.refuse() is not None

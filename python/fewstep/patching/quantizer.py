@@ -16,6 +16,7 @@ The names that diffusers looks up (`quant_method`, `check_if_quantized_param`, .
 
 from __future__ import annotations
 
+import copy
 import enum
 import re
 from collections.abc import Iterator, Sequence
@@ -96,7 +97,8 @@ class FewstepQuantizer(DiffusersQuantizer):
     required_packages: ClassVar[list[str]] = ["accelerate"]
 
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        # Each model records its own layers in it, and the caller's may serve several.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._schemes: dict[str, Scheme] = {}  # of the layers to quantise as they arrive
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:

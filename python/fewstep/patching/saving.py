@@ -46,7 +46,7 @@ class SaveGuard:
 
 
 class RefuseModel:
-    """`save_pretrained` of a model with int8 layers."""
+    """`save_pretrained` of a model with low-bit layers."""
 
     def __init__(self, model: str) -> None:
         self._model = model

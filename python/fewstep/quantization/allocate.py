@@ -335,7 +335,8 @@ def allocate(
             found = _joint_error(model, calibration, want, chosen)
             if found < error:
                 best, error = chosen, found
-    assert best is not None
+    if best is None:
+        raise ValueError("calibration: expected finite outputs of the model, got inf or NaN")
     notes: dict[str, Any] = {"budget": dict(budget), "error": error}
     for name, field in RESOURCES.items():
         if _total(choices, field):

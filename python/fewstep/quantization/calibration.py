@@ -58,6 +58,8 @@ class Calibration:
         for kind, found in (("inputs", self.inputs), ("amax", self.amax)):
             tensors |= {f"{kind}.{name}": x.contiguous() for name, x in found.items()}
         data = {"rows": self.rows, "evaluations": evaluations}
+        # One layer in several places has its rows under several names.
+        tensors = {name: x.clone() for name, x in tensors.items()}
         save_file(tensors, path, {_FORMAT: json.dumps(data)})
 
     @classmethod

@@ -60,11 +60,14 @@ def content(y: Tensor) -> Tensor:
 
 
 def split_error(got: Tensor, want: Tensor) -> tuple[float, float]:
-    """Return the energies of content and quality of got - want in units of want's."""
+    """Return the energies of content and quality of got - want in units of want's.
+
+    A part that want has nothing of counts in units of all of want.
+    """
     got, want = got.double(), want.double()
-    found = []
+    whole, found = float(want.square().sum()), []
     for noise, signal in zip(_parts(got - want), _parts(want), strict=True):
-        energy = float(signal.square().sum())
+        energy = float(signal.square().sum()) or whole
         found.append(float(noise.square().sum()) / energy if energy else 0.0)
     return found[0], found[1]
 

@@ -332,7 +332,7 @@ class QuantLinear(nn.Linear):
     ) -> None:
         reasons = [
             f"{prefix}{name}: {reason}"
-            for name in (self.storage, "weight_scale")
+            for name in (self.storage, "weight_scale", "smooth")
             if (reason := self.refuse_tensor(name, state_dict.get(f"{prefix}{name}"))) is not None
         ]
         if reasons:  # a copy would convert the values
@@ -345,10 +345,13 @@ class QuantLinear(nn.Linear):
             self.weight_scale = self.weight_scale.to(dtype)
 
     def refuse_tensor(self, name: str, value: Tensor | None) -> str | None:
-        """Return why a tensor can't become the low-bit values or their scale, or None."""
-        if value is None:
-            return None
+        """Return why a tensor can't become the low-bit values, scales or factors, or None."""
         here = self._buffers[name]
+        if value is None or here is None:  # too many or too few are torch's to name
+            return None
+        if name == "smooth":
+            usable = value.is_meta or bool((value.isfinite() & (value > 0)).all())
+            return None if usable else "expected finite positive factors, got others"
         dtype = self._scale_dtype(value) if name == "weight_scale" else here.dtype
         if value.dtype != dtype or value.shape != here.shape:
             return f"expected {dtype} {list(here.shape)}, got {value.dtype} {list(value.shape)}"

@@ -19,11 +19,10 @@
 //   scratch()                             bytes that it is lent, a multiple of cache lines
 //   panel(n, columns, scratch)            columns [n, n + columns) as int8_tiles.h reads them
 //   kSigned                               whether rows() are w, or else w + 128
-//   rows(n, columns, scratch, pointers)   the rows themselves, at most kDots; pointers to those
-//   that
-//                                         are missing repeat the last
+//   rows(n, columns, scratch, pointers)   the rows themselves, at most kDots; a pointer to one that
+//                                         is missing repeats the last
 //   scales(n, columns, floats)            a scale per column; kPanel floats are lent
-//   row(n), stride()                      where row n lies, and the bytes from row to row
+//   row(n), row_bytes()                   where row n lies, and its length
 #pragma once
 
 #include <omp.h>
@@ -382,7 +381,7 @@ void multiply_rows(const Operands& p, const Source& source, const Columns& at, I
     d.K = p.K;
     d.ld = kPanel;
     // In turn the tiles ask for the weight's bytes eight rows ahead, in their order.
-    d.lines = static_cast<int>(std::max<std::int64_t>(1, kDots * source.stride() / p.K / tiles));
+    d.lines = static_cast<int>(std::max<std::int64_t>(1, kDots * source.row_bytes() / p.K / tiles));
     for (int c = 0; c < at.columns; c += kDots) {
         source.rows(at.n + c, std::min(kDots, at.columns - c), at.scratch, d.b);
         for (std::int64_t m = 0; m < p.M; m += kDots) {
@@ -484,9 +483,10 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
                                   out + m * width + n);
                 }
                 const std::int64_t until = coming * (m + count - begin) / (end - begin);
-                for (int i = 0; i < halves && until > fetched; ++i) {
-                    fetch(source.row(next + fetched + i * width),
-                          source.stride() * (until - fetched));
+                for (int i = 0; i < halves; ++i) {
+                    for (std::int64_t row = fetched; row < until; ++row) {
+                        fetch(source.row(next + row + i * width), source.row_bytes());
+                    }
                 }
                 fetched = until;
             }

@@ -9,7 +9,7 @@
 // a_scale [M], w_scale [N] float32 and bias [N] floating, contiguous; w [N, K] uint8, the bits,
 // unit stride in K; low [M, R] and up [N, R] float32, bfloat16 or float16, contiguous, both or
 // neither; out [M, N] float32, bfloat16 or float16, contiguous. Or a is floating and a_scale null:
-// its rows are quantised first, to the bit as by quantize_fp8.
+// its rows are quantised first, to the bit as by quantize_fp8, with smooth and rotate if given.
 //
 // The sums are taken in order of k by pairs, the odd one of a pair first, one rounding each: the
 // same bits on every instruction set.
