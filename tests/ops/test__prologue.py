@@ -311,5 +311,5 @@ def test_products_refuse_what_does_not_fit(op):
 def test_products_pass_opcheck():
     w, w_scale, _ = weight_of("gemm_w8a8")
     end = (None, None, None, None, None, None, torch.float32, "native")
-    call = (torch.randn(5, 64), None, w, w_scale, None, None, torch.rand(64) + 0.1, 32, *end)
+    call = (torch.randn(5, 64), None, w, w_scale, None, torch.rand(64) + 0.1, 32, *end)
     torch.library.opcheck(torch.ops.fewstep.gemm_w8a8.default, call)
