@@ -419,8 +419,9 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
     const std::int64_t width = p.end->width(), panels = (width + kPanel - 1) / kPanel;
     const bool few = p.M <= kFewRows && p.K > 0, plain = p.end->is_plain();
     // A panel meets as many rows at once as there are other panels to go round.
-    const std::int64_t share = p.M * panels / (kTasks * threads) / kBlock * kBlock;
-    const std::int64_t rows = few ? p.M : std::min(p.M, std::max(kBlock, share));
+    const std::int64_t share = p.M * panels / (kTasks * threads);
+    const std::int64_t rows =
+        few || share >= p.M ? p.M : std::min(p.M, std::max(kBlock, share / kBlock * kBlock));
     const std::int64_t blocks = (p.M + rows - 1) / rows;
     const int step = few ? static_cast<int>(p.M) : tile_rows(chosen);
     const int halves = p.end->is_glu() ? 2 : 1;
