@@ -18,11 +18,11 @@
 #include "fewstep/check.h"
 #include "fewstep/cpu/bf16_tiles.h"
 #include "fewstep/cpu/e4m3_panel.h"
-#include "fewstep/cpu/int8_product.h"
 #include "fewstep/cpu/low_rank.h"
 #include "fewstep/cpu/prologue.h"
 #include "fewstep/cpu/quantize_row_fp8.h"
 #include "fewstep/cpu/thread_scratch.h"
+#include "fewstep/cpu/vector_store.h"
 #include "fewstep/dispatch.h"
 
 namespace fewstep::cpu {
@@ -30,7 +30,6 @@ namespace {
 
 using bf16::kPanel;
 using bf16::Tile;
-using int8::store;
 
 static_assert(kPanel == LowRank::kPanel);
 
@@ -83,7 +82,7 @@ FEWSTEP_TARGET_AVX2 void tile_avx2(const Tile& t, const Finish& f, Out* out) {
     if (f.last) finish(f, out);
 }
 
-// From the accumulators straight to the output, as in int8_product.h.
+// From the accumulators straight to the output, as in int8_finish.h.
 template <bool kDots, int kRows, int kVectors, typename Out>
 FEWSTEP_TARGET_AVX512 void tile_avx512(const Tile& t, const Finish& f, Out* out) {
 #pragma GCC unroll 6
