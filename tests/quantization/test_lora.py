@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.quantization import KINDS, Scheme, quantize
-from fewstep.quantization.linear import LAYERS
+from fewstep.quantization import KINDS, QuantLinear, Scheme, quantize
 
 peft = pytest.importorskip("peft")
 from peft.tuners import lora  # noqa: E402
@@ -341,7 +340,7 @@ def test_compiled_training():
 
 
 def test_loading_does_not_compute_weights(scheme, monkeypatch):
-    computed, layer_type = [], LAYERS[Scheme.parse(scheme).kind]
+    computed, layer_type = [], QuantLinear.kinds[Scheme.parse(scheme).kind]
     inner = layer_type.dequantize_weight
 
     def dequantize(quantized, scale):

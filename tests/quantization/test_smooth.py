@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from fewstep.quantization import QuantLinear
-from fewstep.quantization.linear import LAYERS
 from fewstep.quantization.scheme import Scheme
 
 SCHEMES = ["w8a8", "w4a8", "w4a16-g32", "w8a8-r8", "w4a8-r8", "w4a16-r8"]
@@ -21,7 +20,7 @@ def scheme(request):
 
 def make(scheme, dtype=torch.float32):
     """Return (layer, the same without smoothing and branch) of a weight with uneven columns."""
-    layer_type = LAYERS[Scheme.parse(scheme).kind]
+    layer_type = QuantLinear.kinds[Scheme.parse(scheme).kind]
     smooth = (torch.rand(192) * 4 - 2).exp2().to(dtype)
     linear = nn.Linear(192, 100).to(dtype)
     linear.weight.mul_(smooth)

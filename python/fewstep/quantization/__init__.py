@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from .allocate import allocate
 from .calibration import Calibration, calibrate
-from .linear import FP8Linear, QuantLinear, W4A8Linear, W4A16Linear, W8A8Linear
+from .layers import FP8Linear, W4A8Linear, W4A16Linear, W8A8Linear
+from .linear import QuantLinear
 from .nunchaku import pack_awq, pack_svdq, unpack_awq, unpack_svdq
 from .nunchaku_file import load_nunchaku
 from .plan import Plan

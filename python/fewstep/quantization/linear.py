@@ -1,4 +1,4 @@
-"""Linear layers with low-bit weights, drop-in for `nn.Linear`.
+"""Linear layers with low-bit weights, drop-in for `nn.Linear`; `layers.py` has the kinds.
 
     y = ((x / smooth) H) @ W.T + bias + (x @ down.T) @ up.T
 
@@ -34,15 +34,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .. import ops
-from ..ops._gemm import MAX_K, bits
+from ..ops._gemm import MAX_K
 from ..ops._prologue import rotate_blocks
-from ..ops.gemm_w4a8 import fold_int4
-from ..ops.gemm_w4a16 import dequantize_int4
-from ..ops.quantize_int4 import SCALES
 from .low_rank import split
 from .rows import QuantizedRows
 from .scheme import Scheme
@@ -50,7 +45,7 @@ from .scheme import Scheme
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Join = Callable[[Tensor | None, Tensor | None, torch.dtype], tuple[Tensor, Tensor]]
-_Branch = dict[str, Tensor | None]
+Branch = dict[str, Tensor | None]
 
 
 class ComputedWeight(Tensor):
@@ -80,6 +75,7 @@ class QuantLinear(nn.Linear):
     or multiplies with it, gets what it expects. It is computed at every read and can't be written.
     """
 
+    kinds: ClassVar[dict[str, type[QuantLinear]]] = {}  # by kind of scheme, of every subclass
     kind: ClassVar[str]
     storage: str  # name of the buffer with the low-bit values
 
@@ -88,6 +84,12 @@ class QuantLinear(nn.Linear):
     down: Tensor | None
     up: Tensor | None
     smooth: Tensor | None
+
+    def __init_subclass__(cls) -> None:
+        """Enter a class that has a kind of its own."""
+        super().__init_subclass__()
+        if "kind" in cls.__dict__:
+            QuantLinear.kinds[cls.kind] = cls
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"linear: {reason}")
         if scheme.smooth and smooth is None:
             raise ValueError(f"smooth: expected factors for {scheme}, got none")
-        layer_type = LAYERS[scheme.kind]
+        layer_type = QuantLinear.kinds[scheme.kind]
         dtype = linear.weight.dtype
         with torch.no_grad():
             weight, down, up = linear.weight.detach(), None, None
@@ -178,7 +180,7 @@ class QuantLinear(nn.Linear):
     ) -> QuantLinear:
         """Return a layer with memory for a state dict to fill."""
         scheme = Scheme.parse(scheme).of(in_features)
-        layer_type, rank = LAYERS[scheme.kind], scheme.rank
+        layer_type, rank = QuantLinear.kinds[scheme.kind], scheme.rank
 
         def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -211,7 +213,7 @@ class QuantLinear(nn.Linear):
         """Return uninitialised values and scales."""
 
     @abstractmethod
-    def _multiply(self, x: Tensor | QuantizedRows, branch: _Branch) -> Tensor:
+    def _multiply(self, x: Tensor | QuantizedRows, branch: Branch) -> Tensor:
         """Return the layer's output for x as it is given; `branch` is up and down, or empty."""
 
     @property
@@ -283,7 +285,7 @@ class QuantLinear(nn.Linear):
         down, up = self.down, self.up
         if join is not None:
             down, up = join(down, up, x.dtype)
-        branch = {"up": up, "down": _cast(down, x.dtype)}
+        branch = {"up": up, "down": cast(down, x.dtype)}
         return self._multiply(x, branch)
 
     def _multiply_rows(self, x: QuantizedRows, join: Join | None) -> Tensor:
@@ -374,148 +376,6 @@ class QuantLinear(nn.Linear):
         )
 
 
-class _ByteLinear(QuantLinear):
-    """A byte a weight, one scale per output."""
-
-    byte: ClassVar[torch.dtype]
-
-    @staticmethod
-    def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
-        """Return the weight that these stand for, float32 [out, in]."""
-        return quantized.float() * scale[:, None]
-
-    @classmethod
-    def empty_weight(
-        cls, in_features: int, out_features: int, scheme: Scheme, device: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return uninitialised values and scales."""
-        return (
-            torch.empty((out_features, in_features), dtype=cls.byte, device=device),
-            torch.empty(out_features, dtype=torch.float32, device=device),
-        )
-
-
-class W8A8Linear(_ByteLinear):
-    """int8 weights, activations quantised to int8 as they come (`ops.gemm_w8a8`)."""
-
-    kind, storage, byte = "w8a8", "weight_int8", torch.int8
-
-    @staticmethod
-    def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-        """Return the low-bit values and scales of a floating weight."""
-        return ops.quantize_int8(weight, rotate=scheme.rotate)
-
-    def _multiply(self, x: Tensor | QuantizedRows, branch: _Branch) -> Tensor:
-        given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
-        return ops.gemm_w8a8(**self._activations(x), **given, **branch)
-
-
-class FP8Linear(_ByteLinear):
-    """e4m3 weights, activations quantised to e4m3 as they come (`ops.gemm_fp8`)."""
-
-    kind, storage, byte = "fp8", "weight_fp8", torch.float8_e4m3fn
-
-    @staticmethod
-    def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-        """Return the low-bit values and scales of a floating weight."""
-        return ops.quantize_fp8(weight, rotate=scheme.rotate)
-
-    def refuse_rows(self) -> str | None:
-        """Return why `forward` takes no `QuantizedRows`."""
-        return "takes activations in e4m3"
-
-    # pickle, unlike torch.save, can't read tensors in e4m3: bytes stand for them.
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        return state | {"_buffers": self._buffers | {self.storage: bits(self.quantized)}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._buffers[self.storage] = self.quantized.view(self.byte)
-
-    def _multiply(self, x: Tensor | QuantizedRows, branch: _Branch) -> Tensor:
-        given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
-        return ops.gemm_fp8(**self._activations(x), **given, **branch)
-
-
-class _Int4Linear(QuantLinear):
-    """4-bit weights in groups; `ops.quantize_int4` has the format."""
-
-    storage = "weight_int4"
-
-    @staticmethod
-    def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-        """Return the low-bit values and scales of a floating weight."""
-        assert scheme.group is not None
-        return ops.quantize_int4(weight, group=scheme.group, rotate=scheme.rotate)
-
-    @staticmethod
-    def empty_weight(
-        in_features: int, out_features: int, scheme: Scheme, device: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return uninitialised values and scales."""
-        assert scheme.group is not None
-        groups = in_features // scheme.group
-        return (
-            torch.empty((out_features, in_features // 2), dtype=torch.uint8, device=device),
-            torch.empty((out_features, groups), dtype=torch.bfloat16, device=device),
-        )
-
-    def _scale_dtype(self, saved: Tensor | None) -> torch.dtype:
-        # Files of others have float16 scales, which bfloat16 would round.
-        known = saved is not None and saved.dtype in SCALES
-        return saved.dtype if known else self.weight_scale.dtype
-
-    def _group(self) -> int | None:
-        return 2 * self.quantized.shape[1] // self.weight_scale.shape[1]
-
-    def _shape(self) -> tuple[int, int]:
-        return self.quantized.shape[0], 2 * self.quantized.shape[1]
-
-
-class W4A8Linear(_Int4Linear):
-    """4-bit weights, activations quantised to int8 as they come (`ops.gemm_w4a8`)."""
-
-    kind = "w4a8"
-
-    @staticmethod
-    def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
-        """Return the weight that these stand for, float32 [out, in]: as the product folds it."""
-        folded, row_scale = fold_int4(quantized, scale)
-        return folded.float() * row_scale[:, None]
-
-    def _multiply(self, x: Tensor | QuantizedRows, branch: _Branch) -> Tensor:
-        given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
-        return ops.gemm_w4a8(**self._activations(x), **given, **branch)
-
-
-class W4A16Linear(_Int4Linear):
-    """4-bit weights, activations as they are (`ops.gemm_w4a16`): for layers that see few rows."""
-
-    kind = "w4a16"
-
-    @staticmethod
-    def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:
-        """Return the weight that these stand for, float32 [out, in]."""
-        return dequantize_int4(quantized, scale).float()
-
-    def refuse_rows(self) -> str | None:
-        """Return why `forward` needs its input as it is."""
-        return "takes activations as they are"
-
-    def _multiply(self, x: Tensor, branch: _Branch) -> Tensor:
-        if self.smooth is not None:
-            if branch["up"] is not None:
-                branch = {"up": branch["up"], "low": F.linear(x, branch["down"])}
-            x = x / _cast(self.smooth, x.dtype)
-        return ops.gemm_w4a16(x, self.quantized, self.weight_scale, bias=self.bias, **branch)
-
-
-LAYERS: dict[str, type[QuantLinear]] = {
-    layer.kind: layer for layer in (W8A8Linear, FP8Linear, W4A8Linear, W4A16Linear)
-}
-
-
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast asks for on x's device, None where it is off."""
     kind = x.device.type
@@ -524,7 +384,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return value in dtype: itself where it is that already, or None."""
     return value if value is None or value.dtype == dtype else value.to(dtype)
 
 

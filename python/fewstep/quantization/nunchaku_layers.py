@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.quantize_int4 import unpack_nibbles
-from .linear import QuantLinear, W4A8Linear, W4A16Linear
+from .layers import W4A8Linear, W4A16Linear
+from .linear import QuantLinear
 from .nunchaku import GROUP, TILE
 
 SHIFT_GELU = 0.171875
