@@ -80,8 +80,11 @@ def expect_prologue(
             )
 
 
-def project(x: Tensor, down: Tensor) -> Tensor:
-    """Return low [..., R] by torch's own product in x's dtype."""
+def project(x: Tensor, down: Tensor | None, low: Tensor | None = None) -> Tensor:
+    """Return low [..., R]: the one given, or torch's own x down^T in x's dtype."""
+    if low is not None:
+        return low
+    assert down is not None
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):

@@ -9,7 +9,7 @@ w        [N, K]       float8_e4m3fn    w_scale  [N]       float32
 bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  float32, bfloat16 or float16
 smooth, rotate        what comes before the rows of a floating a are quantised: `ops/_prologue.py`
-down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
+down, up, low         the low-rank branch: `ops/_gemm.py`; derivatives: `ops/_gemm_autograd.py`
 activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
 A product of two e4m3 values has 8 bits and is exact in float32; K of them are added in float32 and

@@ -6,7 +6,7 @@ x        [..., M, K]  float32, bfloat16 or float16
 w        [N, K / 2]   uint8            w_scale  [N, K / G]   bfloat16 or float16, as `quantize_int4`
 bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  x's dtype
-down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
+down, up, low         the low-rank branch: `ops/_gemm.py`; derivatives: `ops/_gemm_autograd.py`
 activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
 q s is exact in float32 (4 + 11 bits). Sums are float32 in any order and grouping, so without a
@@ -31,16 +31,10 @@ from .. import _native
 from ..reference.gemm_w4a16 import dequantize_int4
 from ..reference.gemm_w4a16 import gemm_w4a16 as _reference
 from ._epilogue import FLOATS, expect_epilogue, width
-from ._gemm import (
-    contiguous,
-    differentiate,
-    epilogue_rows,
-    expect,
-    expect_branch,
-    matrix,
-    project,
-    unit_stride,
-)
+from ._gemm import epilogue_rows, expect, expect_branch
+from ._gemm_autograd import differentiate
+from ._layout import contiguous, matrix, unit_stride
+from ._prologue import project
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 from .quantize_int4 import expect_int4

@@ -10,7 +10,7 @@ w        [N, K / 2]   uint8            w_scale  [N, K / G]   bfloat16 or float16
 bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  float32, bfloat16 or float16
 smooth, rotate        what comes before the rows of a floating a are quantised: `ops/_prologue.py`
-down, up, low         the low-rank branch, its error and the derivatives: `ops/_gemm.py`
+down, up, low         the low-rank branch: `ops/_gemm.py`; derivatives: `ops/_gemm_autograd.py`
 activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
 The scales of the groups are folded into an int8 weight with one scale per column, so the product is
