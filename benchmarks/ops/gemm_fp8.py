@@ -66,8 +66,9 @@ def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] 
         return "there is no native kernel for this device"
     a, a_scale, w, w_scale, *_ = e4m3(case, x, w, bias)
     out = x.new_zeros((case["M"], case["N"]), dtype=case.dtype)
+    plain = (None, None, None, 0, "", None, None, None)  # low to scale
     operands = (a.view(torch.uint8), a_scale, w.view(torch.uint8), w_scale, bias)
-    return functools.partial(_native.call, "gemm_fp8", *operands, None, None, None, 0, out)
+    return functools.partial(_native.call, "gemm_fp8", *operands, *plain, out)
 
 
 def scaled_mm(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fewstep import _native, ops
+from fewstep.reference._epilogue import finish
 from fewstep.reference._prologue import rotate_blocks
 from helpers import DEVICES, padded, padding_intact, row_sliced, strided
 from product_rules import (
@@ -197,6 +198,24 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(out, want[:M])
 
 
+@pytest.mark.parametrize("activation", [None, "gelu", "geglu"])
+def test_slices_of_k_meet_what_follows(activation):
+    """Of the same bits as torch's y in one piece, whichever slices the number of rows chooses."""
+    args = operands((20,), 140, 1600)[:4]
+    gate, residual = torch.randn(140), torch.randn(20, 140)
+    if activation == "geglu":
+        gate, residual = gate[:70], residual[:, :70]
+    end = {"activation": activation, "gate": gate}
+    out = ops.gemm_fp8(*args, **end, residual=residual, impl="native")
+    y = ops.gemm_fp8(*args, impl="native").double()
+    want = finish(y, activation, gate, residual)
+    assert ((out - want).abs() <= 2.0**-19 * (y.abs().amax() ** 2 + 1)).all()
+    for M in (1, 8, 9):
+        few = (args[0][:M], args[1][:M], *args[2:])
+        some = ops.gemm_fp8(*few, **end, residual=residual[:M], impl="native")
+        assert torch.equal(some, out[:M])
+
+
 @pytest.mark.parametrize("layout", [padded, strided, row_sliced])
 def test_layouts_do_not_read_padding(layout, impl):
     a, a_scale, w, w_scale, bias = operands((3, 19), 70, 71)
@@ -213,10 +232,11 @@ def test_native_writes_only_its_outputs(shape):
     a, a_scale, w, w_scale, bias = operands((rows,), N, K)
     for dtype in DTYPES:
         out = padded(torch.zeros(rows, N, dtype=dtype))
+        plain = (None, 0, "", None, None, None)  # smooth to scale
         call = [padded(a.view(torch.uint8)), padded(a_scale), padded(w.view(torch.uint8))]
         for branch in ({}, branch_of((rows,), N, 3)):
             parts = [padded(x) for x in branch.values()] or [None, None]
-            _native.call("gemm_fp8", *call, padded(w_scale), padded(bias), *parts, None, 0, out)
+            _native.call("gemm_fp8", *call, padded(w_scale), padded(bias), *parts, *plain, out)
             assert padding_intact(out)
             want = ops.gemm_fp8(
                 a, a_scale, w, w_scale, bias=bias, **branch, out_dtype=dtype, impl="native"

@@ -26,13 +26,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference._epilogue import ACTIVATIONS, activate, finish, is_glu
+from ..reference._epilogue import ACTIVATIONS, activate, is_glu
 
 __all__ = [
     "ACTIVATIONS",
     "activate",
     "expect_epilogue",
-    "finish",
     "gate_rows",
     "is_glu",
     "width",

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .. import _native
 from . import _prologue
-from ._epilogue import FLOATS, expect_epilogue, finish, gate_rows, width
+from ._epilogue import FLOATS, expect_epilogue, gate_rows, width
 from ._gemm_autograd import differentiate
 from ._layout import contiguous, matrix, unit_stride
 from ._register import register
@@ -215,7 +215,6 @@ def register_product(
     name: str,
     *,
     form: Format = INT8,
-    native_end: bool = True,
     reference: Callable[..., Tensor],
     launcher: Callable[[], Callable[..., None]],
     weight: Callable[[Operands], Tensor],
@@ -228,8 +227,6 @@ def register_product(
     Args:
         name: of the op and of its native kernel.
         form: of the 8-bit activations.
-        native_end: whether the native kernel has what follows the sums; else torch does it, in
-            float32.
         reference: the formula, with the public function's arguments.
         launcher: imports and returns the Triton kernel's launch function.
         weight: W in float32, for the derivatives.
@@ -251,19 +248,12 @@ def register_product(
             p = p._replace(a=q, a_scale=a_scale, smooth=None, rotate=0, down=None, low=low)
         a, a_scale = p.flat()
         weight = (bits(unit_stride(p.w)), p.w_scale.contiguous(), contiguous(p.bias))
-        end: tuple[Any, ...] = ()
-        if native_end:
-            activation, *blended = p.epilogue()
-            end = (activation or "", *blended, scale)
+        activation, *blended = p.epilogue()
         start = (a, a_scale, *weight, *p.branch(), contiguous(p.smooth), p.rotate)
-        _native.call(name, *start, *end, matrix(out))
+        _native.call(name, *start, activation or "", *blended, scale, matrix(out))
 
     def run_native(*args: Any) -> Tensor:
         p = Operands(*args)
-        end = (p.activation, p.gate, p.residual)
-        if not native_end and any(x is not None for x in end):
-            plain = p._replace(activation=None, gate=None, residual=None, out_dtype=torch.float32)
-            return finish(run_native(*plain), *end).to(p.out_dtype)
         out = p.new_output()
         launch_native(p, None, out)
         return out
@@ -271,7 +261,7 @@ def register_product(
     def run_native_int8(*args: Any) -> tuple[Tensor, Tensor]:
         p = Operands(*args)
         # The kernel takes integer rows, which `low` is made beside, for bfloat16's.
-        if not native_end or (p.down is not None and p.out_dtype != torch.bfloat16):
+        if form is INT8 and p.down is not None and p.out_dtype != torch.bfloat16:
             return quantize_native(run_native(*args))
         q, scale = p.new_output(torch.int8), p.new_scale()
         launch_native(p, scale.view(-1), q)

@@ -62,7 +62,6 @@ def _launcher() -> Callable[..., None]:
 IMPLEMENTATIONS, _op, _op_int8 = register_product(
     "gemm_fp8",
     form=E4M3,
-    native_end=False,
     reference=_reference,
     launcher=_launcher,
     weight=lambda p: p.w.float() * p.w_scale[:, None],

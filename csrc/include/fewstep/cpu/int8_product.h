@@ -41,6 +41,7 @@
 #include "fewstep/cpu/int8_tiles.h"
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/low_rank.h"
+#include "fewstep/cpu/product_call.h"
 #include "fewstep/cpu/prologue.h"
 #include "fewstep/cpu/quantize_row.h"
 #include "fewstep/cpu/thread_scratch.h"
@@ -182,7 +183,8 @@ void multiply_rows(const Operands& p, const Source& source, const Columns& at, I
             choose_dots<Source::kSigned>(isa, d.rows)(d);
         }
     }
-    choose_finish<Out>(isa)(finish_of(p, at, 0, static_cast<int>(p.M), acc, ldo), out);
+    tile::choose_finish<std::int32_t, Out>(isa)(
+        finish_of(p, at, 0, static_cast<int>(p.M), acc, ldo), out);
 }
 
 // Asks the second-level cache for bytes.
@@ -190,17 +192,10 @@ inline void fetch(const std::uint8_t* first, std::int64_t bytes) {
     for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, 0, 2);
 }
 
-// What becomes of whole rows of out: int8 and a scale, or nothing.
-template <typename Out>
-struct Quantized {
-    std::int8_t* q = nullptr;
-    float* scale = nullptr;
-};
-
 // Calls prepare(m) for every row, then multiplies, then quantises rows of out if asked to.
 template <typename Out, typename Source, typename Prepare>
 void multiply(const Operands& p, const Source& source, const Prepare& prepare, Out* out,
-              const Quantized<Out>& quantized) {
+              const product::Quantized<Out>& quantized) {
     constexpr std::int64_t kWorthThreads = 1 << 18;
     constexpr std::int64_t kTasks = 8;    // of a thread: to even out their ends
     constexpr std::int64_t kBlock = 192;  // rows of a task at least: a multiple of a tile's
@@ -220,7 +215,6 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
     const ThreadScratch<float> up_scratch(threads, halves * p.branch->rank() * kPanel);
     const ThreadScratch<float> y_scratch(threads, plain ? 0 : halves * step * kPanel);
     const epilogue::RoundFunction<Out> round = epilogue::choose_round<Out>();
-    const quantize::RowFunction<Out> quantize_row = quantize::choose_row<Out>();
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
@@ -282,12 +276,7 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
                 fetched = until;
             }
         }
-        if (quantized.q != nullptr) {
-#pragma omp for schedule(static)
-            for (std::int64_t m = 0; m < p.M; ++m) {
-                quantized.scale[m] = quantize_row(out + m * width, quantized.q + m * width, width);
-            }
-        }
+        product::quantize_rows(out, quantized, p.M, width);
     }
 }
 
@@ -298,39 +287,18 @@ struct RowState {
     std::unique_ptr<std::int32_t[]> offsets;
 };
 
-// Where the product goes: out, or with a scale per row int8 of what out would be in `rounded`.
-struct Destination {
-    const TensorView& out;
-    const TensorView* scale;
-    DType rounded;
-};
-
 template <typename Source, typename Prepare>
 void multiply_into(const Operands& p, const Source& source, const Prepare& prepare,
-                   const Destination& to) {
-    const auto run = [&](auto tag) {
-        using Out = decltype(tag);
-        if (to.scale == nullptr) {
-            return multiply(p, source, prepare, to.out.ptr<Out>(), Quantized<Out>{});
-        }
-        const std::unique_ptr<Out[]> rows(new Out[static_cast<std::size_t>(p.M * p.end->width())]);
-        multiply(p, source, prepare, rows.get(),
-                 Quantized<Out>{to.out.ptr<std::int8_t>(), to.scale->ptr<float>()});
-    };
-    switch (to.rounded) {
-        case DType::kFloat32: return run(float{});
-        case DType::kBFloat16: return run(bfloat16{});
-        case DType::kFloat16: return run(float16{});
-        default:
-            FEWSTEP_CHECK(false, "out: expected float32, bfloat16 or float16, got ",
-                          name(to.rounded));
-    }
+                   const product::Destination& to) {
+    product::run_into(to, p.M, p.end->width(), [&](auto* out, const auto& quantized) {
+        multiply(p, source, prepare, out, quantized);
+    });
 }
 
 // Where a row of `a` is integers already.
 template <typename Source>
 void multiply_integers(Operands& p, const Source& source, const TensorView& a,
-                       const TensorView& a_scale, RowState& state, const Destination& to) {
+                       const TensorView& a_scale, RowState& state, const product::Destination& to) {
     p.a = a.ptr<std::int8_t>();
     p.lda = a.stride(0);
     p.a_scale = a_scale.ptr<float>();
@@ -343,7 +311,7 @@ void multiply_integers(Operands& p, const Source& source, const TensorView& a,
 template <typename T, typename Source>
 void multiply_floats(Operands& p, const Source& source, const TensorView& a,
                      const TensorView* smooth, std::int64_t rotate, RowState& state,
-                     const Destination& to) {
+                     const product::Destination& to) {
     // Not initialised: every element is written before it is read.
     state.quantized.reset(new std::int8_t[static_cast<std::size_t>(p.M * p.K)]);
     state.scales.reset(new float[static_cast<std::size_t>(p.M)]);
@@ -373,57 +341,28 @@ void multiply_floats(Operands& p, const Source& source, const TensorView& a,
         to);
 }
 
-// What is left of an op's arguments beside its weight.
-struct Arguments {
-    const TensorView& a;
-    const TensorView* a_scale;
-    const TensorView* bias;
-    const TensorView* low;
-    const TensorView* up;
-    const TensorView* smooth;
-    std::int64_t rotate;
-    const std::string& activation;
-    const TensorView* gate;
-    const TensorView* residual;
-    const TensorView* scale;
-    const TensorView& out;
-};
-
 // The whole op, from checked views of the weight (in `source`, with N columns) and unchecked ones
 // of the rest.
 template <typename Source>
-void product(const Source& source, std::int64_t N, const Arguments& given) {
-    const TensorView &a = given.a, &out = given.out;
+void multiply(const Source& source, std::int64_t N, const product::Arguments& given) {
+    const TensorView& a = given.a;
     Operands p;
-    p.M = out.size(0);
+    p.M = given.out.size(0);
     p.N = N;
     p.K = a.size(1);
     FEWSTEP_CHECK(p.K < kGemmW8A8MaxK, "a: expected K < ", kGemmW8A8MaxK, ", got ", p.K);
-    FEWSTEP_CHECK((a.dtype == DType::kInt8) == (given.a_scale != nullptr),
-                  "a_scale: expected one with int8 a and none with floating a, got ",
-                  given.a_scale == nullptr ? "none" : "one", " with ", name(a.dtype));
-    FEWSTEP_CHECK(given.a_scale == nullptr || (given.smooth == nullptr && given.rotate == 0),
-                  "smooth, rotate: expected none with int8 a, got one");
-    expect_rows(a, "a", a.dtype, {p.M, p.K});
+    const Epilogue end(given.activation, given.gate, given.residual, p.M, p.N);
+    p.end = &end;
+    const product::Destination to =
+        product::expect_arguments(given, DType::kInt8, p.N, end.width());
     if (given.a_scale != nullptr) {
         expect_contiguous(*given.a_scale, "a_scale", DType::kFloat32, {p.M});
     }
-    if (given.bias != nullptr) expect_contiguous(*given.bias, "bias", given.bias->dtype, {p.N});
-    const Epilogue end(given.activation, given.gate, given.residual, p.M, p.N);
-    p.end = &end;
-    Destination to{out, given.scale, out.dtype};
-    if (given.scale != nullptr) {
-        expect_contiguous(*given.scale, "scale", DType::kFloat32, {p.M});
-        to.rounded = a.dtype == DType::kInt8 ? DType::kBFloat16 : a.dtype;
-    }
-    expect_contiguous(out, "out", given.scale == nullptr ? out.dtype : DType::kInt8,
-                      {p.M, end.width()});
     const LowRank branch(given.low, given.up, p.M, p.N);
     p.branch = &branch;
     if (p.M == 0 || p.N == 0) return;
-    std::vector<float> wide_bias(given.bias == nullptr ? 0 : static_cast<std::size_t>(p.N));
-    if (given.bias != nullptr) widen(*given.bias, "bias", 0, p.N, wide_bias.data());
-    p.bias = given.bias == nullptr ? nullptr : wide_bias.data();
+    const std::vector<float> bias = product::widen_bias(given.bias, p.N);
+    p.bias = given.bias == nullptr ? nullptr : bias.data();
     RowState state;
     state.offsets.reset(new std::int32_t[static_cast<std::size_t>(p.M)]);
     p.offsets = state.offsets.get();

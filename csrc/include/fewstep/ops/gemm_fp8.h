@@ -11,9 +11,13 @@
 // neither; out [M, N] float32, bfloat16 or float16, contiguous. Or a is floating and a_scale null:
 // its rows are quantised first, to the bit as by quantize_fp8, with smooth and rotate if given.
 //
+// activation, gate, residual and scale, which makes out int8, are those of gemm_w8a8.h.
+//
 // The sums are taken in order of k by pairs, the odd one of a pair first, one rounding each: the
 // same bits on every instruction set.
 #pragma once
+
+#include <string>
 
 #include "fewstep/tensor.h"
 
@@ -21,5 +25,6 @@ namespace fewstep::cpu {
 void gemm_fp8(const TensorView& a, const TensorView* a_scale, const TensorView& w,
               const TensorView& w_scale, const TensorView* bias, const TensorView* low,
               const TensorView* up, const TensorView* smooth, std::int64_t rotate,
-              const TensorView& out);
+              const std::string& activation, const TensorView* gate, const TensorView* residual,
+              const TensorView* scale, const TensorView& out);
 }
