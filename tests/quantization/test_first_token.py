@@ -11,13 +11,8 @@ from torch import nn
 from fewstep.quantization import QuantLinear, calibrate, quantize
 from fewstep.quantization.errors import sqnr
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 TOKENS, COLUMNS = 77, 256
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
 
 
 def text(seed=0):

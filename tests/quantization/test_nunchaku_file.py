@@ -18,8 +18,10 @@ from fewstep.quantization import (
     pack_awq,
     pack_svdq,
 )
+from fewstep.quantization.errors import sqnr
 from nunchaku_files import FluxFile, awq, dense_awq, dense_svdq, quantized_part, svdq
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 # `gemm_w4a8` folds scales with an error of this share of a row's largest weight (its docstring).
 FOLD = (1 / 2 + 7 / 512) / 112
 
@@ -60,11 +62,6 @@ def run(model):
     return model(**inputs(next(model.parameters()).dtype))[0]
 
 
-def sqnr(got, want):
-    want = want.double()
-    return 10 * torch.log10(want.square().sum() / (got.double() - want).square().sum()).item()
-
-
 def photograph(model):
     """Return what must not change: module identities, and every tensor's identity and bits."""
     modules = [(name, id(module)) for name, module in model.named_modules()]
@@ -79,13 +76,6 @@ def expect_unchanged(model, before):
     for name, (identity, bits) in before[1].items():
         assert values[name][0] == identity, name
         assert torch.equal(values[name][1], bits), name
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(params=[False, True], ids=["nunchaku", "diffusers"])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fewstep.quantization import QuantLinear
 from fewstep.quantization.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 SCHEMES = ["w8a8", "w4a8", "w4a16-g32", "w8a8-r8", "w4a8-r8", "w4a16-r8"]
 
 
@@ -28,12 +29,6 @@ def make(scheme, dtype=torch.float32):
     parts = plain.quantized, plain.weight_scale, plain.bias
     bare = layer_type(*parts, dtype=dtype)
     return layer_type(*parts, plain.down, plain.up, smooth, dtype=dtype), bare
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

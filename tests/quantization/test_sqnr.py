@@ -21,14 +21,9 @@ from fewstep.quantization.errors import sqnr
 from fewstep.quantization.scheme import Scheme
 from fewstep.quantization.smoothing import ALPHAS, factors
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 GROUP, RANK = 64, 32
 W4A8 = f"w4a8-g{GROUP}-r{RANK}"
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")
