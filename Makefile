@@ -42,10 +42,10 @@ figures: $(VENV)/.test
 	$(PY) benchmarks/pipelines/dit_step.py --record benchmarks/results
 	$(VENV)/bin/fewstep bench ops --device cpu --output benchmarks/results
 
-# Other packages beside the low-bit products. Apart from the records: their threads stay awake into
-# the next provider's turn, which takes a fifth off everybody's figures.
+# Other packages beside the low-bit products, each in a process of its own: peers.jsonl, a record
+# apart from the others, so that those need none of them installed.
 peers: $(VENV)/.peers
-	$(VENV)/bin/fewstep bench ops --op gemm_w8a8 --op gemm_w4a8 --op gemm_w4a16
+	$(VENV)/bin/fewstep bench ops --device cpu --peers --output benchmarks/results
 
 doctor: $(VENV)/.demo
 	$(VENV)/bin/fewstep doctor

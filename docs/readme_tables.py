@@ -1,6 +1,7 @@
 """Draws the tables of the documents from the committed records; nothing in them is typed.
 
     make figures                    # measure: records under benchmarks/results/<device>/
+    make peers                      # other packages beside the low-bit products: peers.jsonl there
     python docs/readme_tables.py    # README, docs/benchmarks.md, the guides
 
 A document says from which device's folder it was drawn, and goes on with that one; an argument
@@ -14,7 +15,7 @@ import argparse
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ HEADLINES = [
 FROM_X = "fewstep native, from x"
 KERNEL = "fewstep native, kernel"
 LARGE_M = 256
-PEERS = ("torchao", "ONNX Runtime", "OpenVINO")  # how the baselines of other packages begin
+PEERS = "peers.jsonl"  # a run of its own beside the others, and optional
 
 
 @dataclass(frozen=True)
@@ -76,24 +77,27 @@ class Records:
     bench: list[dict[str, Any]]
     quantized_digits: dict[str, Any] | None = None
     quantized_photos: dict[str, Any] | None = None
+    peers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: Path) -> Records:
-        """Read a folder; all lines of the harness must come from one run of a clean commit."""
+        """Read a folder; all lines of a run of the harness must come from one clean commit."""
         there = [*REPORTS, *(name for name in OPTIONAL if (folder / f"{name}.json").exists())]
         reports = {name: json.loads((folder / f"{name}.json").read_text()) for name in there}
-        files = sorted(folder.glob("*.jsonl"))
-        bench = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        files = {file: file.read_text().splitlines() for file in sorted(folder.glob("*.jsonl"))}
+        peers = [json.loads(line) for line in files.pop(folder / PEERS, ())]
+        bench = [json.loads(line) for lines in files.values() for line in lines]
         for what, records in (
             *((f"{name}.json", [report["environment"]]) for name, report in reports.items()),
             ("*.jsonl", bench),
+            *([(PEERS, peers)] if peers else []),
         ):
             runs = {(r["commit"], r["dirty"], r["threads"], r["torch"]) for r in records}
             if len(runs) != 1 or any(r["commit"] is None or r["dirty"] for r in records):
                 raise ValueError(
                     f"{folder}/{what}: expected records of one run of a clean commit, got {runs}"
                 )
-        return cls(**reports, bench=bench)
+        return cls(**reports, bench=bench, peers=peers)
 
 
 def caption(environment: dict[str, Any], what: str) -> str:
@@ -153,18 +157,52 @@ def demo_table(report: dict[str, Any]) -> str:
     return table(header, "lrrrrrrrr", rows)
 
 
-def best_peer(records: list[dict[str, Any]], record: dict[str, Any]) -> str:
-    """Return what this record gains over the fastest other package in its case, "" without any."""
-    case = {name: record[name] for name in ("op", "case", "dtype")} | {"role": "baseline"}
-    rivals = [r for r in records if case.items() <= r.items() and r["provider"].startswith(PEERS)]
-    timed = [r for r in rivals if not r["skipped"]]
-    if not timed:
-        return "none installed" if rivals else ""
-    name = min(timed, key=lambda r: r["median_s"])["provider"]
-    return f"{record['ratios'][name]:.2f}x {name}"
+def best_peer(peers: list[dict[str, Any]], record: dict[str, Any]) -> str:
+    """Return what this record's kernel gains over the fastest other package, "" without any."""
+    wanted = {name: record[name] for name in ("op", "case", "dtype")}
+    timed = [r for r in peers if wanted.items() <= r.items() and not r["skipped"]]
+    rivals = [r for r in timed if r["package"]]
+    ours = [r for r in timed if r["provider"] == record["provider"]]
+    if not (rivals and ours):
+        return ""
+    name = min(rivals, key=lambda r: r["median_s"])["provider"]
+    return f"{ours[0]['ratios'][name]:.2f}x {name}"
 
 
-def headline_table(records: list[dict[str, Any]]) -> str:
+def peers_table(peers: list[dict[str, Any]]) -> str:
+    """Return, per case, the layer's time and what it gains over torch and each other package."""
+    packages = dict.fromkeys(r["package"].split()[0] for r in peers if r["package"])
+    rows = []
+    for record in (r for r in peers if r["role"] == "op" and not r["skipped"]):
+        case = {name: record[name] for name in ("op", "case", "dtype")}
+        beside = [r for r in peers if case.items() <= r.items()]
+        if record["provider"] != FROM_X and any(r["provider"] == FROM_X for r in beside):
+            continue  # the product alone: other packages start from x
+        names = {r["package"].split()[0]: r["provider"] for r in beside if r["package"]}
+        ratios = [record["ratios"].get(names.get(package, "")) for package in packages]
+        rows.append(
+            [
+                f"`{record['op']}`",
+                f"{record['case'].strip()}, {record['dtype']}",
+                str(record["shape"]["M"]),
+                seconds(record["median_s"]),
+                f"{record['ratios']['torch linear']:.2f}x",
+                *("" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+            ]
+        )
+    header = f"| op | case | rows | from x | torch linear | {' | '.join(packages)} |"
+    return table(header, "llrrr" + "r" * len(packages), rows)
+
+
+def peers_caption(peers: list[dict[str, Any]]) -> str:
+    """Return the line under what was measured beside other packages, or that nothing was."""
+    if not peers:
+        return "Beside other packages: not measured yet.\n"
+    packages = ", ".join(dict.fromkeys(r["package"] for r in peers if r["package"]))
+    return caption(peers[0], f"`make peers`, each package in a process of its own ({packages}), on")
+
+
+def headline_table(records: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
     """Return one row per op as Markdown, against the baseline that HEADLINES names."""
     rows = []
     for op, case, dtype, baseline in HEADLINES:
@@ -183,7 +221,7 @@ def headline_table(records: list[dict[str, Any]]) -> str:
                 kernel,
                 seconds(result.median_s),
                 f"{result.ratios[baseline]:.2f}x {baseline}",
-                best_peer(records, found[0]),
+                best_peer(peers, found[0]),
                 share(result),
             ]
         )
@@ -191,27 +229,29 @@ def headline_table(records: list[dict[str, Any]]) -> str:
     return table(header, "lllrlll", rows)
 
 
-def linear_sentence(records: list[dict[str, Any]], op: str) -> str:
+def _large(records: list[dict[str, Any]], op: str, provider: str) -> list[dict[str, Any]]:
+    wanted = {"op": op, "provider": provider, "dtype": "bfloat16", "skipped": None}
+    return [r for r in records if wanted.items() <= r.items() and r["shape"]["M"] >= LARGE_M]
+
+
+def linear_sentence(records: list[dict[str, Any]], peers: list[dict[str, Any]], op: str) -> str:
     """Return what a low-bit product gains over bf16 and other packages at many rows, in words."""
-
-    def of(provider: str) -> list[dict[str, Any]]:
-        wanted = {"op": op, "provider": provider, "dtype": "bfloat16", "skipped": None}
-        return [r for r in records if wanted.items() <= r.items() and r["shape"]["M"] >= LARGE_M]
-
-    layers, kernels = of(FROM_X), of(KERNEL)
+    layers, kernels = _large(records, op, FROM_X), _large(records, op, KERNEL)
     ratios = [r["ratios"]["torch linear"] for r in layers]
     shares = [r["of_limit"] for r in kernels]
     return (
         f"`{op}` from x, quantising included, against torch's bf16 linear: {min(ratios):.2f}x "
         f"to {max(ratios):.2f}x over the {len(ratios)} cases of {LARGE_M} rows and more. "
         f"Its kernel alone, without the way from Python: {min(shares):.0%} to {max(shares):.0%} "
-        f"of {kernels[0]['limit']}.{against_peers(layers)}\n\n"
+        f"of {kernels[0]['limit']}.{against_peers(peers, op)}\n\n"
     )
 
 
-def against_peers(layers: list[dict[str, Any]]) -> str:
-    """Return the ratios of these records to each other package that was timed beside them."""
-    names = sorted({n for r in layers for n in r["ratios"] if n.startswith(PEERS)})
+def against_peers(peers: list[dict[str, Any]], op: str) -> str:
+    """Return what a low-bit product gains over each other package at many rows, in words."""
+    layers = _large(peers, op, FROM_X)
+    names = dict.fromkeys(r["provider"] for r in peers if r["package"])
+    names = [name for name in names if any(name in r["ratios"] for r in layers)]
     parts = []
     for name in names:
         ratios = [r["ratios"][name] for r in layers if name in r["ratios"]]
@@ -300,7 +340,10 @@ def documents(folder: str) -> dict[Path, str]:
     records = Records.load(RESULTS / folder)
     paths = (README, BENCHMARKS, PATCHING, QUANTIZATION, ATTENTION)
     texts = {path: path.read_text() for path in paths}
-    sentences = "".join(linear_sentence(records.bench, op) for op in ("gemm_w8a8", "gemm_w4a8"))
+    peers = records.peers
+    sentences = "".join(
+        linear_sentence(records.bench, peers, op) for op in ("gemm_w8a8", "gemm_w4a8")
+    )
     images = f"{records.demo['samples']} images per row from the same seeds"
     machine = records.bench[0]
     bench_caption = caption(machine, "`fewstep bench ops`, each comparison within one run, on")
@@ -308,11 +351,17 @@ def documents(folder: str) -> dict[Path, str]:
         (README, "demo"): demo_table(records.demo)
         + "\n"
         + caption(records.demo["environment"], f"`fewstep demo`: {images}, one run on"),
-        (README, "bench"): headline_table(records.bench) + "\n" + sentences + bench_caption,
+        (README, "bench"): headline_table(records.bench, peers)
+        + "\n"
+        + sentences
+        + bench_caption
+        + "\n"
+        + peers_caption(peers),
         (BENCHMARKS, "bench"): summary_markdown(map(Result.from_record, records.bench))
         + "\n"
         + sentences
         + bench_caption,
+        (BENCHMARKS, "peers"): (peers_table(peers) + "\n" if peers else "") + peers_caption(peers),
         (PATCHING, "patches"): patches_table(records.patches)
         + "\n"
         + caption(records.patches["environment"], f"{records.patches['images']} images, on"),

@@ -66,24 +66,48 @@ def test_another_record_draws_other_tables(tables, results):
     assert "9.87x torch linear" in drawn[tables.BENCHMARKS]
 
 
-def test_other_packages_are_named_where_they_were_timed(tables, results):
+@pytest.fixture
+def peers(tables, results):
+    """gemm_w8a8's records as a run beside ONNX Runtime; returns a function that writes them."""
     name = "ONNX Runtime DynamicQuantizeMatMul"
 
     def timed(record):
         if record["provider"] == name:
-            return record | {"skipped": None, "median_s": 1.0}
-        return record | {"ratios": record["ratios"] | {name: 1.23}}
+            return record | {"skipped": None, "median_s": 1.0, "package": "onnxruntime 1.2.3"}
+        ratios = record["ratios"] | ({name: 1.23} if record["case"] == "SDXL 1280 proj" else {})
+        return record | {"ratios": ratios, "package": None}
 
-    drawn = tables.documents(results("gemm_w8a8.jsonl", timed))[tables.README]
-    assert f"1.23x {name} |" in drawn
-    assert f"Against other packages: 1.23x to 1.23x {name}." in drawn
+    def write(**difference):
+        folder = results("gemm_w8a8.jsonl", lambda record: record)
+        lines = (tables.RESULTS / folder / "gemm_w8a8.jsonl").read_text().splitlines()
+        records = [timed(json.loads(line)) | difference for line in lines]
+        text = "\n".join(map(json.dumps, records))
+        (tables.RESULTS / folder / tables.PEERS).write_text(text)
+        return folder
+
+    return write
 
 
-def test_other_packages_that_were_not_installed_are_no_figure(tables):
-    record = {"op": "gemm_w8a8", "case": "layer", "dtype": "bfloat16", "role": "baseline"}
-    absent = record | {"provider": "torchao int8, compiled", "skipped": "torchao is not installed"}
-    assert tables.best_peer([absent], record) == "none installed"
-    assert tables.best_peer([absent], record | {"op": "cache_metric"}) == ""
+def test_other_packages_are_drawn_from_their_own_record(tables, peers):
+    drawn = tables.documents(peers(commit="another commit"))
+    for path in (tables.README, tables.BENCHMARKS):
+        assert "each package in a process of its own (onnxruntime 1.2.3), on" in drawn[path]
+        assert "commit another co." in drawn[path]
+        assert "Against other packages: 1.23x to 1.23x ONNX Runtime" in drawn[path]
+    assert "1.23x ONNX Runtime DynamicQuantizeMatMul |" in drawn[tables.README]
+    assert "| op | case | rows | from x | torch linear | onnxruntime |" in drawn[tables.BENCHMARKS]
+    assert "| 1.23x |" in drawn[tables.BENCHMARKS]
+    with pytest.raises(ValueError, match=r"peers\.jsonl: expected records of one run of a clean"):
+        tables.documents(peers(dirty=True))
+
+
+def test_without_a_record_of_other_packages_the_documents_say_so(tables, results):
+    folder = results("gemm_w8a8.jsonl", lambda record: record)
+    (tables.RESULTS / folder / tables.PEERS).unlink(missing_ok=True)
+    drawn = tables.documents(folder)
+    for path in (tables.README, tables.BENCHMARKS):
+        assert "Beside other packages: not measured yet." in drawn[path]
+        assert "Against other packages" not in drawn[path]
 
 
 def test_quality_has_its_error_or_is_not_measured(tables):

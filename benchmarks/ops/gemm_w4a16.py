@@ -71,8 +71,10 @@ BENCHMARK = Benchmark(
         baseline("torch linear", F.linear),
         baseline("fewstep gemm_w4a8, from x", call, w4a8),
         baseline("torch weight-only int4", call, torch_int4, on_cpu),
-        baseline("ONNX Runtime MatMulNBits", call, onnx_int4, needs_onnx),
-        baseline("OpenVINO int4, dynamic", call, openvino_int4, needs("openvino", "cpu")),
+        baseline("ONNX Runtime MatMulNBits", call, onnx_int4, needs_onnx, "onnxruntime"),
+        baseline(
+            "OpenVINO int4, dynamic", call, openvino_int4, needs("openvino", "cpu"), "openvino"
+        ),
         copy_limit(),
     ],
     flops,

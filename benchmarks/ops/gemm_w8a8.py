@@ -172,13 +172,22 @@ BENCHMARK = Benchmark(
         baseline("torch._int_mm, eager scales", int_mm, int_mm_operands, linear_only(enough_rows)),
         baseline("torch._int_mm, eager, from x", call, int_mm_from_x, linear_only(enough_rows)),
         baseline("torch dynamic int8", call, dynamic_layer, linear_only(on_cpu)),
-        baseline("torchao int8, compiled", call, torchao_layer, linear_only(worth_compiling)),
-        baseline("ONNX Runtime DynamicQuantizeMatMul", call, onnx_int8, linear_only(needs_onnx)),
+        baseline(
+            "torchao int8, compiled", call, torchao_layer, linear_only(worth_compiling), "torchao"
+        ),
+        baseline(
+            "ONNX Runtime DynamicQuantizeMatMul",
+            call,
+            onnx_int8,
+            linear_only(needs_onnx),
+            "onnxruntime",
+        ),
         baseline(
             "OpenVINO int8, dynamic",
             call,
             openvino_int8,
             linear_only(needs("openvino", "cpu")),
+            "openvino",
         ),
         vnni_limit(),
         matmul_limit(torch.int8),

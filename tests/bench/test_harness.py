@@ -41,7 +41,7 @@ def by_provider(results):
 
 @pytest.fixture
 def small_cache(monkeypatch):
-    monkeypatch.setattr("fewstep.bench.run.cache_bytes", lambda device: 16_000)
+    monkeypatch.setattr("fewstep.bench.inputs.cache_bytes", lambda device: 16_000)
     monkeypatch.setattr("fewstep.bench.limits.cache_bytes", lambda device: 16_000)
 
 

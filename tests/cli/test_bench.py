@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "benchmarks" / "ops").mkdir(parents=True)
     (tmp_path / "benchmarks" / "ops" / "cache_metric.py").write_text(FILE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fewstep.bench.run.cache_bytes", lambda device: 10_000)
+    monkeypatch.setattr("fewstep.bench.inputs.cache_bytes", lambda device: 10_000)
     return tmp_path
 
 
@@ -55,9 +55,26 @@ def test_quick_json_and_a_folder_of_records(folder):
 def test_tables_and_one_file(folder):
     result = invoke("--device", "cpu", "--quick", "--output", "r.jsonl")
     assert result.exit_code == 0, result.output
-    assert "vs plain" in result.output
+    assert "native is faster" in result.output
     assert "not timed: cache_metric · fewstep triton" in result.output
     assert len((folder / "r.jsonl").read_text().splitlines()) == 3
+
+
+def test_peers_are_one_record_of_their_own(folder, monkeypatch):
+    result = invoke("--device", "cpu", "--quick", "--peers", "--output", "out")
+    assert result.exit_code == 1
+    assert 'pip install "fewstep[peers]"' in result.output
+    assert not list(folder.glob("out/*/*.jsonl"))
+    path = folder / "benchmarks" / "ops" / "cache_metric.py"
+    path.write_text(FILE.replace("lambda x: x + 1)", 'lambda x: x + 1, package="pytest")'))
+    # In this process: tests/bench/test_apart.py has the workers.
+    monkeypatch.setattr("fewstep.bench.run.Workers.take", lambda self, provider: None)
+    result = invoke("--device", "cpu", "--quick", "--peers", "--output", "out")
+    assert result.exit_code == 0, result.output
+    (written,) = folder.glob("out/*/peers.jsonl")
+    packages = [json.loads(line)["package"] for line in written.read_text().splitlines()]
+    assert [bool(package) for package in packages] == [False, False, True]
+    assert packages[-1].startswith("pytest ")
 
 
 def test_show_reads_records_back(folder):

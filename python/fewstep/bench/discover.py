@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -50,4 +51,4 @@ def load(directory: Path, op: str) -> Benchmark:
     benchmark = getattr(module, "BENCHMARK", None)
     if not isinstance(benchmark, Benchmark) or benchmark.op != op:
         raise ValueError(f"{path}: expected BENCHMARK = Benchmark({op!r}, ...), got {benchmark!r}")
-    return benchmark
+    return dataclasses.replace(benchmark, path=path)

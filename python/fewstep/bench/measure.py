@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,12 @@ class DeviceClock:
 def clock(device: torch.device) -> HostClock | DeviceClock:
     """Return the clock for a device."""
     return DeviceClock(device) if device.type == "cuda" else HostClock()
+
+
+def forget_compiled() -> None:
+    """Have torch.compile begin anew: past 8 shapes of one function it runs in eager, unasked."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def warm_up(call: Thunk, device: torch.device, seconds: float) -> None:

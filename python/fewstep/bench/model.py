@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,9 @@ class Provider:
     casts) and returns the call to time, or a sentence saying why it can't run here. An op's
     provider names its `impl`, which must pass the op's gate first. A limit does `amount` units of
     `resource` per call instead of the case's work: its rate bounds everyone else's.
+    `unless(case, *inputs)` is asked before `make` and says why it can't run, or returns None.
+    `package` names the other package that a peer runs: a record carries its version, and on the CPU
+    it is timed in a process of its own (apart.py).
     """
 
     name: str
@@ -47,6 +51,8 @@ class Provider:
     impl: str | None = None
     resource: Literal["bytes", "flops"] | None = None
     amount: Callable[[Case, torch.device], float] | None = None
+    unless: Callable[..., str | None] | None = None
+    package: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Benchmark:
     inputs       (case, device) -> one set of inputs, a tuple; called once per rotated set
     flops        (case) -> floating-point (or integer) operations of one call
     bytes_moved  (case) -> the fewest bytes: each input read once, each output written once
+    path         the file that declares it, where discover.load has read one
     """
 
     op: str
@@ -64,6 +71,7 @@ class Benchmark:
     providers: Sequence[Provider]
     flops: Callable[[Case], float]
     bytes_moved: Callable[[Case], float]
+    path: Path | None = None
 
     def select(self, device: torch.device, quick: bool = False) -> list[Case]:
         """Return the cases for a device; `quick` keeps those marked so, or else the first."""

@@ -45,19 +45,17 @@ def baseline(
     call: Callable[..., Any],
     prepare: Callable[..., tuple[Any, ...]] | None = None,
     unless: Callable[..., str | None] | None = None,
+    package: str | None = None,
 ) -> Provider:
     """Return a baseline; the timed call is `call(*inputs)`.
 
-    `prepare` as above. `unless(case, *inputs)` says why it can't run, or returns None.
+    `prepare` as above; `unless` and `package` as Provider has them.
     """
 
-    def make(case: Case, *inputs: Any) -> Thunk | str:
-        reason = unless(case, *inputs) if unless else None
-        if reason is not None:
-            return reason
+    def make(case: Case, *inputs: Any) -> Thunk:
         return functools.partial(call, *(prepare(case, *inputs) if prepare else inputs))
 
-    return Provider(name, make, "baseline")
+    return Provider(name, make, "baseline", unless=unless, package=package)
 
 
 def needs(package: str, device: str | None = None) -> Callable[..., str | None]:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..ops import _gate
 from ..ops._select import UnsupportedError
-from .measure import Budget, cache_bytes, clock, interleave, warm_up
+from .apart import TurnClock, Workers, turns
+from .environment import package_version
+from .inputs import input_sets, nbytes
+from .measure import Budget, cache_bytes, clock, forget_compiled, interleave, warm_up
 from .model import Benchmark, Case, Provider, Thunk
 
-MAX_SETS = 64
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where and how thoroughly to measure."""
+    """Where and how thoroughly to measure; `peers` leaves out cases that no other package does."""
 
     device: torch.device
     quick: bool = False
     budget: Budget = field(default_factory=Budget)
+    peers: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Result:
 
     `ratios` maps each baseline to its time over this one's (above 1: this is faster).
     `of_limit` is the share of the physical limit reached: the least time the measured rates allow,
-    over this time; `limit` names the rate that binds.
+    over this time; `limit` names the rate that binds. `package` is the other package that a peer
+    runs, with its version.
     """
 
     op: str
@@ -63,6 +66,7 @@ class Result:
     input_sets: int = 0
     rotated_bytes: int = 0
     cache_bytes: int = 0
+    package: str | None = None
 
     @property
     def iqr_s(self) -> float:
@@ -88,25 +92,6 @@ class Result:
         return cls(**values)
 
 
-def nbytes(values: Any) -> int:
-    """Return the bytes of the tensors in a nest of tuples, lists and dicts."""
-    if isinstance(values, Tensor):
-        return values.numel() * values.element_size()
-    if isinstance(values, dict):
-        return sum(map(nbytes, values.values()))
-    return sum(map(nbytes, values)) if isinstance(values, (tuple, list)) else 0
-
-
-def _input_sets(benchmark: Benchmark, case: Case, device: torch.device) -> list[tuple[Any, ...]]:
-    """Return enough different input sets that their total is twice the cache (at most 64)."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        first = benchmark.inputs(case, device)
-        wanted = math.ceil(2 * cache_bytes(device) / max(nbytes(first), 1))
-        count = min(max(wanted, 2), MAX_SETS)
-        return [first, *(benchmark.inputs(case, device) for _ in range(count - 1))]
-
-
 def gate(
     op: str, provider: Provider, device: torch.device, gates: dict[str, str | None]
 ) -> str | None:
@@ -125,6 +110,10 @@ def gate(
     return gates[provider.impl]
 
 
+def _reason(provider: Provider, case: Case, inputs: tuple[Any, ...]) -> str | None:
+    return provider.unless(case, *inputs) if provider.unless else None
+
+
 def _thunks(
     provider: Provider,
     case: Case,
@@ -133,6 +122,8 @@ def _thunks(
     check: Callable[[], str | None],
 ) -> list[Thunk] | str:
     """Return the provider's call per input set, warmed up, or why it can't or may not be timed."""
+    if (reason := _reason(provider, case, sets[0])) is not None:
+        return reason
     thunks: list[Thunk] = []
     for inputs in sets if provider.role != "limit" else sets[:1]:
         made = provider.make(case, *inputs)
@@ -176,10 +167,10 @@ def compare(results: list[Result], limits: dict[str, tuple[str, float]]) -> list
     return compared
 
 
-def _forget_compiled() -> None:
-    """Have torch.compile begin anew: past 8 shapes of one function it runs in eager, unasked."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+def _version(provider: Provider) -> str | None:
+    """Return a peer's package with its version, None where it is not installed or not needed."""
+    version = provider.package and package_version(provider.package)
+    return f"{provider.package} {version}" if version else None
 
 
 def run_case(
@@ -188,13 +179,21 @@ def run_case(
     settings: Settings,
     gates: dict[str, str | None],
     on_step: Callable[[float], None] = lambda fraction: None,
+    workers: Workers | None = None,
 ) -> list[Result]:
-    """Return one result per provider, the skipped ones with their reason."""
+    """Return one result per provider, the skipped ones with their reason.
+
+    Where one of `workers` takes part, everybody is timed in turns (apart.py).
+    """
     device = settings.device
-    _forget_compiled()
-    sets = _input_sets(benchmark, case, device)
+    forget_compiled()
+    sets = input_sets(benchmark, case, device)
     results, timed, limits = [], [], {}
+    peers = [p for p in benchmark.providers if p.package and not _reason(p, case, sets[0])]
+    apart = {p.name: worker for p in peers if workers and (worker := workers.take(p))}
     for provider in benchmark.providers:
+        if settings.peers and not peers and provider.package is None:
+            continue
         blank = Result(
             benchmark.op,
             case.name,
@@ -203,14 +202,22 @@ def run_case(
             provider.name,
             provider.role,
             provider.impl,
+            package=_version(provider),
         )
         check = functools.partial(gate, benchmark.op, provider, device, gates)
-        thunks = _thunks(provider, case, sets, settings, check)
+        if provider.name in apart:
+            thunks = apart[provider.name].prepare(case, len(sets))
+        else:
+            thunks = _thunks(provider, case, sets, settings, check)
         if isinstance(thunks, str):
             results.append(dataclasses.replace(blank, skipped=thunks))
         else:
             timed.append((provider, blank, thunks))
-    samples = interleave([t for _, _, t in timed], clock(device), settings.budget, on_step)
+    calls, timer = [thunks for _, _, thunks in timed], clock(device)
+    if apart:
+        calls = [c if p.name in apart else turns(c) for p, _, c in timed]
+        timer = TurnClock()
+    samples = interleave(calls, timer, settings.budget, on_step)
     for (provider, blank, _), seconds in zip(timed, samples, strict=True):
         q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
         flops, moved = benchmark.flops(case), benchmark.bytes_moved(case)
@@ -248,5 +255,7 @@ def run_benchmark(
 ) -> Iterator[list[Result]]:
     """Yield the results of each case; `on_step(case, fraction)` reports progress within it."""
     gates: dict[str, str | None] = {}
-    for case in benchmark.select(settings.device, settings.quick):
-        yield run_case(benchmark, case, settings, gates, lambda f, c=case: on_step(c, f))
+    with contextlib.closing(Workers(benchmark, settings.device)) as workers:
+        for case in benchmark.select(settings.device, settings.quick):
+            step = functools.partial(on_step, case)
+            yield run_case(benchmark, case, settings, gates, step, workers)

@@ -20,10 +20,13 @@ from .device import resolve_device
 
 
 class Writer:
-    """Writes records as they come: one file, one file per op in a folder, or nowhere."""
+    """Writes records as they come: one file, one file per op in a folder, or nowhere.
 
-    def __init__(self, output: Path | None, device: str) -> None:
-        self.output = output
+    `name` is the one file for all ops in a folder.
+    """
+
+    def __init__(self, output: Path | None, device: str, name: str | None = None) -> None:
+        self.output, self.name = output, name
         self.folder = None
         self.opened: set[Path] = set()
         if output is not None and output.suffix not in (".jsonl", ".json"):
@@ -38,8 +41,9 @@ class Writer:
 
     def write(self, op: str, lines: Sequence[str]) -> None:
         """Append an op's lines; a file left by an earlier run is replaced."""
-        path = self.folder / f"{op}.jsonl" if self.folder is not None else self.output
-        if path is None:
+        name = f"{self.name or op}.jsonl"
+        path = self.folder / name if self.folder is not None else self.output
+        if path is None or not lines:
             return
         with path.open("a" if path in self.opened else "w") as file:
             file.writelines(line + "\n" for line in lines)
@@ -57,19 +61,22 @@ def main(
     output: Path | None,
     json: bool,
     quick: bool,
+    peers: bool,
     benchmarks: Path | None,
 ) -> int:
-    """Run, show and write; return 1 if a correctness gate failed."""
+    """Run, show and write; return 1 if a correctness gate failed, or `peers` found none."""
     device = resolve_device(device_text)
     try:
         directory = discover.find_directory(benchmarks)
         loaded = load_all(directory, ops)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    settings = Settings(device, quick, QUICK if quick else Budget())
+    if peers:
+        loaded = [b for b in loaded if any(provider.package for provider in b.providers)]
+    settings = Settings(device, quick, QUICK if quick else Budget(), peers)
     machine = environment(device)
     console = Console(stderr=json)
-    writer = Writer(output, machine["device"])
+    writer = Writer(output, machine["device"], "peers" if peers else None)
     total = sum(len(benchmark.select(device, quick)) for benchmark in loaded)
     console.print(
         f"{machine['device']} · {machine['threads']} threads · torch {machine['torch']} · "
@@ -98,6 +105,8 @@ def main(
             for results in run_benchmark(benchmark, settings, on_step):
                 cases_done += 1
                 everything += results
+                if all(result.skipped for result in results):
+                    continue
                 lines = [jsonlib.dumps(r.record(machine), allow_nan=False) for r in results]
                 writer.write(benchmark.op, lines)
                 if json:
@@ -108,7 +117,11 @@ def main(
         console.print(f"not timed: {sentence}", highlight=False, soft_wrap=True)
     for path in sorted(writer.opened):
         console.print(f"records: {path}", highlight=False, soft_wrap=True)
-    return int(any(r.skipped and r.skipped.startswith("refused") for r in everything))
+    none = peers and all(r.skipped for r in everything)
+    if none:
+        console.print('no other package was timed: pip install "fewstep\\[peers]"', soft_wrap=True)
+    refused = any(r.skipped and r.skipped.startswith("refused") for r in everything)
+    return int(none or refused)
 
 
 def show(paths: Sequence[Path], markdown: bool, roofline: Path | None = None) -> int:

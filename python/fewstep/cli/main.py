@@ -60,6 +60,13 @@ def bench_ops(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines, no tables.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One case per op, fewer rounds.")] = False,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="Only what other packages can do too; records in DIR/<device>/peers.jsonl.",
+        ),
+    ] = False,
     benchmarks: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="The benchmarks folder of a checkout."),
@@ -68,7 +75,7 @@ def bench_ops(
     """Time ops against plain torch, installable peers and the machine's limits."""
     from .bench import main
 
-    raise typer.Exit(main(op or [], device, output, json, quick, benchmarks))
+    raise typer.Exit(main(op or [], device, output, json, quick, peers, benchmarks))
 
 
 @bench_app.command("show")
