@@ -5,6 +5,10 @@
 Random weights serve for time and memory only. Forms take turns, shuffled in every round; medians
 and quartiles. "weights" are the bytes that a checkpoint of the linear layers in question holds, as
 a share of bfloat16's.
+
+Quantised as `fewstep.quantize` does by default: the activations of feed-forward layers are part of
+the product before them. `--activations none` times them apart, `--norms fuse` or `share` has norms
+quantise for the layers behind them; the report says which.
 """
 
 from __future__ import annotations
@@ -21,8 +25,8 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
+import fewstep
 from fewstep.bench.environment import environment, slug
-from fewstep.quantization import quantize
 
 SIZES = {"num_layers": 16, "num_attention_heads": 16, "attention_head_dim": 64, "sample_size": 32}
 SCHEMES = ("w8a8", "w4a8-g128", "w4a8-g64-r32")
@@ -35,13 +39,15 @@ def build(sizes: dict[str, int]) -> DiTTransformer2DModel:
     return DiTTransformer2DModel(in_channels=4, patch_size=2, **sizes).eval()
 
 
-def forms(model: DiTTransformer2DModel) -> dict[str, tuple[Any, torch.dtype, float]]:
+def forms(
+    model: DiTTransformer2DModel, fusions: dict[str, str | None]
+) -> dict[str, tuple[Any, torch.dtype, float]]:
     """Return name -> (model, dtype, share of bfloat16's bytes of the layers that are replaced)."""
     bf16 = copy.deepcopy(model).to(torch.bfloat16)
     found = {"float32": (model, torch.float32, 2.0), "bfloat16": (bf16, torch.bfloat16, 1.0)}
     for scheme in SCHEMES:
         twin = copy.deepcopy(bf16)
-        handle = quantize(twin, scheme, keep_originals=False)
+        handle = fewstep.quantize(twin, scheme, keep_originals=False, **fusions)
         bytes_now = bytes_before = 0
         for layer in handle.replaced.values():
             bytes_now += sum(x.numel() * x.element_size() for x in layer.state_dict().values())
@@ -52,11 +58,14 @@ def forms(model: DiTTransformer2DModel) -> dict[str, tuple[Any, torch.dtype, flo
 
 
 @torch.no_grad()
-def measure(sizes: dict[str, int], rounds: int = ROUNDS) -> dict[str, Any]:
-    """Return the report: one row per form."""
+def measure(
+    sizes: dict[str, int], rounds: int = ROUNDS, fusions: dict[str, str | None] | None = None
+) -> dict[str, Any]:
+    """Return the report: one row per form. `fusions` are options of `fewstep.quantize`."""
+    fusions = {"norms": None, "activations": "fuse"} | (fusions or {})
     model = build(sizes)
     parameters = sum(p.numel() for p in model.parameters())
-    models = forms(model)
+    models = forms(model, fusions)
     side = sizes["sample_size"]
     x, labels = torch.randn(BATCH, 4, side, side), torch.zeros(BATCH, dtype=torch.long)
     when = torch.full((BATCH,), 500)
@@ -93,7 +102,8 @@ def measure(sizes: dict[str, int], rounds: int = ROUNDS) -> dict[str, Any]:
         )
         print(rows[-1], flush=True)
     machine = environment(torch.device("cpu"))
-    return {"environment": machine, "parameters": parameters, "sizes": sizes, "rows": rows}
+    report = {"environment": machine, "parameters": parameters, "sizes": sizes}
+    return report | fusions | {"rows": rows}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,8 +112,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--layers", type=int, default=SIZES["num_layers"])
+    parser.add_argument("--norms", choices=("none", "share", "fuse"), default="none")
+    parser.add_argument("--activations", choices=("none", "fuse"), default="fuse")
     args = parser.parse_args(argv)
-    report = measure(SIZES | {"num_layers": args.layers}, args.rounds)
+    given = {"norms": args.norms, "activations": args.activations}
+    fusions = {name: None if how == "none" else how for name, how in given.items()}
+    report = measure(SIZES | {"num_layers": args.layers}, args.rounds, fusions)
     path = args.record / slug(report["environment"]["device"]) / "dit_step.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")

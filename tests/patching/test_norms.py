@@ -247,7 +247,7 @@ def test_a_deep_copy_stands_alone():
     assert len(fused(denoiser(twin))) == COUNTS["flux"]
     assert torch.equal(image_of(twin), image)
     block = denoiser(twin).transformer_blocks[0]
-    assert block.norm2._readers.block is block
+    assert block.norm2._readers.parent() is block
 
 
 def test_other_layers_are_found_by_each_call():

@@ -44,7 +44,7 @@ def test_quantises_while_loading(folder, scheme):
         {"w4a16": "w4a16-g64"}.get(scheme, scheme)
     }
     twin = build()
-    assert set(fewstep.quantization.quantize(twin, scheme).replaced) == set(layers)
+    assert set(fewstep.quantize(twin, scheme).replaced) == set(layers)
     want = plain(**inputs()).sample
     got = model(**inputs()).sample
     assert torch.equal(got, twin(**inputs()).sample)

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from ..reference._epilogue import ACTIVATIONS, activate, is_glu
-from ._layout import FLOATS
 
 __all__ = [
     "ACTIVATIONS",
@@ -37,6 +36,8 @@ __all__ = [
     "is_glu",
     "width",
 ]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def width(N: int, activation: str | None) -> int:

@@ -4,6 +4,7 @@ The one place that composes the areas: steps from `sampling`, low-bit layers fro
 reuse across steps from `caching`.
 """
 
+from .activations import FusedActivations, fuse_activations
 from .norms import FusedNorms, fuse_norms
 from .patch import Patch, active_patches, patch
 from .quantize import load_nunchaku, quantize
@@ -11,11 +12,13 @@ from .quantizer import QuantizationConfig
 from .undo import PatchError
 
 __all__ = [
+    "FusedActivations",
     "FusedNorms",
     "Patch",
     "PatchError",
     "QuantizationConfig",
     "active_patches",
+    "fuse_activations",
     "fuse_norms",
     "load_nunchaku",
     "patch",

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._autograd import is_differentiated
 from ..quantization import QuantLinear
 from ..quantization.linear import autocast_dtype
 from ..quantization.rows import QuantizedRows
+from .fusing import Parent, is_wrapped, needs_derivative
 
 __all__ = ["FusedNorms", "fuse_norms"]
 
@@ -107,7 +107,6 @@ _PROCESSORS = {
     "JointAttnProcessor2_0",
     "SanaLinearAttnProcessor2_0",
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def _at(module: nn.Module | None, path: str) -> nn.Module | None:
@@ -116,16 +115,12 @@ def _at(module: nn.Module | None, path: str) -> nn.Module | None:
     return module
 
 
-def _is_wrapped(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
-
-
 def _refuse_wrapped(block: nn.Module, path: str) -> str | None:
     """Return which module on the way to a layer would show its input to somebody else, or None."""
     keys = path.split(".")
     for i in range(1, len(keys) + 1):
         module = _at(block, name := ".".join(keys[:i]))
-        if module is not None and _is_wrapped(module):
+        if module is not None and is_wrapped(module):
             return f"{name} has hooks"
     return None
 
@@ -153,26 +148,29 @@ def _refuse_attention(path: str, attention: nn.Module | None) -> str | None:
 
 
 class _Readers(NamedTuple):
-    """What a norm has to know of its block. A tuple, so that the block is not its submodule."""
+    """What a norm has to know of its block."""
 
-    block: nn.Module
+    parent: Parent
     place: _Place
     plain: Callable[[nn.Module, Tensor], Tensor]  # forward of the norm's own class
     fused: bool
 
     def refuse(self) -> str | None:
         """Return why the layers can't take quantised rows now, or None."""
-        if getattr(self.block, "_chunk_size", None) is not None:
+        block = self.parent()
+        if block is None:
+            return "its block is gone"
+        if getattr(block, "_chunk_size", None) is not None:
             return "the feed-forward layer runs in chunks"
         for path in (*self.place.layers, *self.place.attentions):
-            if (reason := _refuse_wrapped(self.block, path)) is not None:
+            if (reason := _refuse_wrapped(block, path)) is not None:
                 return reason
         for path in self.place.attentions:
-            if (reason := _refuse_attention(path, _at(self.block, path))) is not None:
+            if (reason := _refuse_attention(path, _at(block, path))) is not None:
                 return reason
         smooth, rotate = self.prologue()
         for path in self.place.layers:
-            layer = _at(self.block, path)
+            layer = _at(block, path)
             if (reason := _refuse_layer(path, layer)) is not None:
                 return reason
             if layer.rotate != rotate or layer.smooth is not smooth:
@@ -181,14 +179,8 @@ class _Readers(NamedTuple):
 
     def prologue(self) -> tuple[Tensor | None, int]:
         """Return the smoothing factors and the rotation of the first layer."""
-        layer = _at(self.block, self.place.layers[0])
+        layer = _at(self.parent(), self.place.layers[0])
         return getattr(layer, "smooth", None), getattr(layer, "rotate", 0)
-
-
-def _is_differentiated(*tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return is_differentiated(tensors)
 
 
 class QuantizingNorm(nn.LayerNorm):
@@ -208,9 +200,9 @@ class QuantizingNorm(nn.LayerNorm):
         """Return what the block's arithmetic makes `QuantizedRows` of, or the norm of a tensor."""
         readers = self._readers
         if (
-            _is_wrapped(self)
+            is_wrapped(self)
             or autocast_dtype(input) is not None
-            or _is_differentiated(input, self.weight, self.bias)
+            or needs_derivative(input, self.weight, self.bias)
             or readers.refuse() is not None
         ):
             return readers.plain(self, input)
@@ -223,7 +215,7 @@ class QuantizingNorm(nn.LayerNorm):
         smooth, rotate = self._readers.prologue()
         modulation = [v for v in (factor, shift) if v is not None]
         given = [*modulation, *(v for v in (self.weight, self.bias) if v is not None)]
-        differentiated = _is_differentiated(x, *modulation)
+        differentiated = needs_derivative(x, *modulation)
         if self._readers.fused and not differentiated and all(v.dtype == x.dtype for v in given):
             # factor is 1 + scale, rounded; with |scale| up to 2^8 in bfloat16, 2^11 in float16, the
             # difference is exact, and the op's 1 + scale is that factor again.
@@ -324,7 +316,7 @@ def _refuse_norm(norm: nn.Module) -> str | None:
         return "done already"
     if type(norm).__name__ not in ("LayerNorm", "FP32LayerNorm"):
         return f"a {type(norm).__name__}"
-    if any(getattr(norm, hooks) for hooks in _HOOKS) or "forward" in norm.__dict__:
+    if is_wrapped(norm):
         return "it has hooks"
     return None
 
@@ -364,7 +356,7 @@ def fuse_norms(model: nn.Module, how: str = "fuse") -> FusedNorms:
         norm = _at(block, place.norm)
         reason = _refuse_norm(norm)
         if reason is None:
-            readers = _Readers(block, place, type(norm).forward, how == "fuse")
+            readers = _Readers(Parent(block), place, type(norm).forward, how == "fuse")
             reason = readers.refuse()
         if reason is not None:
             handle.left[where] = reason

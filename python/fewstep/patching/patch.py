@@ -20,6 +20,7 @@ from typing import Any
 
 from ..quantization import Calibration, Plan, Scheme
 from .cache import plan_cache
+from .fusions import Fusions
 from .grid import fixed_steps
 from .guidance import plan_guidance
 from .quantize import plan_quantize
@@ -190,6 +191,8 @@ def patch(
     steps: int | None = None,
     quantize: str | Scheme | Plan | None = None,
     smooth: Calibration | str | Path | None = None,
+    norms: str | None = None,
+    activations: str | None = "fuse",
     cache: Any = None,
     guidance: str | float | None = None,
 ) -> Patch:
@@ -204,6 +207,10 @@ def patch(
             meanwhile: the original layers are kept for `undo`.
         smooth: a calibration of this pipeline, or a file with it, for `quantize` to choose
             smoothing factors with (`fewstep.quantization.calibrate`).
+        norms: "share" or "fuse", for `quantize`: norms quantise for the layers behind them
+            (`fewstep.quantize`).
+        activations: "fuse" or None, for `quantize`: whether products compute the activations
+            behind them.
         cache: "first-block", "interval", or a policy of `fewstep.caching`: skip the middle blocks
             on steps that barely differ from the last one that ran in full.
         guidance: "off" or a scale for calls that give none, on pipelines that keep that in their
@@ -214,8 +221,10 @@ def patch(
         PatchError: the same feature is on this pipeline already.
     """
     target = recognise(pipe)
-    if smooth is not None and quantize is None:
-        raise ValueError("smooth: expected quantize beside it, got none")
+    for name, option in (("smooth", smooth), ("norms", norms)):
+        if option is not None and quantize is None:
+            raise ValueError(f"{name}: expected quantize beside it, got none")
+    fusions = Fusions(norms, activations).expect()
     given = {"steps": steps, "quantize": quantize, "cache": cache, "guidance": guidance}
     wanted = {name: value for name, value in given.items() if value is not None}
     if not wanted:
@@ -232,7 +241,7 @@ def patch(
     if guidance is not None:
         changes.append(plan_guidance(pipe, guidance, record.config))
     if quantize is not None:
-        changes.append(plan_quantize(target, quantize, smooth))
+        changes.append(plan_quantize(target, quantize, smooth, fusions))
     if cache is not None:
         changes.append(plan_cache(pipe, target, cache))
 

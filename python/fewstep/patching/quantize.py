@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from .. import quantization
 from ..quantization import Plan, QuantizedModules, Scheme
-from .norms import expect_how, expect_places, fuse_norms
+from .fusions import Fusions
 from .recognise import Target
 from .saving import RefuseModel
 from .undo import Change, Slot
@@ -19,57 +20,73 @@ from .undo import Change, Slot
 __all__ = ["load_nunchaku", "plan_quantize", "quantize"]
 
 
-@functools.wraps(quantization.quantize)
-def quantize(  # noqa: D103
-    model: nn.Module, *args: Any, norms: str | None = None, **kwargs: Any
-) -> QuantizedModules:
-    if norms is not None:
-        expect_how(norms)
-        expect_places(model)
-    handle = _savable(model, quantization.quantize(model, *args, **kwargs))
-    if norms is not None:
-        fused = fuse_norms(model, norms)
-        handle.notes.append(fused.explain())
-        handle.at_undo(fused.undo)
-    return handle
-
-
-# One argument more than the function it stands for, in what help() and editors show.
+# Arguments more than those of the functions they stand for, in what help() and editors show.
 _BEFORE = "\n\n    Returns:"
-_NORMS = """
+_MORE = """
         norms: for blocks of diffusers whose layers take 8-bit activations: "share" lets the norm
             before them quantise once for all of them (the same bits), "fuse" computes norm,
             modulation and quantisation in one pass over memory (`patching.norms`).
+        activations: "fuse" computes those of diffusers' feed-forward layers inside of the product
+            before them, rounded once instead of twice (`patching.activations`); None leaves them
+            to torch.
 """
-_signature = inspect.signature(quantization.quantize)
-_norms = inspect.Parameter(
-    "norms", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None"
-)
-quantize.__signature__ = _signature.replace(parameters=[*_signature.parameters.values(), _norms])
-quantize.__doc__ = (quantization.quantize.__doc__ or "").replace(_BEFORE, _NORMS + _BEFORE[1:])
 
 
-@functools.wraps(quantization.load_nunchaku)
-def load_nunchaku(model: nn.Module, *args: Any, **kwargs: Any) -> QuantizedModules:  # noqa: D103
-    return _savable(model, quantization.load_nunchaku(model, *args, **kwargs))
+def _with_fusions(function: Callable[..., QuantizedModules]) -> Callable[..., QuantizedModules]:
+    """Return a function that quantises and then fuses what is around the layers."""
+
+    @functools.wraps(function)
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> QuantizedModules:
+        given = {name: kwargs.pop(name) for name in Fusions._fields if name in kwargs}
+        fusions = Fusions(**given).expect(model)
+        handle = function(model, *args, **kwargs)
+        fuse(model, handle, fusions)
+        return _savable(model, handle, fusions)
+
+    signature = inspect.signature(function)
+    keywords = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=Fusions._field_defaults[name],
+            annotation="str | None",
+        )
+        for name in Fusions._fields
+    ]
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *keywords])
+    call.__doc__ = (function.__doc__ or "").replace(_BEFORE, _MORE + _BEFORE[1:])
+    return call
 
 
-def _savable(model: nn.Module, handle: QuantizedModules) -> QuantizedModules:
+def fuse(model: nn.Module, handle: QuantizedModules, fusions: Fusions) -> list[str]:
+    """Fuse what is around quantised layers, have the handle undo it; return what it says of it."""
+    fused = fusions.apply(model)
+    for part in fused:
+        handle.at_undo(part.undo)
+    handle.notes += (notes := [part.explain() for part in fused])
+    return notes
+
+
+quantize = _with_fusions(quantization.quantize)
+load_nunchaku = _with_fusions(quantization.load_nunchaku)
+
+
+def _savable(model: nn.Module, handle: QuantizedModules, fusions: Fusions) -> QuantizedModules:
     # A model of diffusers is here only if diffusers was imported.
     models = sys.modules.get("diffusers.models.modeling_utils")
     if models is not None and isinstance(model, models.ModelMixin):
         from .quantizer import make_savable
 
-        make_savable(model, handle)
+        make_savable(model, handle, fusions)
     return handle
 
 
 class _QuantizeChange(Change):
     """Replaces linear layers through `fewstep.quantization`, whose handle knows the way back."""
 
-    def __init__(self, target: Target, summary: str, how: dict[str, Any]) -> None:
+    def __init__(self, target: Target, summary: str, how: dict[str, Any], fusions: Fusions) -> None:
         super().__init__("quantize", summary)
-        self._target, self._how = target, how
+        self._target, self._how, self._fusions = target, how, fusions
         self._handle: QuantizedModules | None = None
         if hasattr(target.denoiser, "save_pretrained"):
             where = f"pipe.{target.component}.save_pretrained"
@@ -79,6 +96,8 @@ class _QuantizeChange(Change):
     def apply(self) -> None:
         self._handle = quantization.quantize(self._target.denoiser, **self._how)
         self.done += [f"{line} of {self._target.model}" for line in self._handle.schemes()]
+        for note in fuse(self._target.denoiser, self._handle, self._fusions):
+            self.done += note.splitlines()
         self.done.append(self._handle.memory())
         self.left += self._handle.left_alone()
         super().apply()
@@ -99,11 +118,12 @@ class _QuantizeChange(Change):
             self._handle = None
 
 
-def plan_quantize(target: Target, scheme: Any, smooth: Any = None) -> Change:
+def plan_quantize(target: Target, scheme: Any, smooth: Any, fusions: Fusions) -> Change:
     """Plan the low-bit layers; nothing is changed yet.
 
     Raises:
-        TypeError, ValueError: not a scheme or plan, or a model without linear layers to replace.
+        TypeError, ValueError: not a scheme or plan, a model without linear layers to replace, or
+            one without norms that are known.
     """
     how: dict[str, Any] = {"smooth": smooth}
     if isinstance(scheme, Plan):
@@ -118,4 +138,4 @@ def plan_quantize(target: Target, scheme: Any, smooth: Any = None) -> Change:
     target.require_alone("quantize")
     if not any(isinstance(module, nn.Linear) for module in target.denoiser.modules()):
         raise ValueError(f"quantize: expected a model with nn.Linear layers, got {target.model}")
-    return _QuantizeChange(target, summary, how)
+    return _QuantizeChange(target, summary, how, fusions.expect(target.denoiser))

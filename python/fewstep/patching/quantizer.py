@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..quantization import QuantizedModules, QuantLinear, Scheme, choose_layers, default_skip
 from ..quantization.scheme import BYTES
+from .fusions import Fusions
 from .parameters import count_as_before, count_quantized
 
 __all__ = ["QuantizationConfig"]
@@ -51,6 +52,8 @@ class QuantizationConfig(QuantizationConfigMixin):
         modules_to_not_convert: names, or parts of names between dots, of layers to leave alone
             besides those of `fewstep.quantization.default_skip`.
         layers: scheme -> names of a model that is quantised already; written by save_pretrained.
+        norms: None, "share" or "fuse": whether norms quantise for the layers behind them.
+        activations: "fuse" or None: whether products compute the activations behind them.
 
     Raises:
         TypeError, ValueError: no scheme; the message names the argument.
@@ -64,6 +67,8 @@ class QuantizationConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         layers: dict[str, list[str]] | None = None,
         rotate: int | bool | None = None,
+        norms: str | None = None,
+        activations: str | None = "fuse",
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -73,6 +78,12 @@ class QuantizationConfig(QuantizationConfigMixin):
         self.scheme = str(Scheme.parse(scheme, rank=rank, group=group, rotate=rotate or None))
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.layers = layers
+        self.norms, self.activations = Fusions(norms, activations).expect()
+
+    @property
+    def fusions(self) -> Fusions:
+        """What happens around the layers."""
+        return Fusions(self.norms, self.activations)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into config.json."""
@@ -100,6 +111,7 @@ class FewstepQuantizer(DiffusersQuantizer):
         # Each model records its own layers in it, and the caller's may serve several.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._schemes: dict[str, Scheme] = {}  # of the layers to quantise as they arrive
+        self._fused: list[Any] = []
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """Return the dtype of what is not quantised, which the config records."""
@@ -117,6 +129,7 @@ class FewstepQuantizer(DiffusersQuantizer):
         self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        config.fusions.expect(model)
         self.modules_to_not_convert = [*config.modules_to_not_convert, *keep_in_fp32_modules]
         if self.pre_quantized:
             for name, scheme in _by_name(config.layers or {}):
@@ -178,9 +191,12 @@ class FewstepQuantizer(DiffusersQuantizer):
                 )
         describe(model, self.quantization_config)
         count_quantized(model)
+        self._fused = self.quantization_config.fusions.apply(model)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
+        for part in self._fused:
+            part.undo()
         plain: dict[QuantLinear, nn.Linear] = {}  # one layer can sit in several places
         for name, layer in list(_quantized(model)):
             _put(model, name, plain.setdefault(layer, layer.dequantize()))
@@ -204,10 +220,10 @@ class FewstepQuantizer(DiffusersQuantizer):
         return True
 
 
-def make_savable(model: nn.Module, handle: QuantizedModules) -> None:
+def make_savable(model: nn.Module, handle: QuantizedModules, fusions: Fusions) -> None:
     """Let save_pretrained of a model that `quantize` changed write what from_pretrained reads."""
     schemes = sorted({str(layer.scheme) for layer in handle.replaced.values()})
-    config, before = QuantizationConfig(schemes[0]), model.config
+    config, before = QuantizationConfig(schemes[0], **fusions._asdict()), model.config
     describe(model, config)
     model.hf_quantizer = FewstepQuantizer(config)
     model.is_quantized, model.quantization_method = True, config.quant_method

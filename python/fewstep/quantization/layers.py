@@ -13,7 +13,7 @@ from ..ops._gemm import bits
 from ..ops.gemm_w4a8 import fold_int4
 from ..ops.gemm_w4a16 import dequantize_int4
 from ..ops.quantize_int4 import SCALES
-from .linear import Branch, QuantLinear, cast
+from .linear import Options, QuantLinear, cast
 from .rows import QuantizedRows
 from .scheme import Scheme
 
@@ -49,9 +49,9 @@ class W8A8Linear(_ByteLinear):
         """Return the low-bit values and scales of a floating weight."""
         return ops.quantize_int8(weight, rotate=scheme.rotate)
 
-    def _multiply(self, x: Tensor | QuantizedRows, branch: Branch) -> Tensor:
+    def _multiply(self, x: Tensor | QuantizedRows, options: Options) -> Any:
         given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
-        return ops.gemm_w8a8(**self._activations(x), **given, **branch)
+        return ops.gemm_w8a8(**(self._activations(x) | given | options))
 
 
 class FP8Linear(_ByteLinear):
@@ -77,9 +77,9 @@ class FP8Linear(_ByteLinear):
         super().__setstate__(state)
         self._buffers[self.storage] = self.quantized.view(self.byte)
 
-    def _multiply(self, x: Tensor | QuantizedRows, branch: Branch) -> Tensor:
+    def _multiply(self, x: Tensor | QuantizedRows, options: Options) -> Any:
         given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
-        return ops.gemm_fp8(**self._activations(x), **given, **branch)
+        return ops.gemm_fp8(**(self._activations(x) | given | options))
 
 
 class _Int4Linear(QuantLinear):
@@ -128,9 +128,9 @@ class W4A8Linear(_Int4Linear):
         folded, row_scale = fold_int4(quantized, scale)
         return folded.float() * row_scale[:, None]
 
-    def _multiply(self, x: Tensor | QuantizedRows, branch: Branch) -> Tensor:
+    def _multiply(self, x: Tensor | QuantizedRows, options: Options) -> Any:
         given = {"w": self.quantized, "w_scale": self.weight_scale, "bias": self.bias}
-        return ops.gemm_w4a8(**self._activations(x), **given, **branch)
+        return ops.gemm_w4a8(**(self._activations(x) | given | options))
 
 
 class W4A16Linear(_Int4Linear):
@@ -147,9 +147,9 @@ class W4A16Linear(_Int4Linear):
         """Return why `forward` needs its input as it is."""
         return "takes activations as they are"
 
-    def _multiply(self, x: Tensor, branch: Branch) -> Tensor:
+    def _multiply(self, x: Tensor, options: Options) -> Any:
         if self.smooth is not None:
-            if branch["up"] is not None:
-                branch = {"up": branch["up"], "low": F.linear(x, branch["down"])}
+            if options["up"] is not None:
+                options = options | {"down": None, "low": F.linear(x, options["down"])}
             x = x / cast(self.smooth, x.dtype)
-        return ops.gemm_w4a16(x, self.quantized, self.weight_scale, bias=self.bias, **branch)
+        return ops.gemm_w4a16(x, self.quantized, self.weight_scale, bias=self.bias, **options)

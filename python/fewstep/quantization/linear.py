@@ -37,14 +37,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..ops._gemm import MAX_K
-from ..ops._layout import FLOATS
 from ..ops._prologue import rotate_blocks
 from .low_rank import split
 from .rows import QuantizedRows
 from .scheme import Scheme
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 Join = Callable[[Tensor | None, Tensor | None, torch.dtype], tuple[Tensor, Tensor]]
-Branch = dict[str, Tensor | None]
+Options = dict[str, Any]
 
 
 class ComputedWeight(Tensor):
@@ -212,8 +213,11 @@ class QuantLinear(nn.Linear):
         """Return uninitialised values and scales."""
 
     @abstractmethod
-    def _multiply(self, x: Tensor | QuantizedRows, branch: Branch) -> Tensor:
-        """Return the layer's output for x as it is given; `branch` is up and down, or empty."""
+    def _multiply(self, x: Tensor | QuantizedRows, options: Options) -> Any:
+        """Return the layer's output for x as it is given, by the product with these options.
+
+        Among them, for a tensor: up and down.
+        """
 
     @property
     def quantized(self) -> Tensor:
@@ -264,30 +268,54 @@ class QuantLinear(nn.Linear):
             linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return linear.train(self.training)
 
-    def forward(self, input: Tensor | QuantizedRows, join: Join | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor | QuantizedRows,
+        join: Join | None = None,
+        *,
+        activation: str | None = None,
+        rows: bool = False,
+    ) -> Tensor | QuantizedRows:
         """Return input @ weight.T + bias in input's dtype (autocast's, where it is on).
 
-        `input` may be quantised already, where the layer needs no more of it (`refuse_rows`).
-        `join` adds rows to the low-rank branch: from (down, up, dtype) of the layer it makes the
-        pair to use, as `lora.Linear` does for adapters.
+        Args:
+            input: may be quantised already, where the layer needs no more of it (`refuse_rows`).
+            join: adds rows to the low-rank branch: from (down, up, dtype) of the layer it makes
+                the pair to use, as `lora.Linear` does for adapters.
+            activation: of the output, before it is rounded: one of `ops/_epilogue.py`.
+            rows: return `QuantizedRows` of the output, for another layer.
         """
-        x = input
+        x, options = input, {}
         if isinstance(x, QuantizedRows):
-            return self._multiply_rows(x, join)
+            self._expect_rows(x, join)
+        else:
+            x = self._expect_input(x)
+            down, up = self.down, self.up
+            if join is not None:
+                down, up = join(down, up, x.dtype)
+            options = {"up": up, "down": cast(down, x.dtype)}
+        if activation is not None:
+            options["activation"] = activation
+        if not rows:
+            return self._multiply(x, options)
+        # Of int8 rows the products make int8 outputs as of bfloat16's.
+        if isinstance(x, QuantizedRows) and x.dtype != torch.bfloat16:
+            return QuantizedRows.of(self._multiply(x, options))
+        q, scale = self._multiply(x, options | {"out_dtype": torch.int8})
+        return QuantizedRows(q, scale, x.dtype)
+
+    def _expect_input(self, x: Tensor) -> Tensor:
+        """Return x in the dtype to work in."""
         autocast = autocast_dtype(x)
         if autocast is not None:
             x = x.to(autocast)
-        if x.dtype not in FLOATS:
+        if x.dtype not in DTYPES:
             raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
-        down, up = self.down, self.up
-        if join is not None:
-            down, up = join(down, up, x.dtype)
-        branch = {"up": up, "down": cast(down, x.dtype)}
-        return self._multiply(x, branch)
+        return x
 
-    def _multiply_rows(self, x: QuantizedRows, join: Join | None) -> Tensor:
+    def _expect_rows(self, x: QuantizedRows, join: Join | None) -> None:
         reason = "has adapters" if join is not None else self.refuse_rows()
         if reason is not None:
             raise TypeError(f"x: expected a tensor, because the layer {reason}, got QuantizedRows")
@@ -299,7 +327,6 @@ class QuantLinear(nn.Linear):
                 f"x: expected rows quantised for {self.scheme}, with its smoothing factors and "
                 f"rotation, got factors: {got}, rotation: {x.rotate}"
             )
-        return self._multiply(x, {})
 
     def _activations(self, x: Tensor | QuantizedRows) -> dict[str, Any]:
         """Return x as the products with 8-bit activations take it."""
@@ -430,7 +457,7 @@ def refuse_linear(linear: nn.Linear, scheme: Scheme) -> str | None:
     if isinstance(linear, QuantLinear):
         return f"expected a layer that is not quantised, got one in {linear.scheme}"
     weight, inputs = linear.weight, linear.in_features
-    if weight.dtype not in FLOATS:
+    if weight.dtype not in DTYPES:
         return f"expected float32, bfloat16 or float16 weights, got {weight.dtype}"
     if weight.numel() == 0:
         return f"expected weights, got an empty {list(weight.shape)}"

@@ -27,9 +27,9 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from ..ops._layout import FLOATS
-from .hooks import has_hooks
-from .linear import QuantLinear, autocast_dtype
+from .linear import DTYPES, QuantLinear, autocast_dtype
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Linear(lora.Linear):
@@ -37,16 +37,32 @@ class Linear(lora.Linear):
 
     base_layer: QuantLinear
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base layer's output with the active adapters'."""
-        if self.disable_adapters or self.merged or args or kwargs:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the base layer's output with the active adapters'.
+
+        `activation` and `rows` are `QuantLinear.forward`'s, for an x that `joined` does not refuse.
+        """
+        end = {name: kwargs.pop(name) for name in ("activation", "rows") if name in kwargs}
+        names = None if args or kwargs else self.joined(x)
+        if names is None:
+            if end:
+                raise TypeError(
+                    f"{', '.join(end)}: expected none, because what the adapters add is beside the "
+                    "layer, got one"
+                )
             return super().forward(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if self._counts(name)]
         if not names:
-            return self.base_layer(x)
-        if not all(self._joins(name, x) for name in names):
-            return super().forward(x)
-        return self.base_layer(x, join=partial(self._join, names))
+            return self.base_layer(x, **end)
+        return self.base_layer(x, join=partial(self._join, names), **end)
+
+    def joined(self, x: Tensor) -> list[str] | None:
+        """Return the adapters that join the layer's branch, or None where not all of them can."""
+        if self.merged:
+            return None
+        if self.disable_adapters:
+            return []
+        names = [name for name in self.active_adapters if self._counts(name)]
+        return names if all(self._joins(name, x) for name in names) else None
 
     @property
     def weight(self) -> Tensor:
@@ -99,10 +115,10 @@ def _is_plain(factor: nn.Module) -> bool:
     """Return whether multiplying with `factor.weight` is all that calling it does."""
     if type(factor) is not nn.Linear or "forward" in factor.__dict__:
         return False
-    if has_hooks(factor):
+    if any(getattr(factor, hooks) for hooks in _HOOKS):
         return False
     weight = factor.weight
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOATS
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in DTYPES
 
 
 def adopt(layer: nn.Module) -> None:
