@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ._expect import expect_bool, expect_number, expect_tensor, expect_tensors
+from ._layout import DTYPES
 
 HEAD_DIMS = range(8, 257, 8)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
 # Triton 3.9's compiler aborts the process on exact float32 products of some of these head dims.
 _TRITON_DTYPES = (torch.bfloat16, torch.float16)
@@ -83,14 +83,6 @@ def memory_for_scores(
         q.new_empty((b, g, nk, width if t_k is None else 2 * width), dtype=dtype),
         q.new_empty(3 * b * h * nq + b * g * (nk + 2 * width + 4), dtype=torch.float32),
     )
-
-
-def unit_stride(x: Tensor | None) -> Tensor | None:
-    """Return x with unit stride in its last axis, which every kernel wants."""
-    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
-        return x
-    # A tensor without elements is contiguous whatever its strides are.
-    return x.contiguous() if x.numel() else x.new_empty(x.shape)
 
 
 def new_rows(q: Tensor, columns: int, *lead: int) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..reference._epilogue import ACTIVATIONS, activate, is_glu
+from ._layout import FLOATS
 
 __all__ = [
     "ACTIVATIONS",
@@ -36,8 +37,6 @@ __all__ = [
     "is_glu",
     "width",
 ]
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def width(N: int, activation: str | None) -> int:

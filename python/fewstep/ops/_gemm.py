@@ -35,9 +35,9 @@ from torch import Tensor
 
 from .. import _native
 from . import _prologue
-from ._epilogue import FLOATS, expect_epilogue, gate_rows, width
+from ._epilogue import expect_epilogue, gate_rows, width
 from ._gemm_autograd import differentiate
-from ._layout import contiguous, matrix, unit_stride
+from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton
 from .quantize_fp8 import run_triton as quantize_fp8

@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ._autograd import Derivative, DerivativeError, loop_vmap, push_forward
-from ._epilogue import FLOATS, activate
-from ._layout import matrix
+from ._epilogue import activate
+from ._layout import FLOATS, matrix
 from ._prologue import project
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ._expect import expect_tensor, expect_tensors
-from ._rows import DTYPES, KERNEL_DTYPES, acc_dtype
+from ._layout import DTYPES, FLOATS
+from ._rows import acc_dtype
 from ._select import refuse_triton
 
 HEAD_DIMS = range(8, 129, 8)
@@ -21,15 +22,7 @@ def refuse_triton_heads(*args: Any, **kwargs: Any) -> str | None:
     widest = max(x.shape[-1] for x in heads)
     if heads[0].device.type == "cuda" and widest > MAX_GPU_DIM:
         return f"expected head dims up to {MAX_GPU_DIM} on a GPU, got {widest}"
-    return refuse_triton(args, KERNEL_DTYPES)
-
-
-def unit_stride(x: Tensor | None) -> Tensor | None:
-    """Return x, or a copy if its last axis has gaps."""
-    if x is None or x.stride(-1) == 1:
-        return x
-    # A tensor without elements is contiguous whatever its strides are.
-    return x.contiguous() if x.numel() else x.new_empty(x.shape)
+    return refuse_triton(args, FLOATS)
 
 
 def new_states(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ._expect import expect_tensors
+from ._layout import FLOATS
 from ._rows import (
-    KERNEL_DTYPES,
     acc_dtype,
     expect_broadcast,
     expect_like,
@@ -33,7 +33,7 @@ def refuse_triton_rows(*args: Any, **kwargs: Any) -> str | None:
     columns = first_tensor(args).shape[-1]
     if columns > MAX_TRITON_COLUMNS:
         return f"expected at most {MAX_TRITON_COLUMNS} columns, got {columns}"
-    return refuse_triton(args, KERNEL_DTYPES)
+    return refuse_triton(args, FLOATS)
 
 
 def validate(x: Tensor, inputs: dict[str, Tensor | None], kind: str) -> None:

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference._prologue import rotate_blocks
+from ._layout import DTYPES, FLOATS
 
 __all__ = [
     "ROTATIONS",
@@ -46,7 +47,6 @@ __all__ = [
 ]
 
 ROTATIONS = (16, 32, 64, 128, 256)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def expect_rotation(rotate: int, name: str, K: int) -> None:
@@ -66,7 +66,7 @@ def expect_prologue(
     K = x.shape[-1]
     expect_rotation(rotate, name, K)
     if smooth is not None:
-        allowed = (*FLOATS, torch.float64) if x.dtype == torch.float64 else FLOATS
+        allowed = DTYPES if x.dtype == torch.float64 else FLOATS
         if smooth.shape != (K,) or smooth.dtype not in allowed:
             raise ValueError(
                 f"smooth: expected floating [{K}], got {smooth.dtype} {list(smooth.shape)}"

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from ._expect import expect_tensor, expect_tensors
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = (*KERNEL_DTYPES, torch.float64)
+from ._layout import DTYPES, unit_stride
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -32,10 +30,6 @@ def _lift(v: Tensor, dim: int) -> Tensor:
     return v[(None,) * (max(dim, 3) - v.dim())]
 
 
-def _unit_stride(v: Tensor) -> Tensor:
-    return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
-
-
 def fold(x: Tensor | None, split: int = 1) -> Tensor | None:
     """View x [..., C] as [B, N, C] with unit stride in C; copies only if no such view exists.
 
@@ -43,7 +37,7 @@ def fold(x: Tensor | None, split: int = 1) -> Tensor | None:
     """
     if x is None:
         return None
-    return _unit_stride(_lift(x, 3).flatten(split, -2).flatten(0, split - 1))
+    return unit_stride(_lift(x, 3).flatten(split, -2).flatten(0, split - 1))
 
 
 def is_shared(v: Tensor, x: Tensor, split: int = 1) -> bool:
@@ -58,7 +52,7 @@ def fold_broadcast(v: Tensor | None, x: Tensor, split: int = 1) -> Tensor | None
     v, x = _lift(v, x.dim()), _lift(x, 3)
     batch, middle = x.shape[:split], x.shape[split:-1]
     v = v.expand(*_needed(v.shape[:split], batch), *_needed(v.shape[split:-1], middle), -1)
-    folded = _unit_stride(v.flatten(split, -2).flatten(0, split - 1))
+    folded = unit_stride(v.flatten(split, -2).flatten(0, split - 1))
     return folded.expand(batch.numel(), middle.numel(), -1)
 
 

@@ -48,7 +48,6 @@ from .. import _native
 from ..reference._scores8 import LARGEST as SCORE_DTYPES
 from ..reference.attention_jvp import attention_jvp as _reference
 from ._attention import (
-    DTYPES,
     HEAD_DIMS,
     Masking,
     count_directions,
@@ -58,13 +57,13 @@ from ._attention import (
     resolve_scale,
     stat_dtype,
     triton_dtypes,
-    unit_stride,
     validate_masking,
     validate_primals,
     warn_of_scores,
 )
 from ._attention_autograd import RULES, refuse_mask_gradient
 from ._expect import expect_tensor
+from ._layout import DTYPES, unit_stride
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 

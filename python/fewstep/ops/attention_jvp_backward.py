@@ -41,7 +41,6 @@ from torch import Tensor
 from .. import _native
 from ..reference.attention_jvp_backward import attention_jvp_backward as _reference
 from ._attention import (
-    DTYPES,
     Masking,
     count_directions,
     new_rows,
@@ -49,12 +48,12 @@ from ._attention import (
     resolve_scale,
     stat_dtype,
     triton_dtypes,
-    unit_stride,
     validate_masking,
     validate_primals,
     warn_of_scores,
 )
 from ._expect import expect_tensor, expect_tensors
+from ._layout import DTYPES, unit_stride
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 

@@ -24,14 +24,13 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.cache_metric import cache_metric as _reference
+from ._layout import DTYPES, FLOATS
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["cache_metric"]
 
 CHUNK = 16384
-_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (*_GPU_DTYPES, torch.float64)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ def _run_triton(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _native_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
-    return _DTYPES if x.device.type == "cpu" else _GPU_DTYPES
+    return DTYPES if x.device.type == "cpu" else FLOATS
 
 
 IMPLEMENTATIONS = (
@@ -98,9 +97,7 @@ IMPLEMENTATIONS = (
         _run_native,
         lambda x, *args, **kwargs: refuse_native("cache_metric", [x], _native_dtypes(x)),
     ),
-    Implementation(
-        "triton", _run_triton, lambda x, *args, **kwargs: refuse_triton([x], _GPU_DTYPES)
-    ),
+    Implementation("triton", _run_triton, lambda x, *args, **kwargs: refuse_triton([x], FLOATS)),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
 
@@ -128,7 +125,7 @@ _op = register(
 
 
 def _validate(x: Tensor, y: Tensor, previous: Tensor | None, per_sample: bool) -> None:
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
     if per_sample and x.dim() == 0:
         raise ValueError("x: expected a batch axis with per_sample=True, got a 0-d tensor")
@@ -180,7 +177,7 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
     """Return (args, kwargs, rtol, atol) for the gate on a new machine; see `_gate.check`."""
     generator = torch.Generator().manual_seed(0)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
-    for dtype in _GPU_DTYPES:
+    for dtype in FLOATS:
         for shape in ((1, 77, 96), (3, 513, 65)):
             x, y, p = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
             # Sums of 16k float32 terms: 1e-5 relative; the residual is rounded the same way.

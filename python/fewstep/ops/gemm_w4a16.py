@@ -30,10 +30,10 @@ from torch import Tensor
 from .. import _native
 from ..reference.gemm_w4a16 import dequantize_int4
 from ..reference.gemm_w4a16 import gemm_w4a16 as _reference
-from ._epilogue import FLOATS, expect_epilogue, width
+from ._epilogue import expect_epilogue, width
 from ._gemm import epilogue_rows, expect, expect_branch
 from ._gemm_autograd import differentiate
-from ._layout import contiguous, matrix, unit_stride
+from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._prologue import project
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select

@@ -31,16 +31,16 @@ from .. import _native
 from ..reference.linear_attention_jvp import linear_attention_jvp as _reference
 from ._autograd import Derivative
 from ._expect import expect_number
+from ._layout import DTYPES, unit_stride
 from ._linear_attention import (
     NAMES,
     new_like_rows,
     new_states,
     refuse_triton_heads,
-    unit_stride,
     validate,
 )
 from ._register import register
-from ._rows import DTYPES, wanted_names
+from ._rows import wanted_names
 from ._select import Implementation, refuse_native, select
 from .linear_attention_jvp_backward import linear_attention_jvp_backward
 

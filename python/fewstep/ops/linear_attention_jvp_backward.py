@@ -31,9 +31,10 @@ from ..reference.linear_attention_jvp import linear_attention_jvp as _forward
 from ..reference.linear_attention_jvp_backward import linear_attention_jvp_backward as _reference
 from ._autograd import Derivative, composite
 from ._expect import expect_number, expect_tensor, expect_tensors
-from ._linear_attention import NAMES, new_like_rows, refuse_triton_heads, unit_stride, validate
+from ._layout import DTYPES, unit_stride
+from ._linear_attention import NAMES, new_like_rows, refuse_triton_heads, validate
 from ._register import register
-from ._rows import DTYPES, acc_dtype, names_in, pack, unpack
+from ._rows import acc_dtype, names_in, pack, unpack
 from ._select import Implementation, refuse_native, select
 
 __all__ = ["linear_attention_jvp_backward"]

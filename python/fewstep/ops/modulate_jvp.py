@@ -22,10 +22,9 @@ from torch import Tensor
 from .. import _native
 from ..reference.modulate_jvp import modulate_jvp as _reference
 from ._autograd import Derivative
+from ._layout import DTYPES, FLOATS
 from ._register import register
 from ._rows import (
-    DTYPES,
-    KERNEL_DTYPES,
     choose_split,
     expect_broadcast,
     expect_like,
@@ -71,9 +70,7 @@ IMPLEMENTATIONS = (
     Implementation(
         "native", _run_native, lambda *args, **kwargs: refuse_native("modulate_jvp", args, DTYPES)
     ),
-    Implementation(
-        "triton", _run_triton, lambda *args, **kwargs: refuse_triton(args, KERNEL_DTYPES)
-    ),
+    Implementation("triton", _run_triton, lambda *args, **kwargs: refuse_triton(args, FLOATS)),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
 

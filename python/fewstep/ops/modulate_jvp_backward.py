@@ -22,10 +22,9 @@ from torch import Tensor
 from .. import _native
 from ..reference.modulate_jvp_backward import modulate_jvp_backward as _reference
 from ._autograd import Derivative, composite
+from ._layout import DTYPES, FLOATS
 from ._register import register
 from ._rows import (
-    DTYPES,
-    KERNEL_DTYPES,
     acc_dtype,
     choose_split,
     expect_broadcast,
@@ -125,9 +124,7 @@ def _refuse_native(*args: Any, **kwargs: Any) -> str | None:
 
 IMPLEMENTATIONS = (
     Implementation("native", _run_native, _refuse_native),
-    Implementation(
-        "triton", _run_triton, lambda *args, **kwargs: refuse_triton(args, KERNEL_DTYPES)
-    ),
+    Implementation("triton", _run_triton, lambda *args, **kwargs: refuse_triton(args, FLOATS)),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
 

@@ -33,9 +33,10 @@ from .. import _native
 from ..reference.norm_jvp import norm_jvp as _reference
 from ._autograd import Derivative
 from ._expect import expect_number
+from ._layout import DTYPES
 from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._register import register
-from ._rows import DTYPES, acc_dtype, choose_split, fold, fold_broadcast, wanted_names
+from ._rows import acc_dtype, choose_split, fold, fold_broadcast, wanted_names
 from ._select import Implementation, refuse_native, select
 from .norm_jvp_backward import norm_jvp_backward
 

@@ -32,10 +32,10 @@ from ..reference.norm_jvp import norm_jvp as _forward
 from ..reference.norm_jvp_backward import norm_jvp_backward as _reference
 from ._autograd import Derivative, composite
 from ._expect import expect_tensor
+from ._layout import DTYPES
 from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._register import register
 from ._rows import (
-    DTYPES,
     acc_dtype,
     choose_split,
     expect_like,

@@ -31,10 +31,11 @@ from torch import Tensor
 from .. import _native
 from ..reference.norm_quantize_int8 import norm_quantize_int8 as _reference
 from ._expect import expect_number, expect_tensors
+from ._layout import FLOATS
 from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._prologue import expect_prologue
 from ._register import register
-from ._rows import KERNEL_DTYPES, acc_dtype, choose_split, fold, fold_broadcast
+from ._rows import acc_dtype, choose_split, fold, fold_broadcast
 from ._select import Implementation, refuse_native, select
 
 __all__ = ["norm_quantize_int8"]
@@ -91,7 +92,7 @@ IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda *args, **kwargs: refuse_native("norm_quantize_int8", args, KERNEL_DTYPES),
+        lambda *args, **kwargs: refuse_native("norm_quantize_int8", args, FLOATS),
     ),
     Implementation("triton", _run_triton, refuse_triton_rows),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),

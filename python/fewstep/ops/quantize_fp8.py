@@ -30,15 +30,15 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.quantize_fp8 import quantize_fp8 as _reference
+from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._prologue import expect_prologue, project, prologue_cases
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
-from .quantize_int8 import as_rows, expect_rows
+from .quantize_int8 import expect_rows
 
 __all__ = ["quantize_fp8"]
 
 BLOCK = 128
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _outputs(x: Tensor, block: int | None, down: Tensor | None) -> tuple[Tensor, ...]:
@@ -72,10 +72,9 @@ def _run_native(
     q, scale, *low = outputs = _outputs(x, block, down)
     if scale.numel():
         rows, *views = _views(q, scale, block)
-        smooth, down = (v if v is None else v.contiguous() for v in (smooth, down))
         low_rows = low[0].view(rows, low[0].shape[-1]) if low else None
-        args = (as_rows(x, rows), smooth, rotate, down, *views, low_rows)
-        _native.call("quantize_fp8", *args)
+        inputs = unit_stride(matrix(x)), contiguous(smooth), rotate, contiguous(down)
+        _native.call("quantize_fp8", *inputs, *views, low_rows)
     elif low:
         low[0].zero_()  # rows without values have no scale to compute, but sums
     return outputs
@@ -89,9 +88,8 @@ def run_triton(
 
     q, scale = _outputs(x, block, None)
     if scale.numel():
-        rows, *views = _views(q, scale, block)
-        smooth = smooth if smooth is None else smooth.contiguous()
-        launch_quantize_fp8(as_rows(x, rows), smooth, rotate, *views)
+        _, *views = _views(q, scale, block)
+        launch_quantize_fp8(unit_stride(matrix(x)), contiguous(smooth), rotate, *views)
     return (q, scale) if down is None else (q, scale, project(x, down))
 
 
@@ -99,9 +97,9 @@ IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda x, **kwargs: refuse_native("quantize_fp8", [x], _KERNEL_DTYPES),
+        lambda x, **kwargs: refuse_native("quantize_fp8", [x], FLOATS),
     ),
-    Implementation("triton", run_triton, lambda x, **kwargs: refuse_triton([x], _KERNEL_DTYPES)),
+    Implementation("triton", run_triton, lambda x, **kwargs: refuse_triton([x], FLOATS)),
     Implementation("reference", _run_reference, lambda x, **kwargs: None),
 )
 
@@ -172,7 +170,7 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
     """Return (args, kwargs, rtol, atol) for the gate on a new machine; bits must agree."""
     generator = torch.Generator().manual_seed(0)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
-    for dtype in _KERNEL_DTYPES:
+    for dtype in FLOATS:
         for block in (None, BLOCK):
             x = torch.randn((5, 7, 300), generator=generator).to(device, dtype)
             cases.append(((x,), {"block": block}, 0.0, 0.0))

@@ -33,7 +33,8 @@ from torch import Tensor
 from .. import _native
 from ..reference.quantize_int4 import pack_nibbles, unpack_nibbles
 from ..reference.quantize_int4 import quantize_int4 as _reference
-from ._prologue import FLOATS, ROTATIONS, expect_rotation
+from ._layout import DTYPES, FLOATS
+from ._prologue import ROTATIONS, expect_rotation
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
@@ -41,7 +42,6 @@ __all__ = ["GROUPS", "pack_nibbles", "quantize_int4", "unpack_nibbles"]
 
 GROUPS = (32, 64, 128)
 SCALES = (torch.bfloat16, torch.float16)
-_DTYPES = (*FLOATS, torch.float64)
 
 
 def expect_int4(w: Tensor, w_scale: Tensor) -> int:
@@ -135,7 +135,7 @@ def quantize_int4(
         UnsupportedError: `impl` can't serve this tensor.
         DerivativeError: w carries a tangent or requires grad.
     """
-    if w.dim() != 2 or w.dtype not in _DTYPES:
+    if w.dim() != 2 or w.dtype not in DTYPES:
         raise ValueError(f"w: expected floating [N, K], got {w.dtype} {list(w.shape)}")
     if group not in GROUPS:
         raise ValueError(f"group: expected one of {GROUPS}, got {group!r}")

@@ -27,19 +27,17 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.quantize_int8 import quantize_int8 as _reference
+from ._layout import DTYPES, FLOATS, contiguous, matrix, unit_stride
 from ._prologue import expect_prologue, project, prologue_cases
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["quantize_int8"]
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = (*_KERNEL_DTYPES, torch.float64)
-
 
 def expect_rows(x: Tensor) -> None:
     """Refuse what is not floating [..., K]."""
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() == 0:
         raise ValueError("x: expected [..., K] with at least one axis, got a 0-d tensor")
@@ -50,13 +48,6 @@ def _outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, ...]:
     rows = x.shape[:-1]
     low = () if down is None else (x.new_empty((*rows, down.shape[0])),)
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows, dtype=dtype), *low
-
-
-def as_rows(x: Tensor, rows: int) -> Tensor:
-    """Return x [..., K] as [rows, K] with unit stride in K."""
-    if x.dim() != 2:
-        x = x.reshape(rows, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def run_reference(
@@ -75,10 +66,10 @@ def run_native(
     q, scale, *low = outputs = _outputs(x, down)
     rows = scale.numel()
     if rows:
-        smooth, down = (v if v is None else v.contiguous() for v in (smooth, down))
         low_rows = low[0].view(rows, low[0].shape[-1]) if low else None
-        views = q.view(rows, q.shape[-1]), scale.view(rows), low_rows
-        _native.call("quantize_int8", as_rows(x, rows), smooth, rotate, down, *views)
+        inputs = unit_stride(matrix(x)), contiguous(smooth), rotate, contiguous(down)
+        outs = q.view(rows, q.shape[-1]), scale.view(rows), low_rows
+        _native.call("quantize_int8", *inputs, *outs)
     return outputs
 
 
@@ -91,9 +82,8 @@ def run_triton(
     q, scale = _outputs(x, None)
     rows = scale.numel()
     if rows:
-        smooth = smooth if smooth is None else smooth.contiguous()
         views = q.view(rows, q.shape[-1]), scale.view(rows)
-        launch_quantize_int8(as_rows(x, rows), smooth, rotate, *views)
+        launch_quantize_int8(unit_stride(matrix(x)), contiguous(smooth), rotate, *views)
     return (q, scale) if down is None else (q, scale, project(x, down))
 
 
@@ -101,9 +91,9 @@ IMPLEMENTATIONS = (
     Implementation(
         "native",
         run_native,
-        lambda x, **kwargs: refuse_native("quantize_int8", [x], _KERNEL_DTYPES),
+        lambda x, **kwargs: refuse_native("quantize_int8", [x], FLOATS),
     ),
-    Implementation("triton", run_triton, lambda x, **kwargs: refuse_triton([x], _KERNEL_DTYPES)),
+    Implementation("triton", run_triton, lambda x, **kwargs: refuse_triton([x], FLOATS)),
     Implementation("reference", run_reference, lambda x, **kwargs: None),
 )
 
@@ -171,7 +161,7 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
     """Return (args, kwargs, rtol, atol) for the gate on a new machine; bits must agree."""
     generator = torch.Generator().manual_seed(0)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
-    for dtype in _KERNEL_DTYPES:
+    for dtype in FLOATS:
         for shape in ((5, 77, 96), (3, 5001)):
             x = torch.randn(shape, generator=generator).to(device, dtype)
             cases.append(((x,), {}, 0.0, 0.0))

@@ -37,12 +37,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..ops._gemm import MAX_K
+from ..ops._layout import FLOATS
 from ..ops._prologue import rotate_blocks
 from .low_rank import split
 from .rows import QuantizedRows
 from .scheme import Scheme
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Join = Callable[[Tensor | None, Tensor | None, torch.dtype], tuple[Tensor, Tensor]]
 Options = dict[str, Any]
@@ -309,7 +308,7 @@ class QuantLinear(nn.Linear):
         autocast = autocast_dtype(x)
         if autocast is not None:
             x = x.to(autocast)
-        if x.dtype not in DTYPES:
+        if x.dtype not in FLOATS:
             raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
@@ -457,7 +456,7 @@ def refuse_linear(linear: nn.Linear, scheme: Scheme) -> str | None:
     if isinstance(linear, QuantLinear):
         return f"expected a layer that is not quantised, got one in {linear.scheme}"
     weight, inputs = linear.weight, linear.in_features
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in FLOATS:
         return f"expected float32, bfloat16 or float16 weights, got {weight.dtype}"
     if weight.numel() == 0:
         return f"expected weights, got an empty {list(weight.shape)}"

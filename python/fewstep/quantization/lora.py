@@ -27,9 +27,9 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from .linear import DTYPES, QuantLinear, autocast_dtype
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from ..ops._layout import FLOATS
+from .hooks import has_hooks
+from .linear import QuantLinear, autocast_dtype
 
 
 class Linear(lora.Linear):
@@ -115,10 +115,10 @@ def _is_plain(factor: nn.Module) -> bool:
     """Return whether multiplying with `factor.weight` is all that calling it does."""
     if type(factor) is not nn.Linear or "forward" in factor.__dict__:
         return False
-    if any(getattr(factor, hooks) for hooks in _HOOKS):
+    if has_hooks(factor):
         return False
     weight = factor.weight
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in DTYPES
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOATS
 
 
 def adopt(layer: nn.Module) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops._layout import FLOATS
 from .calibration import Calibration
-from .linear import DTYPES, QuantLinear, refuse_linear
+from .hooks import has_hooks
+from .linear import QuantLinear, refuse_linear
 from .plan import Plan
 from .scheme import Scheme
 from .smoothing import quantize_smoothed
@@ -193,11 +195,6 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
                 yield Slot(parent, key, f"{prefix}.{key}" if prefix else key, child)
 
 
-def _has_hooks(linear: nn.Linear) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(linear, name) for name in hooks)
-
-
 def _refuse_structure(slot: Slot, adapters: list[str], users: Counter[int]) -> str | None:
     """Return why replacing this layer would change more than its arithmetic, or None."""
     linear = slot.linear
@@ -207,11 +204,11 @@ def _refuse_structure(slot: Slot, adapters: list[str], users: Counter[int]) -> s
         return f"a {type(linear).__name__}, whose users may rely on more than nn.Linear does"
     if "forward" in linear.__dict__:
         return "its forward was replaced on the instance, which a new module would lose"
-    if _has_hooks(linear):
+    if has_hooks(linear):
         return "it has hooks, which a new module would lose"
     if users[id(linear.weight)] > 1:
         return "its weight is shared with another module"
-    if linear.weight.dtype not in DTYPES:
+    if linear.weight.dtype not in FLOATS:
         return f"its weights are {linear.weight.dtype}"
     return None
 

@@ -41,7 +41,7 @@ from torch._C._functorch import is_dead_tensor_wrapper, maybe_current_level
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
-from ..ops._rows import DTYPES
+from ..ops._layout import DTYPES
 from ..ops.modulate_jvp import modulate_jvp
 from ..ops.norm_jvp import norm_jvp
 from .levels import is_forward, unpack

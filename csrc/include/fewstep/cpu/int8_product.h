@@ -192,22 +192,39 @@ inline void fetch(const std::uint8_t* first, std::int64_t bytes) {
     for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, 0, 2);
 }
 
+// Rows [begin, end) of a panel.
+struct Task {
+    std::int64_t panel, begin, end;
+};
+
+// All rows of all panels, cut so that threads end together: what is left is halved and shared out,
+// down to pieces that still repay arranging their panel.
+inline std::vector<Task> cut(std::int64_t panels, std::int64_t M, int threads) {
+    constexpr std::int64_t kBlock = 192;  // rows, a multiple of a tile's
+    std::vector<Task> tasks;
+    for (std::int64_t panel = 0; panel < panels; ++panel) {
+        for (std::int64_t begin = 0; begin < M;) {
+            const std::int64_t left = (panels - panel) * M - begin;
+            const std::int64_t share = left / (2 * threads) / kBlock * kBlock;
+            std::int64_t end = threads == 1 ? M : begin + std::max(kBlock, share);
+            if (M - end < kBlock / 2) end = M;
+            tasks.push_back({panel, begin, end});
+            begin = end;
+        }
+    }
+    return tasks;
+}
+
 // Calls prepare(m) for every row, then multiplies, then quantises rows of out if asked to.
 template <typename Out, typename Source, typename Prepare>
 void multiply(const Operands& p, const Source& source, const Prepare& prepare, Out* out,
               const product::Quantized<Out>& quantized) {
     constexpr std::int64_t kWorthThreads = 1 << 18;
-    constexpr std::int64_t kTasks = 8;    // of a thread: to even out their ends
-    constexpr std::int64_t kBlock = 192;  // rows of a task at least: a multiple of a tile's
     const Isa chosen = isa();
     const int threads = p.M * p.N * p.K > kWorthThreads ? omp_get_max_threads() : 1;
     const std::int64_t width = p.end->width(), panels = (width + kPanel - 1) / kPanel;
     const bool few = p.M <= kFewRows && p.K > 0, plain = p.end->is_plain();
-    // A panel meets as many rows at once as there are other panels to go round.
-    const std::int64_t share = p.M * panels / (kTasks * threads);
-    const std::int64_t rows =
-        few || share >= p.M ? p.M : std::min(p.M, std::max(kBlock, share / kBlock * kBlock));
-    const std::int64_t blocks = (p.M + rows - 1) / rows;
+    const std::vector<Task> tasks = cut(panels, p.M, few ? 1 : threads);
     const int step = few ? static_cast<int>(p.M) : tile_rows(chosen);
     const int halves = p.end->is_glu() ? 2 : 1;
     const std::int64_t depth = source.scratch();
@@ -240,9 +257,9 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
         };
         std::int64_t current = -1;  // the panel that this thread has at hand
 #pragma omp for schedule(dynamic)
-        for (std::int64_t index = 0; index < panels * blocks; ++index) {
-            const std::int64_t panel = index / blocks, n = panel * kPanel;
-            const std::int64_t begin = index % blocks * rows, end = std::min(p.M, begin + rows);
+        for (std::size_t index = 0; index < tasks.size(); ++index) {
+            const auto [panel, begin, end] = tasks[index];
+            const std::int64_t n = panel * kPanel;
             const int columns = static_cast<int>(std::min<std::int64_t>(kPanel, width - n));
             if (panel != current) {
                 for (int i = 0; i < halves; ++i) {

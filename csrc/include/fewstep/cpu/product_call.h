@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "fewstep/check.h"
+#include "fewstep/cpu/large_pages.h"
 #include "fewstep/cpu/low_rank.h"
 #include "fewstep/cpu/quantize_row.h"
 #include "fewstep/dispatch.h"
@@ -90,8 +91,13 @@ template <typename Run>
 void run_into(const Destination& to, std::int64_t M, std::int64_t width, const Run& run) {
     const auto call = [&](auto tag) {
         using Out = decltype(tag);
-        if (to.scale == nullptr) return run(to.out.ptr<Out>(), Quantized<Out>{});
+        const auto bytes = M * width * static_cast<std::int64_t>(sizeof(Out));
+        if (to.scale == nullptr) {
+            advise_large_pages(to.out.ptr<Out>(), bytes);
+            return run(to.out.ptr<Out>(), Quantized<Out>{});
+        }
         const std::unique_ptr<Out[]> rows(new Out[static_cast<std::size_t>(M * width)]);
+        advise_large_pages(rows.get(), bytes);
         run(rows.get(), Quantized<Out>{to.out.ptr<std::int8_t>(), to.scale->ptr<float>()});
     };
     switch (to.rounded) {
