@@ -128,11 +128,15 @@ def test_plans_and_smoothing_come_through(tmp_path):
     with fewstep.patch(pipe, quantize=plan, smooth=tmp_path / "seen.safetensors") as patch:
         assert torch.equal(call(pipe, num_inference_steps=2), image)
         assert "quantize: a plan for DiTTransformer2DModel" in patch.explain()
+    with fewstep.patch(pipe, quantize="w4a8-g32", compensate=calibration) as patch:
+        assert "rounding compensated in " in patch.explain()
     assert torch.equal(call(pipe, num_inference_steps=2), plain)
     before = snapshot(pipe)
     for given, error, message in (
         ({"smooth": calibration}, ValueError, "smooth: expected quantize beside it, got none"),
+        ({"compensate": calibration}, ValueError, "compensate: expected quantize beside it"),
         ({"quantize": "w8a8", "smooth": 3}, TypeError, "smooth: expected a Calibration"),
+        ({"quantize": "w8a8", "compensate": 3}, TypeError, "compensate: expected a Calibration"),
         ({"quantize": plan}, ValueError, "smooth: expected a calibration for w8a8-smooth"),
     ):
         with pytest.raises(error, match=message):

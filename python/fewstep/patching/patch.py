@@ -191,6 +191,7 @@ def patch(
     steps: int | None = None,
     quantize: str | Scheme | Plan | None = None,
     smooth: Calibration | str | Path | None = None,
+    compensate: Calibration | str | Path | None = None,
     norms: str | None = None,
     activations: str | None = "fuse",
     cache: Any = None,
@@ -207,6 +208,8 @@ def patch(
             meanwhile: the original layers are kept for `undo`.
         smooth: a calibration of this pipeline, or a file with it, for `quantize` to choose
             smoothing factors with (`fewstep.quantization.calibrate`).
+        compensate: the same, for `quantize` to round weights with so that their errors make up for
+            each other; usually the calibration that `smooth` has.
         norms: "share" or "fuse", for `quantize`: norms quantise for the layers behind them
             (`fewstep.quantize`).
         activations: "fuse" or None, for `quantize`: whether products compute the activations
@@ -221,7 +224,8 @@ def patch(
         PatchError: the same feature is on this pipeline already.
     """
     target = recognise(pipe)
-    for name, option in (("smooth", smooth), ("norms", norms)):
+    seen = {"smooth": smooth, "compensate": compensate}
+    for name, option in (*seen.items(), ("norms", norms)):
         if option is not None and quantize is None:
             raise ValueError(f"{name}: expected quantize beside it, got none")
     fusions = Fusions(norms, activations).expect()
@@ -241,7 +245,7 @@ def patch(
     if guidance is not None:
         changes.append(plan_guidance(pipe, guidance, record.config))
     if quantize is not None:
-        changes.append(plan_quantize(target, quantize, smooth, fusions))
+        changes.append(plan_quantize(target, quantize, seen, fusions))
     if cache is not None:
         changes.append(plan_cache(pipe, target, cache))
 

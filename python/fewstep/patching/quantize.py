@@ -96,6 +96,7 @@ class _QuantizeChange(Change):
     def apply(self) -> None:
         self._handle = quantization.quantize(self._target.denoiser, **self._how)
         self.done += [f"{line} of {self._target.model}" for line in self._handle.schemes()]
+        self.done += self._handle.notes
         for note in fuse(self._target.denoiser, self._handle, self._fusions):
             self.done += note.splitlines()
         self.done.append(self._handle.memory())
@@ -118,14 +119,14 @@ class _QuantizeChange(Change):
             self._handle = None
 
 
-def plan_quantize(target: Target, scheme: Any, smooth: Any, fusions: Fusions) -> Change:
-    """Plan the low-bit layers; nothing is changed yet.
+def plan_quantize(target: Target, scheme: Any, seen: dict[str, Any], fusions: Fusions) -> Change:
+    """Plan the low-bit layers; nothing is changed yet. `seen` are the calibrations, by argument.
 
     Raises:
         TypeError, ValueError: not a scheme or plan, a model without linear layers to replace, or
             one without norms that are known.
     """
-    how: dict[str, Any] = {"smooth": smooth}
+    how = dict(seen)
     if isinstance(scheme, Plan):
         how["plan"], summary = scheme, f"a plan for {scheme.model}"
     else:

@@ -19,10 +19,10 @@ from torch import nn
 from ..ops._layout import FLOATS
 from .calibration import Calibration
 from .hooks import has_hooks
-from .linear import QuantLinear, refuse_linear
+from .linear import QuantLinear
 from .plan import Plan
+from .recipe import Recipe, expect_calibration
 from .scheme import Scheme
-from .smoothing import quantize_smoothed
 
 MIB = 2**20
 # At 1,024 rows a bfloat16 layer of 128 x 128 breaks even: quantising and dispatch, about 0.1 ms,
@@ -42,6 +42,7 @@ _SENSITIVE = (
 )
 
 Skip = Callable[[str, nn.Linear], "str | bool | None"]
+Given = Calibration | str | Path | None  # a calibration, a file with one, or none
 
 
 def default_skip(name: str, linear: nn.Linear) -> str | None:
@@ -283,56 +284,14 @@ def choose_layers(
     return {name: s for name, s in schemes.items() if name not in skipped}, skipped
 
 
-def _calibration(smooth: Calibration | str | Path | None, model: nn.Module) -> Calibration | None:
-    if smooth is None:
-        return None
-    if isinstance(smooth, (str, Path)):
-        smooth = Calibration.load(smooth)
-    if not isinstance(smooth, Calibration):
-        raise TypeError(
-            f"smooth: expected a Calibration or a file with one, got {type(smooth).__name__}"
-        )
-    if not smooth.amax.keys() & {slot.name for slot in _slots(model)}:
-        raise ValueError(
-            f"smooth: expected a calibration of {type(model).__name__}, got one of "
-            f"{', '.join([*smooth.amax][:3]) or 'no layer'}"
-        )
-    return smooth
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How each layer is quantised.
-
-    schemes       name -> scheme
-    calibration   to smooth with, or None
-    literal       whether smoothing is what the scheme says, and not a choice
-    """
-
-    schemes: dict[str, Scheme]
-    calibration: Calibration | None
-    literal: bool
-
-    def refuse(self, slot: Slot) -> str | None:
-        """Return why a layer can't be quantised so, or None."""
-        scheme, seen = self.schemes[slot.name], self.calibration
-        if seen is not None and slot.name in seen.amax:
-            columns, sizes = seen.amax[slot.name], (slot.linear.in_features,)
-            if columns.shape != sizes or seen.inputs[slot.name].shape[1:] != sizes:
-                return f"smooth: expected inputs of {sizes[0]}, got {len(columns)}: another model"
-            if not columns.isfinite().all():
-                return "smooth: expected finite inputs in the calibration, got inf or NaN"
-        elif scheme.smooth:
-            detail = "none was given" if seen is None else "none of its calls reached this layer"
-            return f"smooth: expected a calibration for {scheme}; {detail}"
-        return refuse_linear(slot.linear, scheme)
-
-    def make(self, name: str, linear: nn.Linear) -> QuantLinear:
-        """Return the quantised layer."""
-        scheme, seen = self.schemes[name], self.calibration
-        if seen is None or name not in seen.amax or (self.literal and not scheme.smooth):
-            return QuantLinear.from_linear(linear, scheme)
-        return quantize_smoothed(linear, scheme, seen.inputs[name], seen.amax[name])
+def _seen(model: nn.Module, smooth: Given, compensate: Given) -> list[Calibration | None]:
+    """Return the calibrations to smooth and to compensate with, one that serves both once."""
+    layers = [slot.name for slot in _slots(model)]
+    found = expect_calibration("smooth", smooth, model, layers)
+    paths = isinstance(smooth, (str, Path)) and isinstance(compensate, (str, Path))
+    if compensate is smooth or (paths and Path(smooth) == Path(compensate)):
+        return [found, found]
+    return [found, expect_calibration("compensate", compensate, model, layers)]
 
 
 def quantize(
@@ -344,7 +303,8 @@ def quantize(
     rotate: int | bool | None = None,
     skip: Skip | None = None,
     plan: Plan | None = None,
-    smooth: Calibration | str | Path | None = None,
+    smooth: Given = None,
+    compensate: Given = None,
     keep_originals: bool = True,
 ) -> QuantizedModules:
     """Replace the `nn.Linear` modules inside `model` by quantised ones, in place.
@@ -366,6 +326,10 @@ def quantize(
         smooth: what `calibrate` saw of this model, or a file with it (`Calibration.save`). Each
             layer then tries smoothing factors and takes them where they lower its error; with a
             plan, or "w8a8-smooth", where that says so. Layers no call reached stay without.
+        compensate: the same for the rounding of the weights: what rounding one of them does to a
+            layer's output is made up for by the others, by the branch and by the bias
+            (`compensation`), where that lowers the layer's error on rows held out. It costs time
+            now and none later. Usually the calibration that `smooth` has.
         keep_originals: for `undo`. Without them a layer's memory is freed as soon as it is
             replaced, so the peak is the model and one layer.
 
@@ -378,8 +342,8 @@ def quantize(
         ValueError: an unknown scheme, nothing to quantise, a plan for another model, or a layer
             that can't be quantised so: its inputs are no multiple of the group or of the rotation,
             its weight is not finite, on the meta device, or quantised already; smoothing is asked
-            for and there is no calibration of it. The message names the layer, and the model is
-            unchanged.
+            for and there is no calibration of it; a calibration is of another model. The message
+            names the layer, and the model is unchanged.
     """
     if plan is not None:
         if any(value is not None for value in (scheme, rank, group, rotate, skip)):
@@ -411,9 +375,9 @@ def quantize(
             f"{type(model).__name__}, got {detail}"
         )
     slots = [slot for slot in _slots(model) if slot.name in schemes]
-    recipe = _Recipe(schemes, _calibration(smooth, model), plan is not None)
+    recipe = Recipe(schemes, *_seen(model, smooth, compensate), literal=plan is not None)
     for slot in slots:  # what can be seen at once comes before the first singular value
-        reason = recipe.refuse(slot)
+        reason = recipe.refuse(slot.name, slot.linear)
         if reason is not None:
             raise ValueError(f"{slot.name}: {reason}")
     if not keep_originals:
@@ -428,11 +392,12 @@ def quantize(
             raise ValueError(f"{slot.name}: {error}") from error
         handle.replaced[slot.name] = made[id(slot.linear)]
     handle.put(slots)
+    handle.notes += recipe.notes()
     return handle
 
 
 def _replace_for_good(
-    handle: QuantizedModules, slots: list[Slot], recipe: _Recipe
+    handle: QuantizedModules, slots: list[Slot], recipe: Recipe
 ) -> QuantizedModules:
     """Replace layer by layer and let go of each original at once."""
     for slot in slots:  # the only thing left that can fail
@@ -448,4 +413,5 @@ def _replace_for_good(
             slot = here.pop()
             slot.parent._modules[slot.key] = handle.replaced[slot.name] = layer
         del linear, slot
+    handle.notes += recipe.notes()
     return handle
