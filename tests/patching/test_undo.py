@@ -20,6 +20,7 @@ FEATURES = {
     "cache": {"cache": FirstBlock(threshold=1e9)},
     "interval": {"cache": Interval(every=2)},
     "quantize": {"quantize": "w8a8"},
+    "time": {"time": "cache"},
     "guidance": {"guidance": "off"},
     "two": {"steps": 3, "cache": "interval"},
 }

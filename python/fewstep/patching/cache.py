@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from ..caching import Session, is_cached, resolve_policy
+from .pipeline import SchedulerOf
 from .recognise import Target
 from .undo import Change, PatchError, Slot
 
@@ -24,20 +24,6 @@ class _CacheChange(Change):
 
     def report(self) -> dict[str, Any]:
         return self._session.report()
-
-
-class _SchedulerOf:
-    """The present scheduler of a pipeline; in a deep copy of the pipeline, of the copy."""
-
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = weakref.ref(pipe)
-
-    def __call__(self) -> Any:
-        return getattr(self._pipe(), "scheduler", None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _SchedulerOf:
-        pipe = self._pipe()
-        return self if pipe is None else _SchedulerOf(memo.get(id(pipe), pipe))
 
 
 def plan_cache(pipe: Any, target: Target, cache: Any) -> Change:
@@ -59,7 +45,7 @@ def plan_cache(pipe: Any, target: Target, cache: Any) -> Change:
             f"cache: expected a {target.model} without a cache, got one with diffusers' "
             "enable_cache; call disable_cache first"
         )
-    session = Session(policy, _SchedulerOf(pipe))
+    session = Session(policy, SchedulerOf(pipe))
     change = _CacheChange(repr(policy), session)
     change.done.append(layout.describe(session))
     change.done.append(

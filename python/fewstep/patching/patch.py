@@ -1,4 +1,4 @@
-"""patch(pipe, steps=, quantize=, cache=, guidance=) and the handle that takes it back.
+"""patch(pipe, steps=, quantize=, cache=, time=, guidance=) and the handle that takes it back.
 
     with fewstep.patch(pipe, steps=4, cache="first-block") as patch:
         images = pipe(prompt).images
@@ -27,6 +27,7 @@ from .quantize import plan_quantize
 from .recognise import recognise
 from .saving import PERSISTENT, SaveGuard
 from .steps import plan_steps
+from .timestep import plan_time
 from .undo import Change, ConfigStack, PatchError, Slot
 
 __all__ = ["Patch", "active_patches", "patch"]
@@ -166,6 +167,14 @@ def _seen(numbers: dict[str, Any]) -> list[str]:
     if numbers.get("why_full"):
         why = ", ".join(f"{reason} {count}" for reason, count in numbers["why_full"].items())
         lines.append(f"in full because of: {why}")
+    if "saved" in numbers:
+        lines.append(
+            f"{numbers['evaluated']} evaluations, {numbers['saved']} saved; values of "
+            f"{numbers['times']} times, {numbers['bytes'] / 2**20:.2f} MiB"
+        )
+    if numbers.get("not_kept"):
+        why = ", ".join(f"{reason} {count}" for reason, count in numbers["not_kept"].items())
+        lines.append(f"not kept because of: {why}")
     return lines
 
 
@@ -195,6 +204,7 @@ def patch(
     norms: str | None = None,
     activations: str | None = "fuse",
     cache: Any = None,
+    time: str | None = None,
     guidance: str | float | None = None,
 ) -> Patch:
     """Make a diffusers pipeline fast, in place, and return the handle that undoes it.
@@ -216,6 +226,8 @@ def patch(
             behind them.
         cache: "first-block", "interval", or a policy of `fewstep.caching`: skip the middle blocks
             on steps that barely differ from the last one that ran in full.
+        time: "cache": modules whose output depends on the time alone are evaluated once per step of
+            the grid, and their values used by all later calls and images. The same bits.
         guidance: "off" or a scale for calls that give none, on pipelines that keep that in their
             config.
 
@@ -229,12 +241,16 @@ def patch(
         if option is not None and quantize is None:
             raise ValueError(f"{name}: expected quantize beside it, got none")
     fusions = Fusions(norms, activations).expect()
-    given = {"steps": steps, "quantize": quantize, "cache": cache, "guidance": guidance}
+    given = {
+        "steps": steps,
+        "quantize": quantize,
+        "cache": cache,
+        "time": time,
+        "guidance": guidance,
+    }
     wanted = {name: value for name, value in given.items() if value is not None}
     if not wanted:
-        raise ValueError(
-            "patch: expected at least one of steps, quantize, cache, guidance; got none"
-        )
+        raise ValueError(f"patch: expected at least one of {', '.join(given)}; got none")
     record = _records.get(pipe) or _Record()
     _check_not_patched(record, wanted)
 
@@ -248,6 +264,8 @@ def patch(
         changes.append(plan_quantize(target, quantize, seen, fusions))
     if cache is not None:
         changes.append(plan_cache(pipe, target, cache))
+    if time is not None:
+        changes.append(plan_time(pipe, target, time))
 
     left = []
     if missing := [name for name in given if name not in wanted]:

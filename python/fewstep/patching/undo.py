@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-__all__ = ["Change", "ConfigKeys", "ConfigStack", "PatchError", "Slot"]
+__all__ = ["Change", "ConfigKeys", "ConfigStack", "Hook", "PatchError", "Slot"]
 
 _ABSENT = object()
 
@@ -57,6 +57,35 @@ class Slot:
             else:
                 self._attributes()[self.name] = self._before
         self._applied, self._before = False, None
+
+
+class Hook:
+    """A forward hook or pre-hook of a module, with the interface of `Slot`.
+
+    Hooks of several patches lie side by side, so they are taken out in any order. One after the
+    forward runs after an exception too.
+    """
+
+    covered = False
+
+    def __init__(self, module: Any, hook: Any, where: str, *, before: bool) -> None:
+        self._module, self._hook = weakref.ref(module), hook
+        self.where, self._before = where, before
+        self._handle: Any = None
+
+    def apply(self) -> None:
+        """Register the hook."""
+        module = self._module()
+        if self._before:
+            self._handle = module.register_forward_pre_hook(self._hook, with_kwargs=True)
+        else:
+            self._handle = module.register_forward_hook(self._hook, always_call=True)
+
+    def restore(self) -> None:
+        """Take it out."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
 
 class ConfigStack:
@@ -136,7 +165,7 @@ class Change:
         self.feature, self.summary = feature, summary
         self.done: list[str] = []
         self.left: list[str] = []
-        self.slots: list[Slot | ConfigKeys] = []
+        self.slots: list[Slot | ConfigKeys | Hook] = []
 
     def apply(self) -> None:
         """Make the change; leave nothing behind if that fails."""

@@ -1,0 +1,166 @@
+"""`time="cache"`: what depends on the time alone is computed once per step of the grid.
+
+Which modules these are is read off diffusers' models, for the families that the tests run. Where
+the time is summed with a condition (DiT's label, FLUX's and Stable Diffusion 3's pooled text, what
+SDXL's UNet adds) its own part is kept and the sum goes on; where nothing else comes in (SANA and
+PixArt's modulation for all blocks, each ResNet's `time_emb_proj`) that is kept too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..caching.timestep import TimePart, TimeSession, is_time_cached
+from .pipeline import SchedulerOf
+from .recognise import Target
+from .undo import Change, Hook, PatchError, Slot
+
+__all__ = ["plan_time"]
+
+_VALUES = ("cache",)
+_STATE = ("hidden_states", "sample")  # the denoiser's first argument
+
+
+class _Place(NamedTuple):
+    """A module, by its path, and the denoiser's arguments that decide what it returns."""
+
+    path: str
+    depends: tuple[str, ...] = ()
+
+
+def _dit(model: nn.Module) -> Iterator[_Place]:
+    for index in range(len(model.transformer_blocks)):  # every block has embeddings of its own
+        where = f"transformer_blocks.{index}.norm1.emb"
+        yield _Place(f"{where}.time_proj", ("timestep",))
+        yield _Place(f"{where}.timestep_embedder", ("timestep",))
+
+
+def _flux(model: nn.Module) -> Iterator[_Place]:
+    yield _Place("time_text_embed.time_proj")  # of the time and of the guidance
+    yield _Place("time_text_embed.timestep_embedder", ("timestep",))
+    if hasattr(model.time_text_embed, "guidance_embedder"):
+        yield _Place("time_text_embed.guidance_embedder", ("guidance",))
+
+
+def _sd3(model: nn.Module) -> Iterator[_Place]:
+    yield _Place("time_text_embed.time_proj", ("timestep",))
+    yield _Place("time_text_embed.timestep_embedder", ("timestep",))
+
+
+def _unet(model: nn.Module) -> Iterator[_Place]:
+    depends = ("timestep", "timestep_cond")
+    yield _Place("time_proj", depends)
+    yield _Place("time_embedding", depends)
+    if model.class_embedding is None and model.config.addition_embed_type is None:
+        for name, module in model.named_modules():
+            if type(module).__name__ == "ResnetBlock2D" and module.time_emb_proj is not None:
+                yield _Place(f"{name}.time_emb_proj", depends)
+
+
+_PLACES: dict[str, Callable[[nn.Module], Iterator[_Place]]] = {
+    "DiT": _dit,
+    "FLUX": _flux,
+    "PixArt": lambda model: iter([_Place("adaln_single", ("timestep", "added_cond_kwargs"))]),
+    "SANA": lambda model: iter([_Place("time_embed", ("timestep", "guidance"))]),
+    "Stable Diffusion 3": _sd3,
+    "Stable Diffusion UNet": _unet,
+}
+
+
+class _Begin:
+    """Forward pre-hook of the denoiser: what it is called with. torch.compile sees an empty one."""
+
+    def __init__(self, session: TimeSession, forward: Callable[..., Any]) -> None:
+        self.session = session
+        names = list(inspect.signature(forward).parameters)
+        wanted = {name for group in session.groups for name in group}
+        self.positions = {name: names.index(name) for name in (*sorted(wanted), names[0])}
+        self.state = names[0]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or self.session.closed:
+            return
+        given = {
+            name: args[index] if index < len(args) else kwargs.get(name)
+            for name, index in self.positions.items()
+        }
+        # Models scale and round the time in the dtype of the state.
+        state = given.pop(self.state)
+        form = (state.dtype, state.device) if isinstance(state, torch.Tensor) else None
+        self.session.begin(given, form)
+
+
+class _End:
+    """Forward hook of the denoiser, also after an exception."""
+
+    def __init__(self, session: TimeSession) -> None:
+        self.session = session
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.session.end()
+
+
+class _TimeChange(Change):
+    def __init__(self, session: TimeSession) -> None:
+        super().__init__("time", "what depends on the time alone, once per step of the grid")
+        self._session = session
+
+    def undo(self) -> None:
+        self._session.close()  # a wrapper that somebody else has wrapped stays below theirs
+        super().undo()
+
+    def report(self) -> dict[str, Any]:
+        return self._session.report()
+
+
+def plan_time(pipe: Any, target: Target, time: Any) -> Change:
+    """Plan the replacements of `forward`; nothing is changed yet.
+
+    Raises:
+        TypeError, ValueError: not "cache", or a model that it can't serve.
+        PatchError: another patch does it already.
+    """
+    if not isinstance(time, str):
+        raise TypeError(f"time: expected 'cache', got {time!r}")
+    if time not in _VALUES:
+        raise ValueError(f"time: expected 'cache', got {time!r}")
+    target.require_eager("time")
+    model = target.denoiser
+    if target.family is None or not type(model).forward.__module__.startswith("diffusers."):
+        known = ", ".join(_PLACES)
+        raise ValueError(
+            f"time: expected a denoiser of diffusers, one of {known}; got {target.model}"
+        )
+    session = TimeSession(SchedulerOf(pipe))
+    change = _TimeChange(session)
+    for place in _PLACES[target.family.name](model):
+        module, where = model.get_submodule(place.path), f"pipe.{target.component}.{place.path}"
+        if is_time_cached(module):
+            raise PatchError(
+                f"time: expected a {target.model} not yet patched with it, got one that another "
+                "pipeline's patch holds, or a copy of such a one; undo that patch before, or "
+                "before copying"
+            )
+        if "forward" in module.__dict__:
+            change.left.append(f"{place.path}: something else has replaced its forward")
+            continue
+        part = TimePart(module, session, place.depends)
+        for name, value in part.replacements().items():
+            change.slots.append(Slot(module, name, value, f"{where}.{name}"))
+    where = f"pipe.{target.component}"
+    begin, end = _Begin(session, model.forward), _End(session)
+    change.slots.append(Hook(model, begin, f"{where} (forward pre-hook)", before=True))
+    change.slots.append(Hook(model, end, f"{where} (forward hook)", before=False))
+    change.done.append(
+        f"{len(session.parts)} modules of {target.model} are evaluated once per step of a grid and "
+        "batch size, the values used by every later call: the same bits"
+    )
+    change.done.append(f"at most {session.max_bytes >> 20} MiB")
+    change.left.append("what text, labels or guidance enter")
+    return change
