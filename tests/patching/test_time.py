@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import fewstep
-from fewstep.caching import timestep
+from fewstep.caching import clock, timestep
 from fewstep.patching import PatchError
 from patching.snapshot import snapshot
 from patching.tiny_pipelines import BUILDERS, build, call, denoiser, digits
@@ -319,14 +319,14 @@ def test_memory_is_bounded_and_steps_that_come_again_stay(monkeypatch):
 def reads(monkeypatch):
     """Take CPU tensors for those of a device: their values may be read once per grid."""
     shapes = []
-    monkeypatch.setattr(timestep, "on_host", lambda x: False)
-    own = timestep._bytes
+    monkeypatch.setattr(clock, "on_host", lambda x: False)
+    own = clock._bytes
 
     def read(x):
         shapes.append(x.shape)
         return own(x)
 
-    monkeypatch.setattr(timestep, "_bytes", read)
+    monkeypatch.setattr(clock, "_bytes", read)
     return shapes
 
 
@@ -369,6 +369,40 @@ def test_on_a_device_a_grid_that_is_written_to_is_read_again(reads):
         assert len(reads) == 2
     assert all(map(torch.equal, after, evaluate()))
     assert not torch.equal(after[0], plain[0])
+
+
+def test_on_a_device_guidance_is_known_by_its_tensor(reads):
+    from diffusers import FluxTransformer2DModel
+
+    pipe = build("flux")
+    config = {**pipe.transformer.config, "guidance_embeds": True}
+    pipe.transformer = FluxTransformer2DModel.from_config(config).eval()
+    given = {
+        "hidden_states": torch.randn(1, 4, 16),
+        "encoder_hidden_states": torch.randn(1, 6, 16),
+        "pooled_projections": torch.randn(1, 8),
+        "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(6, 3),
+    }
+    guidance = torch.full((1,), 3.5)
+
+    @torch.no_grad()
+    def evaluate():
+        times = torch.linspace(1, 0.5, 3)
+        return [
+            pipe.transformer(**given, timestep=t[None] / 1000, guidance=guidance).sample
+            for t in times
+        ]
+
+    plain = evaluate()
+    with fewstep.patch(pipe, time="cache") as patch:
+        assert all(map(torch.equal, evaluate(), plain))
+        assert (patch.report()["time"]["evaluated"], patch.report()["time"]["saved"]) == (1, 2)
+        guidance.fill_(1.0)
+        other = evaluate()
+    assert all(map(torch.equal, other, evaluate()))
+    assert not torch.equal(other[0], plain[0])
+    assert not reads
 
 
 def test_what_text_enters_is_not_kept():

@@ -1,17 +1,41 @@
-"""What besides its inputs decides the bits that a module returns, and where reuse stays out."""
+"""What besides inputs and weights decides a module's bits, and where reuse stays out."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
 from torch.utils._device import DeviceContext
 
-__all__ = ["refuse_surroundings", "surroundings"]
+__all__ = ["refuse_module", "refuse_surroundings", "surroundings"]
 
 _MODULE = torch.nn.modules.module
+_KNOWN = (
+    "torch.nn.",
+    "diffusers.models.",
+    "fewstep.quantization.linear",
+    "fewstep.quantization.layers",
+)
+
+
+def refuse_module(module: nn.Module, inside: bool = False) -> str | None:
+    """Return why what a module returns may differ for the same input and weights, or None."""
+    kind = type(module)
+    if not kind.__module__.startswith(_KNOWN):
+        return f"a {kind.__name__} is in it"
+    if module.training:
+        return "it is in training"
+    attributes = module.__dict__
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in attributes
+    if inside and hooked:
+        return "a module in it has hooks"
+    for child in module._modules.values():
+        if child is not None and (reason := refuse_module(child, True)) is not None:
+            return reason
+    return None
 
 
 def refuse_surroundings() -> str | None:

@@ -27,39 +27,25 @@ LoRA), and out of graphs: compiled, traced or captured.
 from __future__ import annotations
 
 import copy
-import itertools
 import threading
 import types
-import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from .surroundings import refuse_surroundings, surroundings
+from .clock import Clock, Unknown, form_of
+from .surroundings import refuse_module, refuse_surroundings, surroundings
+from .weights import Weights
 
 __all__ = ["MAX_BYTES", "TimePart", "TimeSession", "is_time_cached"]
 
 MAX_BYTES = 64 << 20
 _PART = "_fewstep_time"
 _PATIENCE = 1024  # calls of the denoiser after which a step that has not come again may go
-_MAX_VALUES = 4096  # of a tensor that is told by its bits
-_MAX_GRID = 65536
-_SAMPLE = 512  # elements of a weight that are looked at once per image
-_KNOWN = (
-    "torch.nn.",
-    "diffusers.models.",
-    "fewstep.quantization.linear",
-    "fewstep.quantization.layers",
-)
-
-
-class _Unknown(Exception):
-    """A call that can't be told from others; the text says why."""
 
 
 def is_time_cached(module: nn.Module) -> bool:
@@ -75,64 +61,6 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return part.session.run(part, args, kwargs)
 
 
-def refuse_module(module: nn.Module, inside: bool = False) -> str | None:
-    """Return why what a module returns may differ for the same input and weights, or None."""
-    kind = type(module)
-    if not kind.__module__.startswith(_KNOWN):
-        return f"a {kind.__name__} is in it"
-    if module.training:
-        return "it is in training"
-    attributes = module.__dict__
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in attributes
-    if inside and hooked:
-        return "a module in it has hooks"
-    for child in module._modules.values():
-        if child is not None and (reason := refuse_module(child, True)) is not None:
-            return reason
-    return None
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    for held in (module._parameters, module._buffers):
-        for tensor in held.values():
-            if tensor is not None:
-                yield tensor
-    for child in module._modules.values():
-        if child is not None:
-            yield from _tensors(child)
-
-
-class _Weight:
-    """A tensor as it was. Its storage is held weakly: memory goes when the model's does."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        if tensor.is_meta:
-            raise _Unknown("weights are not there")
-        if tensor.is_inference():
-            raise _Unknown("weights were made in inference mode")
-        storage = tensor.untyped_storage()
-        self.tensor = weakref.ref(tensor)
-        self.version = tensor._version
-        self.storage = StorageWeakRef(storage)  # keeps the address from being used again
-        self.layout = (tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
-
-    def is_same(self, tensor: Tensor) -> bool:
-        return (
-            self.tensor() is tensor
-            and not tensor.is_inference()
-            and self.version == tensor._version
-            and self.storage.cdata == tensor.untyped_storage()._cdata
-            and self.layout
-            == (tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
-        )
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    some = flat[:: max(1, flat.numel() // _SAMPLE)]
-    return some.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-
-
 class TimePart:
     """A module whose output depends on the time alone.
 
@@ -145,8 +73,7 @@ class TimePart:
 
     def __init__(self, module: nn.Module, session: TimeSession, depends: tuple[str, ...]) -> None:
         self.module, self.session, self.depends = module, session, depends
-        self.weights: list[_Weight] = []
-        self.samples: list[Tensor] = []
+        self.weights = Weights(module)
         session.parts.append(self)
         if depends:
             session.groups.add(depends)
@@ -158,21 +85,6 @@ class TimePart:
         on the identity of such an object, so that every block would be compiled for itself.
         """
         return {_PART: self, "forward": types.MethodType(forward, self.module)}
-
-    def has_same_weights(self) -> bool:
-        """Whether the tensors are those of `remember`, unchanged as far as versions tell."""
-        tensors = list(_tensors(self.module))
-        return len(tensors) == len(self.weights) and all(
-            map(_Weight.is_same, self.weights, tensors)
-        )
-
-    def remember(self) -> None:
-        """Take the present weights for those of the values from now on."""
-        self.weights, self.samples = [], []
-        tensors = list(_tensors(self.module))
-        weights = [_Weight(tensor) for tensor in tensors]
-        self.samples = [_sample(tensor) for tensor in tensors if tensor.numel()]
-        self.weights = weights
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TimePart:
         module, session = copy.deepcopy((self.module, self.session), memo)
@@ -230,9 +142,7 @@ class TimeSession:
         self._scheduler = scheduler
         self._steps: OrderedDict[Any, _Step] = OrderedDict()
         self._now = threading.local()
-        self._grid: tuple[Any, ...] = (None, None, -1, b"")  # tensor, its base, version, bytes
-        self._objects: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._serial = itertools.count()
+        self._clock = Clock()
         self._calls = self._looks = 0
         self._last: dict[tuple[str, ...], Any] = {}
 
@@ -241,23 +151,24 @@ class TimeSession:
     def begin(self, given: dict[str, Any], form: Any) -> None:
         """Open a call of the denoiser, with those of its arguments that parts depend on."""
         self._calls += 1
+        reason = refuse_surroundings()
+        if reason is not None:  # nothing may be read then, under capture least of all
+            self._now.keys = dict.fromkeys(self.groups, reason)
+            return
         self._now.keys = {}
         grid = getattr(self._scheduler(), "timesteps", None)
-        if grid is not self._grid[0]:
-            self._grid = (grid, None, -1, b"")
+        if self._clock.set_grid(grid):
             self._look()
         for depends in self.groups:
             try:
-                bits = tuple(self._identify(given.get(x), i) for i, x in enumerate(depends))
-            except _Unknown as reason:
+                bits = tuple(self._clock.identify(given.get(x), i) for i, x in enumerate(depends))
+            except Unknown as reason:
                 self._now.keys[depends] = str(reason)
                 continue
             key = (depends, bits, form)
-            step = self._steps.get(key)
+            step, before = self._steps.get(key), self._last.get(depends)
             if step is not None:
-                if (
-                    key != self._last.get(depends) and step.look == self._looks
-                ):  # the grid starts again
+                if key != before and step.look == self._looks:  # the grid starts again
                     self._look()
                 step.look, step.last = self._looks, self._calls
             self._last[depends] = key
@@ -267,70 +178,16 @@ class TimeSession:
         """Close it. Outside of a call parts that depend on its arguments know no time."""
         self._now.keys = {}
 
-    def _identify(self, value: Any, index: int = 0) -> Any:
-        """Return what two values share only if they are the same to the bit.
-
-        The first of the arguments is the time, which is new at every step: an object that is not
-        the grid's would never come again.
-        """
-        if isinstance(value, dict):
-            return tuple((name, self._identify(x, 1)) for name, x in value.items())
-        if not isinstance(value, Tensor):
-            return _constant(value)
-        if type(value) is not Tensor:
-            raise _Unknown(f"a {type(value).__name__} is not a plain tensor")
-        form = (value.dtype, value.shape, value.device)
-        if on_host(value):
-            if value.numel() > _MAX_VALUES:
-                raise _Unknown("a time of too many values")
-            return form, _bytes(value)
-        place = self._place_in_grid(value)
-        if place is not None:
-            return form, place
-        if index == 0:
-            raise _Unknown("times on a device that are not the scheduler's own")
-        return form, self._object(value), value._version
-
-    def _place_in_grid(self, x: Tensor) -> bytes | None:
-        """Return the bytes of the value that all of x shows of the scheduler's grid, or None."""
-        grid = self._grid[0]
-        one = all(
-            size == 1 or stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)
-        )
-        if not isinstance(grid, Tensor) or not one or x.numel() == 0 or x.is_inference():
-            return None
-        base = _base(grid)
-        if _base(x) is not base or x.dtype != base.dtype or not base.is_contiguous():
-            return None
-        if base.numel() > _MAX_GRID:
-            return None
-        if self._grid[1] is not base or self._grid[2] != base._version:
-            # The one wait, per image; most grids are made on the host anyway.
-            self._grid = (grid, base, base._version, _bytes(base.detach().cpu()))
-        width, offset = base.element_size(), x.storage_offset() - base.storage_offset()
-        return self._grid[3][offset * width : (offset + 1) * width]
-
-    def _object(self, x: Tensor) -> int:
-        """Return a number that belongs to this tensor object alone."""
-        if x.is_inference():
-            raise _Unknown("tensors of inference mode")
-        held = self._objects.get(id(x))
-        if held is None or held[0]() is not x:
-            for key in [key for key, (ref, _) in self._objects.items() if ref() is None]:
-                del self._objects[key]
-            held = self._objects[id(x)] = (weakref.ref(x), next(self._serial))
-        return held[1]
-
     # What is known of it?
 
     def run(self, part: TimePart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the part's forward returns, from what is kept where that is the same."""
         try:
             key, slot = self._key(part, args, kwargs)
-            if not part.has_same_weights():
+            if not part.weights.are_same():
                 self._forget(part)
-                part.remember()
-        except _Unknown as reason:
+                part.weights.remember()
+        except Unknown as reason:
             self.reasons[str(reason)] += 1
             return type(part.module).forward(part.module, *args, **kwargs)
         step = self._steps.get(key)
@@ -348,17 +205,17 @@ class TimeSession:
     def _key(self, part: TimePart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reason = refuse_surroundings() or refuse_module(part.module)
         if reason is not None:
-            raise _Unknown(reason)
+            raise Unknown(reason)
         if part.depends:
             key = getattr(self._now, "keys", {}).get(part.depends, "outside of the denoiser")
             if isinstance(key, str):
-                raise _Unknown(key)
+                raise Unknown(key)
             key = key[0]
         else:
-            key = ((), tuple(self._identify(x) for x in (*args, *kwargs.values())))
+            key = ((), tuple(self._clock.identify(x) for x in (*args, *kwargs.values())))
         tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         device = torch.device("cpu") if tensor is None else tensor.device
-        return key, (id(part), _form((args, kwargs)), surroundings(device))
+        return key, (id(part), form_of((args, kwargs)), surroundings(device))
 
     def _keep(self, key: Any, slot: Any, kept: _Kept | None) -> None:
         if kept is None or kept.bytes > self.max_bytes:
@@ -386,23 +243,19 @@ class TimeSession:
     def _look(self) -> None:
         """Drop everything if the weights are others than their versions say."""
         self._looks += 1
-        before: dict[torch.device, list[Tensor]] = {}
-        now: dict[torch.device, list[Tensor]] = {}
-        for part in self.parts:
-            if part.weights and part.has_same_weights():
-                tensors = [tensor for tensor in _tensors(part.module) if tensor.numel()]
-                for tensor, sample in zip(tensors, part.samples, strict=True):
-                    before.setdefault(sample.device, []).append(sample)
-                    now.setdefault(sample.device, []).append(_sample(tensor))
-        if any(not torch.equal(torch.cat(before[d]), torch.cat(now[d])) for d in before):
-            self.forget()
+        pairs = [pair for part in self.parts for pair in part.weights.samples()]
+        for device in {now.device for _, now in pairs}:  # one answer to wait for
+            here = [pair for pair in pairs if pair[1].device == device]
+            before, now = (torch.cat(some) for some in zip(*here, strict=True))
+            if not torch.equal(before, now):
+                self.forget()
 
     def forget(self) -> None:
         """Drop all values."""
         self._steps.clear()
         self.bytes = 0
         for part in self.parts:
-            part.weights, part.samples = [], []
+            part.weights.forget()
 
     def close(self) -> None:
         """Stay out of every call from now on, and drop the values."""
@@ -432,39 +285,3 @@ class TimeSession:
 
 def _nothing() -> None:
     return None
-
-
-def on_host(x: Tensor) -> bool:
-    """Whether the values of x can be read without waiting for a device."""
-    return x.device.type == "cpu"
-
-
-def _base(x: Tensor) -> Tensor:
-    return x if x._base is None else x._base
-
-
-def _bytes(x: Tensor) -> bytes:
-    flat = x.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8).numpy().tobytes()
-
-
-def _constant(value: Any) -> Any:
-    """Return a hashable form of a plain value; floats by their bits, zero's sign included."""
-    if value is None or isinstance(value, bool | int | str | torch.dtype | torch.device):
-        return type(value), value
-    if isinstance(value, float):
-        return float, value.hex()
-    raise _Unknown(f"an argument of type {type(value).__name__}")
-
-
-def _form(value: Any) -> Any:
-    """Return all of a call's arguments but the values of tensors."""
-    if isinstance(value, Tensor):
-        if type(value) is not Tensor:
-            raise _Unknown(f"a {type(value).__name__} is not a plain tensor")
-        return value.shape, value.stride(), value.dtype, value.device
-    if isinstance(value, tuple | list):
-        return tuple(map(_form, value))
-    if isinstance(value, dict):
-        return tuple((name, _form(x)) for name, x in value.items())
-    return _constant(value)

@@ -6,8 +6,8 @@
 
 Every feature is planned first, which checks everything and changes nothing, and only then applied;
 a feature that fails while it is applied takes the earlier ones back. Features own disjoint parts of
-the pipeline (scheduler; config entries; linear layers; `forward` of blocks), so several patches on
-one pipeline are undone in any order.
+the pipeline (scheduler; config entries; linear layers; `forward` of blocks, of embeddings), so
+several patches on one pipeline are undone in any order.
 """
 
 from __future__ import annotations

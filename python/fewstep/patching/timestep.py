@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..caching.timestep import TimePart, TimeSession, is_time_cached
+from ..caching import TimePart, TimeSession, is_time_cached
 from .pipeline import SchedulerOf
 from .recognise import Target
 from .undo import Change, Hook, PatchError, Slot
