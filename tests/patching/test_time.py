@@ -375,8 +375,8 @@ def test_on_a_device_guidance_is_known_by_its_tensor(reads):
     from diffusers import FluxTransformer2DModel
 
     pipe = build("flux")
-    config = {**pipe.transformer.config, "guidance_embeds": True}
-    pipe.transformer = FluxTransformer2DModel.from_config(config).eval()
+    config = pipe.transformer.config
+    pipe.transformer = FluxTransformer2DModel.from_config(config, guidance_embeds=True).eval()
     given = {
         "hidden_states": torch.randn(1, 4, 16),
         "encoder_hidden_states": torch.randn(1, 6, 16),

@@ -41,14 +41,19 @@ class Clock:
         self._grid, self._read = grid, (None, -1, b"")
         return True
 
-    def identify(self, value: Any, index: int = 0) -> Any:
+    def identify(self, value: Any, lasting: bool = False) -> Any:
         """Return what two values share only if they are the same to the bit.
 
-        The first of the arguments is the time, which is new at every step: an object that is not
-        the grid's would never come again.
+        Args:
+            value: an argument.
+            lasting: whether the same object may come at another step. The time is new at every
+                step: an object that is not the grid's would be remembered in vain.
+
+        Raises:
+            Unknown: it can't be told.
         """
         if isinstance(value, dict):
-            return tuple((name, self.identify(x, 1)) for name, x in value.items())
+            return tuple((name, self.identify(x, lasting)) for name, x in value.items())
         if not isinstance(value, Tensor):
             return _constant(value)
         if type(value) is not Tensor:
@@ -61,7 +66,7 @@ class Clock:
         place = self._place_in_grid(value)
         if place is not None:
             return form, place
-        if index == 0:
+        if not lasting:
             raise Unknown("times on a device that are not the scheduler's own")
         return form, self._object(value), value._version
 

@@ -161,7 +161,7 @@ class TimeSession:
             self._look()
         for depends in self.groups:
             try:
-                bits = tuple(self._clock.identify(given.get(x), i) for i, x in enumerate(depends))
+                bits = tuple(self._clock.identify(given.get(x), x != "timestep") for x in depends)
             except Unknown as reason:
                 self._now.keys[depends] = str(reason)
                 continue
