@@ -15,6 +15,8 @@ where the layer is not a quantised one with at most a LoRA that joins its branch
 hooked between the layer and the activation, and while anything is differentiated (act's derivative
 needs y, which the product would have to be taken again for).
 
+Blocks that call a layer and then an activation by themselves: `activated_blocks.py`.
+
 `ApproximateGELU` (y sigmoid(1.702 y)) stays as it is: the products don't have it. Gates and
 residuals of blocks do, too: on CPUs the product takes longer for them than torch's own pass.
 """
@@ -71,6 +73,8 @@ class _Activated:
 
     def forward(self, hidden_states: Any, *args: Any, rows: bool = False, **kwargs: Any) -> Any:
         """Return the activation of the layer's output; with `rows`, as int8 rows if it can."""
+        if not isinstance(self, _Activated):  # undone below what somebody put around it meanwhile
+            return type(self).forward(self, hidden_states, *args, **kwargs)
         name = self.activation_name()
         if args or kwargs or name is None or refuse_layer(self.proj, hidden_states) is not None:
             return super().forward(hidden_states, *args, **kwargs)
@@ -123,6 +127,8 @@ class FusedFeedForward(FeedForward):
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the layers of `net` make of the input, one after the other."""
+        if not isinstance(self, FusedFeedForward):
+            return type(self).forward(self, hidden_states, *args, **kwargs)
         if args or kwargs or self.refuse_chain() is not None:
             return super().forward(hidden_states, *args, **kwargs)
         first, _, *rest = self.net
@@ -154,7 +160,6 @@ _FORMS: dict[type[nn.Module], type[nn.Module]] = {
     plain.GEGLU: FusedGEGLU,
     plain.SwiGLU: FusedSwiGLU,
     plain.LinearActivation: FusedLinearActivation,
-    FeedForward: FusedFeedForward,
 }
 
 
@@ -170,7 +175,9 @@ class FusedActivations:
     fused: list[str] = field(default_factory=list)
     chained: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
-    _changed: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
+    _changed: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = field(
+        default_factory=list, repr=False
+    )
 
     def explain(self) -> str:
         """Return how many activations are part of a product, and how many rows go on in int8."""
@@ -187,11 +194,16 @@ class FusedActivations:
     def undo(self) -> None:
         """Give the modules back the classes they had."""
         while self._changed:
-            module, form = self._changed.pop()
-            if type(module) is _FORMS[form]:
-                module.__class__ = form
+            module, form, before = self._changed.pop()
+            if type(module) is form:
+                module.__class__ = before
         self.fused.clear()
         self.chained.clear()
+
+    def change(self, module: nn.Module, form: type[nn.Module]) -> None:
+        """Give a module another class."""
+        self._changed.append((module, form, type(module)))
+        module.__class__ = form
 
 
 def fuse_activations(model: nn.Module) -> FusedActivations:
@@ -203,24 +215,22 @@ def fuse_activations(model: nn.Module) -> FusedActivations:
     Returns:
         The handle: `fused`, `chained`, `explain()`, `undo()`. Nothing to do is no error.
     """
+    from .activated_blocks import form_of, wants  # which takes parts of this module
+
     handle = FusedActivations()
-    found = {name: m for name, m in model.named_modules() if type(m) in _FORMS}
-
-    def change(module: nn.Module) -> None:
-        form = type(module)
-        module.__class__ = _FORMS[form]
-        handle._changed.append((module, form))
-
-    for name, module in found.items():
-        form = _FORMS[type(module)]
-        if not issubclass(form, _Activated) or not is_quantized(module.proj):
-            continue
-        if form.activation_name(module) is not None:  # diffusers has mish and relu, too
-            change(module)
-            handle.fused.append(name)
-    for name, module in found.items():
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        form = _FORMS.get(type(module), nn.Module)
+        if issubclass(form, _Activated) and is_quantized(module.proj):
+            if form.activation_name(module) is not None:  # diffusers has mish and relu, too
+                handle.change(module, form)
+                handle.fused.append(name)
+        elif wants(module):
+            handle.change(module, form_of(type(module)))
+            handle.fused.append(f"{name}.act_mlp" if name else "act_mlp")
+    for name, module in modules.items():
         if type(module) is FeedForward and isinstance(module.net[0], _Activated):
-            change(module)
+            handle.change(module, FusedFeedForward)
             reason = module.refuse_chain()
             if reason is None:
                 handle.chained.append(name)
