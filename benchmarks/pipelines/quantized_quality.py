@@ -41,10 +41,9 @@ import photos
 CALIBRATED = {"smoothed": "smooth", "compensated": "compensate"}
 # The schemes of 50 steps are those that have a bound to keep; the others cost as much time again.
 BOUND = ("w8a8", "w4a8-r16", "w4a8-r16, smoothed", "w4a8-r16, compensated")
-EVERY = tuple(
-    scheme + end
-    for scheme in ("w8a8", "w4a8", "w4a8-r16", "w4a16")
-    for end in ("", ", smoothed", ", compensated", ", smoothed, compensated")
+EVERY = (
+    *(s + e for s in ("w8a8", "w4a8", "w4a16") for e in ("", ", smoothed", ", compensated")),
+    *("w4a8-r16", *BOUND[2:], "w4a8-r16, smoothed, compensated"),
 )
 CALIBRATION_SEEDS, CALIBRATION_ROWS = range(1000, 1004), 1024
 SEEDS = 8
@@ -71,7 +70,7 @@ MODELS = {
         },
         digit_features,
         lambda: digit_features(digits_data("held_out")[0]),
-        32,
+        24,
     ),
     "photos": Model(
         {
@@ -80,7 +79,7 @@ MODELS = {
         },
         photos.photo_features,
         photos.reference_features,
-        128,
+        64,
     ),
 }
 

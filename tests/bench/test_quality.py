@@ -102,7 +102,7 @@ def test_the_error_is_how_far_the_ratio_scatters(quality):
 def test_a_record_of_few_images(quality, monkeypatch, tmp_path):
     for model, setup in list(quality.MODELS.items()):
         load, steps, _ = min(setup.rows.values(), key=lambda row: row[1])
-        rows = {"few steps": (load, steps, ("w8a8, smoothed",))}
+        rows = {"few steps": (load, steps, ("w8a8, compensated",))}
         monkeypatch.setitem(quality.MODELS, model, dataclasses.replace(setup, rows=rows))
         arguments = ["--model", model, "--seeds", "2", "--images", "60"]
         quality.main([*arguments, "--record", str(tmp_path)])

@@ -44,9 +44,9 @@ from .calibration import Calibration, denoiser_of, first_tensor, to_device
 from .errors import output_error, split_error, sqnr
 from .linear import QuantLinear, refuse_linear
 from .plan import Plan
+from .recipe import Recipe
 from .replace import Skip, choose_layers
 from .scheme import Scheme
-from .smoothing import quantize_smoothed
 
 CANDIDATES = (
     *("w8a8", "fp8", "w4a8-g128", "w4a8-g64", "w4a8-g32", "w4a8-g64-r16", "w4a8-g64-r32"),
@@ -154,6 +154,7 @@ def measure(
     *,
     candidates: Sequence[str | Scheme] = CANDIDATES,
     skip: Skip | None = None,
+    compensate: bool = False,
     timed: bool = False,
     on_layer: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, list[Choice]]:
@@ -166,6 +167,7 @@ def measure(
         calibration: of this model.
         candidates: schemes; those that a layer's shape refuses are left out for it.
         skip: as in `quantize`; layers that it names have no choice and do not count.
+        compensate: with rounding compensated on the calibration.
         timed: measure seconds too; they are 0 otherwise.
         on_layer: (name, layers done, layers) before each, for progress.
 
@@ -186,7 +188,7 @@ def measure(
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         fitting = [scheme for scheme in parsed if refuse_linear(linear, scheme) is None]
-        layers = [_make(linear, scheme, calibration, name) for scheme in fitting]
+        layers = [_make(linear, scheme, calibration, name, compensate) for scheme in fitting]
         sample = calibration.inputs[name].to(device, linear.weight.dtype)
         exact = linear(sample)
         found = []
@@ -210,10 +212,11 @@ def measure(
     return choices
 
 
-def _make(linear: nn.Linear, scheme: Scheme, calibration: Calibration, name: str) -> QuantLinear:
-    if not scheme.smooth:
-        return QuantLinear.from_linear(linear, scheme)
-    return quantize_smoothed(linear, scheme, calibration.inputs[name], calibration.amax[name])
+def _make(
+    linear: nn.Linear, scheme: Scheme, calibration: Calibration, name: str, compensate: bool
+) -> QuantLinear:
+    recipe = Recipe({name: scheme}, calibration, calibration if compensate else None, literal=True)
+    return recipe.make(name, linear)
 
 
 def _check(model: nn.Module, calibration: Calibration, names: Sequence[str]) -> None:
@@ -291,6 +294,7 @@ def allocate(
     *,
     candidates: Sequence[str | Scheme] = CANDIDATES,
     skip: Skip | None = None,
+    compensate: bool = False,
     on_layer: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Plan:
     """Return the plan that errs least within a budget.
@@ -303,6 +307,8 @@ def allocate(
             smoothing ("w8a8-smooth"), the plan needs this calibration too where it is applied:
             `quantize(model, plan=plan, smooth=calibration)`.
         skip: (name, layer) -> why to leave the layer alone, or None; `default_skip` if not given.
+        compensate: measure layers whose rounding is compensated, for a plan that is applied so:
+            `quantize(model, plan=plan, compensate=calibration)`. Takes longer.
         on_layer: (name, layers done, layers) before each layer is measured.
 
     Returns:
@@ -320,6 +326,7 @@ def allocate(
         calibration,
         candidates=candidates,
         skip=skip,
+        compensate=compensate,
         timed="time" in budget,
         on_layer=on_layer,
     )
@@ -332,12 +339,12 @@ def allocate(
     with torch.no_grad():
         want = _evaluate(model, calibration, next(model.parameters()).device)
         for chosen in plans:
-            found = _joint_error(model, calibration, want, chosen)
+            found = _joint_error(model, calibration, want, chosen, compensate)
             if found < error:
                 best, error = chosen, found
     if best is None:
         raise ValueError("calibration: expected finite outputs of the model, got inf or NaN")
-    notes: dict[str, Any] = {"budget": dict(budget), "error": error}
+    notes: dict[str, Any] = {"budget": dict(budget), "error": error, "compensated": compensate}
     for name, field in RESOURCES.items():
         if _total(choices, field):
             notes[name] = _share(best, choices, field)
@@ -388,7 +395,11 @@ def _uniform(
 
 
 def _joint_error(
-    model: nn.Module, calibration: Calibration, want: list[Tensor], chosen: Mapping[str, Choice]
+    model: nn.Module,
+    calibration: Calibration,
+    want: list[Tensor],
+    chosen: Mapping[str, Choice],
+    compensate: bool,
 ) -> float:
     """Return the error at the output with every layer in its scheme."""
     with contextlib.ExitStack() as stack:
@@ -396,7 +407,7 @@ def _joint_error(
             if choice.scheme is not None:
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
-                layer = _make(linear, choice.scheme, calibration, name)
+                layer = _make(linear, choice.scheme, calibration, name, compensate)
                 stack.enter_context(_in_place(model, name, layer))
         got = _evaluate(model, calibration, next(model.parameters()).device)
     return statistics.fmean(map(output_error, got, want))

@@ -22,7 +22,8 @@ and LQER, arXiv 2402.02446, have the branch; here it sees the rounding and the r
 Mean and H are taken in the space of what is quantised: x smoothed and rotated. Rows count in units
 of their output's energy, as in `errors.row_error`, so one token of 80 times the others' size does
 not decide. H is made of one layer's rows at a time, K x K in float64, and forgotten: for K = 12,288
-1.2 GB, three of them at once; 5/3 K^3 operations for U, N K^2 for each of 1 + ROUNDS roundings.
+1.2 GB, three of them at once; 4/3 K^3 operations for U, N K^2 for rounding, or with a branch
+2 N K^2 in each of 1 + ROUNDS turns.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from .smoothing import GAIN
 
 DAMPING = 0.01  # of the mean of H's diagonal, as in GPTQ
 BLOCK = 128  # columns whose errors reach the later ones in one product
-HELD_OUT = 8  # each so-manieth row decides and is not fitted to
-FEWEST = 2
+HELD_OUT = 8  # one row of so many decides and is not fitted to
+FEWEST = 2  # rows: one of each
 
 
 @dataclass(frozen=True)

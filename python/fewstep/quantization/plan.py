@@ -87,6 +87,8 @@ class Plan:
             shares = [f"{self.notes[n]:.3f} of {n}" for n in ("bytes", "time") if n in self.notes]
             shares.append(f"error {self.notes['error']:.2e} at the output")
             lines.append("  " + ", ".join(shares))
+        if self.notes.get("compensated"):
+            lines.append("  measured with rounding compensated: quantize with compensate=, too")
         measured = self.notes.get("layers", {})
         worst = sorted(measured, key=lambda n: -measured[n]["content"] - measured[n]["quality"])
         for name in worst[:_SHOWN]:
