@@ -238,7 +238,8 @@ def calibrate(
     Args:
         pipe: a pipeline, or the model itself.
         calls: keyword arguments; 4 to 16 calls with different prompts and seeds.
-        rows: rows kept of each layer's input.
+        rows: rows kept of each layer's input, each as many float32 numbers as the layer has inputs.
+            For `quantize(compensate=)` better about as many as that, 1,024 at least.
         evaluations: whole evaluations of the model kept, for errors at its output; four times as
             many are held meanwhile, on the CPU.
         seed: of the draw.
