@@ -1,8 +1,10 @@
-# make demo: environment, build, run. make test: environment, build, whole test suite.
+# make demo: environment, build, run. make test: environment, build, whole test suite, in WORKERS
+# processes (make test WORKERS=0: in one).
 # Override the interpreter or torch: make demo PYTHON=python3.12 TORCH="torch==2.13.0"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -17,8 +19,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type 
 demo: $(VENV)/.demo
 	$(VENV)/bin/fewstep demo --output demo
 
+# Threads that wait for others don't spin: the workers have the cores to share.
 test: $(VENV)/.test
-	$(PY) -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pre-commit run --all-files --show-diff-on-failure

@@ -81,21 +81,20 @@ def targets():
     return ["host", *([pytest.param("device", marks=pytest.mark.gpu)] if has else [])]
 
 
-def build(op, folder, *macros):
-    """Compile the kernels of an op for the host, with some macros; skip without a compiler."""
-    return compile_for_host(f"{op}_sm90_emulated.cpp", folder, *macros)
+def build(op, folder, *flags):
+    """Compile the kernels of an op for the host, with more flags; skip without a compiler."""
+    return compile_for_host(f"{op}_sm90_emulated.cpp", folder, *flags)
 
 
-def compile_for_host(source, folder, *macros):
+def compile_for_host(source, folder, *flags):
     """Compile a file of tests/cuda with the emulation; its `run` returns an error or nothing."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
     target = (folder / source).with_suffix(".so")
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-x", "c++"]
-    command += [f"-D{macro}" for macro in macros]
     command += [f"-I{HERE / 'emulation'}", f"-I{ROOT / 'csrc' / 'include'}"]
-    subprocess.run([*command, str(HERE / source), "-o", str(target)], check=True)
+    subprocess.run([*command, *flags, str(HERE / source), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
     library.run.restype = ctypes.c_char_p
     return library

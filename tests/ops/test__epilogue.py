@@ -154,7 +154,7 @@ def test_int8_outputs_are_those_of_quantize_int8(op, dtype, rows, impl):
         return
     outputs, rounded = 70, dtype or torch.bfloat16
     gate, residual = torch.randn(outputs), torch.randn(*rows, outputs)
-    for activation in (None, "gelu", "geglu"):
+    for activation in (None, "geglu") if impl == "triton" else (None, "gelu", "geglu"):
         N = outputs * 2 if is_glu(activation) else outputs
         args, bias = operands(op, rows, N, dtype=dtype)
         run = functools.partial(getattr(ops, op), *args, bias=bias, impl=impl)
