@@ -45,16 +45,17 @@ figures: $(VENV)/.test
 	$(PY) benchmarks/pipelines/dit_step.py --record benchmarks/results
 	$(VENV)/bin/fewstep bench ops --device cpu --output benchmarks/results
 
-# Other packages beside the low-bit products, each in a process of its own: peers.jsonl, a record
-# apart from the others, so that those need none of them installed.
-peers: $(VENV)/.peers
-	$(VENV)/bin/fewstep bench ops --device cpu --peers --output benchmarks/results
+# Other packages beside the low-bit products: peers.jsonl, a record apart from the others, in an
+# environment apart, because whatever is installed takes part in the other benches.
+peers:
+	$(MAKE) VENV=$(VENV)-peers $(VENV)-peers/.peers
+	$(VENV)-peers/bin/fewstep bench ops --device cpu --peers --output benchmarks/results
 
 doctor: $(VENV)/.demo
 	$(VENV)/bin/fewstep doctor
 
 clean:
-	rm -rf build dist demo $(VENV) python/*.egg-info python/fewstep/_C*.so
+	rm -rf build dist demo $(VENV) $(VENV)-peers python/*.egg-info python/fewstep/_C*.so
 
 $(TORCH_STAMP):
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fewstep needs Python >= 3.11, got " + sys.version'
