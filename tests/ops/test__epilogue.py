@@ -272,6 +272,19 @@ def test_bad_input_names_the_argument(op, change, message):
         getattr(ops, op)(*args, **change)
 
 
+def test_what_is_no_tensor_is_named(op):
+    args, _ = operands(op, (6,), 20)
+    names = ("x", "w", "w_scale") if op == "gemm_w4a16" else ("a", "a_scale", "w", "w_scale")
+    for i, name in enumerate(names):
+        with pytest.raises(TypeError, match=f"^{name}: expected a tensor.*, got float"):
+            getattr(ops, op)(*args[:i], 1.0, *args[i + 1 :])
+    smooth = [] if op == "gemm_w4a16" else ["smooth"]
+    floating, _ = operands(op, (6,), 20, dtype=torch.float32)
+    for name in ("bias", "down", "up", "low", "gate", "residual", *smooth):
+        with pytest.raises(TypeError, match=f"^{name}: expected a tensor or None, got float"):
+            getattr(ops, op)(*floating, **{name: 1.0})
+
+
 def test_halves_of_an_odd_weight_are_refused(op):
     args, _ = operands(op, (6,), 21)
     with pytest.raises(ValueError, match="w: expected an even N for geglu, got 21"):

@@ -197,6 +197,8 @@ def test_tangents_and_gradients_are_refused():
 
 
 def test_bad_input_names_the_argument():
+    with pytest.raises(TypeError, match="x: expected a tensor, got list"):
+        ops.quantize_fp8([1.0])
     with pytest.raises(ValueError, match=r"x: expected a floating dtype, got torch\.int32"):
         ops.quantize_fp8(torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"x: expected \[\.\.\., K\].*0-d"):

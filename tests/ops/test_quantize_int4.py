@@ -206,6 +206,8 @@ def test_tangents_and_gradients_are_refused():
 
 
 def test_bad_input_names_the_argument():
+    with pytest.raises(TypeError, match="w: expected a tensor, got list"):
+        ops.quantize_int4([1.0])
     with pytest.raises(ValueError, match=r"w: expected floating \[N, K\], got torch\.int32"):
         ops.quantize_int4(torch.zeros(3, 64, dtype=torch.int32))
     with pytest.raises(

@@ -351,6 +351,8 @@ def test_a_plan_for_another_model_is_refused():
         Plan.of(Model(), {"ff": "w8a8"})
     with pytest.raises(ValueError, match="plan: expected model, layers and shapes"):
         Plan.from_dict({"layers": {}})
+    with pytest.raises(TypeError, match="plan: expected a Plan, got str"):
+        quantize(Model(), plan="plan.json")
     with pytest.raises(ValueError, match="plan: expected no scheme"):
         quantize(Model(), "w8a8", plan=plan)
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..reference._epilogue import ACTIVATIONS, activate, is_glu
+from ._expect import expect_tensors
 from ._layout import FLOATS
 
 __all__ = [
@@ -61,6 +62,7 @@ def expect_epilogue(
     """Refuse an activation without a name, and a gate or a residual that doesn't fit."""
     if activation is None and gate is None and residual is None:
         return
+    expect_tensors(gate=gate, residual=residual)
     if activation is not None and activation not in ACTIVATIONS:
         wanted = ", ".join(ACTIVATIONS)
         raise ValueError(f"activation: expected None or one of {wanted}, got {activation!r}")

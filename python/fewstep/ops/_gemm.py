@@ -36,6 +36,7 @@ from torch import Tensor
 from .. import _native
 from . import _prologue
 from ._epilogue import expect_epilogue, gate_rows, width
+from ._expect import expect_tensors
 from ._gemm_autograd import differentiate
 from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._register import register
@@ -154,6 +155,7 @@ def expect_branch(
     x: Tensor, N: int, down: Tensor | None, up: Tensor | None, low: Tensor | None
 ) -> None:
     """Refuse a low-rank branch that is not whole or does not fit."""
+    expect_tensors(down=down, up=up, low=low)
     if up is None:
         for name, given in (("down", down), ("low", low)):
             if given is not None:
@@ -178,8 +180,9 @@ def expect_operands(
     weight_shape: tuple[int, ...],
     form: Format = INT8,
 ) -> None:
-    """Check everything but w itself: its op does."""
+    """Check everything but w and its scale: their op does."""
     a, a_scale, w, bias = p.a, p.a_scale, p.w, p.bias
+    expect_tensors(a_scale=a_scale, bias=bias)
     if not a.shape or a.dtype not in (FLOATS if a_scale is None else (form.dtype,)):
         wanted = "floating" if a_scale is None else form.dtype
         raise ValueError(f"a: expected {wanted} [..., M, K], got {a.dtype} {list(a.shape)}")

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference._prologue import rotate_blocks
+from ._expect import expect_tensors
 from ._layout import DTYPES, FLOATS
 
 __all__ = [
@@ -63,6 +64,7 @@ def expect_prologue(
     name: str, x: Tensor, smooth: Tensor | None, rotate: int, down: Tensor | None = None
 ) -> None:
     """Refuse what does not fit x [..., K], the floating argument `name`."""
+    expect_tensors(smooth=smooth, down=down)
     K = x.shape[-1]
     expect_rotation(rotate, name, K)
     if smooth is not None:

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gemm_fp8 import gemm_fp8 as _reference
+from ._expect import expect_tensor
 from ._gemm import (
     E4M3,
     Operands,
@@ -70,6 +71,8 @@ IMPLEMENTATIONS, _op, _op_int8 = register_product(
 
 def _validate(p: Operands) -> None:
     w = p.w
+    expect_tensor("w", w)
+    expect_tensor("w_scale", p.w_scale)
     if len(w.shape) != 2 or w.dtype != E4M3.dtype:
         raise ValueError(f"w: expected {E4M3.dtype} [N, K], got {w.dtype} {list(w.shape)}")
     expect_operands(p, (w.shape[0], p.a.shape[-1] if p.a.shape else 0), form=E4M3)
@@ -122,10 +125,12 @@ def gemm_fp8(
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
+        TypeError: an argument is no tensor.
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: a scale or an e4m3 operand carries a tangent or requires grad, or with
             out_dtype int8 any input does.
     """
+    expect_tensor("a", a)
     prologue, branch = (smooth, rotate), (down, up, low)
     epilogue = (activation, gate, residual)
     rounded = rounding_dtype(a, out_dtype)

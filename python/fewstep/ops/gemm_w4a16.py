@@ -1,18 +1,19 @@
 """Activations as they are x 4-bit weights: for few rows, where reading the weight is all the work.
 
-    out_mn = sum_k x_mk q_nk s_ng(k) + bias_n + sum_r low_mr up_nr        rounded once to x's dtype
+    y_mn = sum_k x_mk q_nk s_ng(k) + bias_n + sum_r low_mr up_nr
+    out  = residual + gate * activation(y)                                rounded once to x's dtype
 
 x        [..., M, K]  float32, bfloat16 or float16
 w        [N, K / 2]   uint8            w_scale  [N, K / G]   bfloat16 or float16, as `quantize_int4`
 bias     [N]          float32, bfloat16 or float16
-out      [..., M, N]  x's dtype
+out      [..., M, N'] x's dtype
 down, up, low         the low-rank branch: `ops/_gemm.py`; derivatives: `ops/_gemm_autograd.py`
 activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
 q s is exact in float32 (4 + 11 bits). Sums are float32 in any order and grouping, so without a
-branch and before the rounding to x's dtype
+branch and before what follows y
 
-    |out - exact| <= (K + 2) 2^-24 sum_k |x_mk q_nk s_ng| + 2^-24 |exact|,
+    |y - exact| <= (K + 2) 2^-24 sum_k |x_mk q_nk s_ng| + 2^-24 |exact|,
 
 for 16-bit x too: tensor cores multiply x by q, which is exact, and a group's sum is scaled in
 float32. Modulation layers (adaLN), time and text embeddings have one row per image; for many rows
@@ -31,6 +32,7 @@ from .. import _native
 from ..reference.gemm_w4a16 import dequantize_int4
 from ..reference.gemm_w4a16 import gemm_w4a16 as _reference
 from ._epilogue import expect_epilogue, width
+from ._expect import expect_tensor, expect_tensors
 from ._gemm import epilogue_rows, expect, expect_branch
 from ._gemm_autograd import differentiate
 from ._layout import FLOATS, contiguous, matrix, unit_stride
@@ -184,10 +186,13 @@ def gemm_w4a16(
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
+        TypeError: an argument is no tensor.
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: a scale carries a tangent or requires grad, or with out_dtype int8 any
             input does.
     """
+    expect_tensor("x", x)
+    expect_tensors(bias=bias)
     if not x.shape or x.dtype not in FLOATS:
         raise ValueError(f"x: expected floating [..., M, K], got {x.dtype} {list(x.shape)}")
     expect_int4(w, w_scale)

@@ -2,13 +2,13 @@
 
     top_n  = max_g s_ng      f_ng = round(4096 (s_ng / top_n))     w8_nk = (q_nk f_ng + 128) >> 8
     acc_mn = sum_k a_mk w8_nk                                         exact in int32, K < 131,072
-    out_mn = float(acc_mn) * a_scale_m * (top_n / 16) + bias_n + sum_r low_mr up_nr
-                                                                      rounded once to out_dtype
+    y_mn   = float(acc_mn) * a_scale_m * (top_n / 16) + bias_n + sum_r low_mr up_nr
+    out    = residual + gate * activation(y)                          rounded once to out_dtype
 
 a        [..., M, K]  int8             a_scale  [..., M]     float32
 w        [N, K / 2]   uint8            w_scale  [N, K / G]   bfloat16 or float16, as `quantize_int4`
 bias     [N]          float32, bfloat16 or float16
-out      [..., M, N]  float32, bfloat16 or float16
+out      [..., M, N'] float32, bfloat16 or float16
 smooth, rotate        what comes before the rows of a floating a are quantised: `ops/_prologue.py`
 down, up, low         the low-rank branch: `ops/_gemm.py`; derivatives: `ops/_gemm_autograd.py`
 activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ..reference.gemm_w4a8 import fold_int4
 from ..reference.gemm_w4a8 import gemm_w4a8 as _reference
+from ._expect import expect_tensor
 from ._gemm import Operands, expect_operands, gate_layers, register_product, rounding_dtype
 from ._select import select
 from .quantize_int4 import expect_int4
@@ -105,10 +106,12 @@ def gemm_w4a8(
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
+        TypeError: an argument is no tensor.
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: a scale carries a tangent or requires grad, or with out_dtype int8 any
             input does.
     """
+    expect_tensor("a", a)
     prologue, branch = (smooth, rotate), (down, up, low)
     epilogue, rounded = (activation, gate, residual), rounding_dtype(a, out_dtype)
     first = (a, a_scale, w, w_scale, bias)

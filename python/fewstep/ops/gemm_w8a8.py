@@ -1,22 +1,22 @@
 """int8 x int8 product with exact integer accumulation, scaled per row and per column.
 
     acc_mn = sum_k a_mk w_nk                                  exact in int32, K < 131,072
-    out_mn = float(acc_mn) * a_scale_m * w_scale_n + bias_n + sum_r low_mr up_nr
-                                                              rounded once to out_dtype
+    y_mn   = float(acc_mn) * a_scale_m * w_scale_n + bias_n + sum_r low_mr up_nr
+    out    = residual + gate * activation(y)                  rounded once to out_dtype
 
 a        [..., M, K]  int8             a_scale  [..., M]  float32
 w        [N, K]       int8             w_scale  [N]       float32
 bias     [N]          float32, bfloat16 or float16
-out      [..., M, N]  float32, bfloat16 or float16
+out      [..., M, N'] float32, bfloat16 or float16
 smooth, rotate        what comes before the rows of a floating a are quantised: `ops/_prologue.py`
 down, up, low         the low-rank branch: `ops/_gemm.py`; derivatives: `ops/_gemm_autograd.py`
 activation, gate, residual, int8 outputs, and their error: `ops/_epilogue.py`
 
 The scaling runs in float32 in the order written; the last product and the bias are one fused
 multiply-add in native code, and may be two operations in Triton. Each of the at most four
-roundings is relative 2^-24, so without a branch and before the rounding to out_dtype
+roundings is relative 2^-24, so without a branch and before what follows y
 
-    |out - exact| <= 3 * 2^-24 |acc a_scale w_scale| + 2^-24 |exact|.
+    |y - exact| <= 3 * 2^-24 |acc a_scale w_scale| + 2^-24 |exact|.
 
 Without `a_scale`, `a` is floating and is quantised first, exactly as by `quantize_int8`, in the
 same call: a whole linear layer costs one dispatch. out_dtype is then a's dtype unless given.
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gemm_w8a8 import gemm_w8a8 as _reference
+from ._expect import expect_tensor
 from ._gemm import (
     Operands,
     expect,
@@ -44,7 +45,9 @@ from ._select import select
 __all__ = ["gemm_w8a8"]
 
 
-def _expect_weight(w: Tensor) -> None:
+def _expect_weight(w: Tensor, w_scale: Tensor) -> None:
+    expect_tensor("w", w)
+    expect_tensor("w_scale", w_scale)
     if len(w.shape) != 2 or w.dtype != torch.int8:
         raise ValueError(f"w: expected torch.int8 [N, K], got {w.dtype} {list(w.shape)}")
 
@@ -64,7 +67,7 @@ IMPLEMENTATIONS, _op, _op_int8 = register_product(
 
 
 def _validate(p: Operands) -> None:
-    _expect_weight(p.w)
+    _expect_weight(p.w, p.w_scale)
     expect_operands(p, (p.w.shape[0], p.a.shape[-1] if p.a.shape else 0))
     expect("w_scale", p.w_scale, (p.w.shape[0],), (torch.float32,), p.a.device)
 
@@ -115,10 +118,12 @@ def gemm_w8a8(
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
+        TypeError: an argument is no tensor.
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: a scale carries a tangent or requires grad, or with out_dtype int8 any
             input does.
     """
+    expect_tensor("a", a)
     prologue, branch = (smooth, rotate), (down, up, low)
     epilogue, rounded = (activation, gate, residual), rounding_dtype(a, out_dtype)
     first = (a, a_scale, w, w_scale, bias)

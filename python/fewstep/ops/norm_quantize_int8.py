@@ -30,8 +30,8 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.norm_quantize_int8 import norm_quantize_int8 as _reference
-from ._expect import expect_number, expect_tensors
-from ._layout import FLOATS
+from ._expect import expect_number
+from ._layout import FLOATS, contiguous
 from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._prologue import expect_prologue
 from ._register import register
@@ -64,10 +64,9 @@ def _run_kernel(
         rows = fold(x, split)
         modulation = (fold_broadcast(v, x, split) for v in (scale, shift))
         parameters = (parameter(v, x) for v in (weight, bias))
-        smooth = None if smooth is None else smooth.contiguous()
         rotate, *options = rest
         outputs = q.view(rows.shape), q_scale.view(rows.shape[:-1])
-        launch(rows, *parameters, *modulation, smooth, rotate, *outputs, *options)
+        launch(rows, *parameters, *modulation, contiguous(smooth), rotate, *outputs, *options)
     return q, q_scale
 
 
@@ -151,7 +150,6 @@ def norm_quantize_int8(
     """
     given = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
     validate(x, dict.fromkeys(NAMES) | given, kind)
-    expect_tensors(smooth=smooth)
     expect_prologue("x", x, smooth, rotate)
     expect_number("eps", eps)
     chosen = select("norm_quantize_int8", impl, IMPLEMENTATIONS, x)

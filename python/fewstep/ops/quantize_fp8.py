@@ -151,6 +151,7 @@ def quantize_fp8(
         x's dtype.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: x has no axis, its dtype is not floating, the block is unknown, or an argument
             does not fit x.
         UnsupportedError: `impl` can't serve this tensor.

@@ -33,6 +33,7 @@ from torch import Tensor
 from .. import _native
 from ..reference.quantize_int4 import pack_nibbles, unpack_nibbles
 from ..reference.quantize_int4 import quantize_int4 as _reference
+from ._expect import expect_tensor
 from ._layout import DTYPES, FLOATS
 from ._prologue import ROTATIONS, expect_rotation
 from ._register import register
@@ -46,6 +47,8 @@ SCALES = (torch.bfloat16, torch.float16)
 
 def expect_int4(w: Tensor, w_scale: Tensor) -> int:
     """Check a 4-bit weight and its scales; return the size of a group."""
+    expect_tensor("w", w)
+    expect_tensor("w_scale", w_scale)
     if w.dim() != 2 or w.dtype != torch.uint8:
         raise ValueError(f"w: expected torch.uint8 [N, K / 2], got {w.dtype} {list(w.shape)}")
     N, K = w.shape[0], 2 * w.shape[1]
@@ -130,11 +133,13 @@ def quantize_int4(
         to unpack_nibbles(q) times its group's scale.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: w is not floating [N, K], the group or the rotation is unknown, or K is no
             multiple of it.
         UnsupportedError: `impl` can't serve this tensor.
         DerivativeError: w carries a tangent or requires grad.
     """
+    expect_tensor("w", w)
     if w.dim() != 2 or w.dtype not in DTYPES:
         raise ValueError(f"w: expected floating [N, K], got {w.dtype} {list(w.shape)}")
     if group not in GROUPS:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.quantize_int8 import quantize_int8 as _reference
+from ._expect import expect_tensor
 from ._layout import DTYPES, FLOATS, contiguous, matrix, unit_stride
 from ._prologue import expect_prologue, project, prologue_cases
 from ._register import register
@@ -37,6 +38,7 @@ __all__ = ["quantize_int8"]
 
 def expect_rows(x: Tensor) -> None:
     """Refuse what is not floating [..., K]."""
+    expect_tensor("x", x)
     if x.dtype not in DTYPES:
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() == 0:
@@ -144,6 +146,7 @@ def quantize_int8(
         q * scale[..., None]. With `down` (q, scale, low), low [..., R] in x's dtype.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: x has no axis, its dtype is not floating, or an argument does not fit it.
         UnsupportedError: `impl` can't serve this tensor.
         DerivativeError: a tensor carries a tangent or requires grad.

@@ -55,7 +55,7 @@ def cut(name: str, natural: Natural, rows: int, columns: int) -> Natural:
     if (natural["weight_scale"] < 0).any():
         raise ValueError(f"{name}.wscales: expected no negative scales, got one")
     # Of a group without values any scale will do, but a large one would be the row's largest.
-    used = natural["weight_int4"].unflatten(1, (-1, GROUP // 2)).any(-1)
+    used = (natural["weight_int4"] != 0).unflatten(1, (-1, GROUP // 2)).any(-1)
     natural["weight_scale"] = natural["weight_scale"].where(used, 0)
     if "smooth" in natural and (natural["smooth"] == 0).any():
         raise ValueError(f"{name}.smooth: expected no zeros to divide by, got one")

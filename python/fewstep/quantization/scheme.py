@@ -98,7 +98,10 @@ class Scheme:
                 r"([a-z0-9]+?)(?:-g(\d+))?(?:-r(\d+))?(?:-h(\d*))?(-smooth)?", text
             )
             if match is None:
-                raise ValueError(f"scheme: expected one of {', '.join(KINDS)}, got {text!r}")
+                raise ValueError(
+                    f"scheme: expected one of {', '.join(KINDS)}, with options in the order of "
+                    f"'w4a8-g64-r32-h64-smooth', got {text!r}"
+                )
             kind, group, rank, block, suffix = match.groups()
             smooth = suffix is not None
             found = {"kind": kind, "group": group and int(group), "rank": rank and int(rank)}
