@@ -45,7 +45,7 @@ ROOFLINE_BASELINES = (
 )
 # <name>.json beside the harness's lines. Without one of OPTIONAL its table says so.
 REPORTS = ("demo", "patches", "dit_step")
-OPTIONAL = ("quantized_digits", "quantized_photos")
+OPTIONAL = ("quantized_digits", "quantized_photos", "time_steps")
 PICTURES = ("samples.png", "tradeoff.png")
 
 # What README shows of each op: the case, and the baseline that its user would otherwise run.
@@ -77,6 +77,7 @@ class Records:
     bench: list[dict[str, Any]]
     quantized_digits: dict[str, Any] | None = None
     quantized_photos: dict[str, Any] | None = None
+    time_steps: dict[str, Any] | None = None
     peers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -307,6 +308,26 @@ def step_table(report: dict[str, Any]) -> str:
     return table(header, "lrrrr", rows)
 
 
+def time_table(report: dict[str, Any] | None) -> str:
+    """Return what keeping the time's path saves per evaluation, as Markdown."""
+    if report is None:
+        return "Not measured yet.\n"
+    rows = [
+        [
+            row["model"],
+            row["blocks"],
+            f"{row['parameters'] / 1e6:.0f}M",
+            seconds(row["plain"]),
+            f"{row['ratio']:.3f}x ({' - '.join(f'{x:.3f}' for x in row['ratio_quartiles'])})",
+            f"{row['bytes_per_step'] / 2**10:.0f} KiB",
+        ]
+        for row in report["rows"]
+    ]
+    header = "| model | blocks | parameters | one evaluation | faster by (quartiles) | per step |"
+    body = table(header, "llrrrr", rows)
+    return body + "\n" + caption(report["environment"], "bfloat16, two samples, on")
+
+
 def replace(text: str, name: str, folder: str, body: str) -> str:
     """Put `body` between the markers `table:<name> <folder>` and `end`.
 
@@ -365,6 +386,7 @@ def documents(folder: str) -> dict[Path, str]:
         (PATCHING, "patches"): patches_table(records.patches)
         + "\n"
         + caption(records.patches["environment"], f"{records.patches['images']} images, on"),
+        (PATCHING, "time_steps"): time_table(records.time_steps),
         (QUANTIZATION, "quantized_digits"): quality(records.quantized_digits),
         (QUANTIZATION, "quantized_photos"): quality(records.quantized_photos),
         (QUANTIZATION, "dit_step"): step_table(records.dit_step)
