@@ -1,4 +1,5 @@
-// gemm_w4a8 on the CPU: the product of int8_product.h with rows that a task expands from 4 bits.
+// gemm_w4a8 on the CPU: the product of int8_product.h with rows that a task expands from 4 bits, to
+// a panel as below, or for few rows of activations to rows of bytes (int4_rows.h).
 //
 //   byte = ((q f + 128) >> 8) + 128 = (u f + 0x8080 - 8 f) >> 8      u = q + 8, all in 16 bits
 //
@@ -12,73 +13,41 @@
 #include <cmath>
 #include <limits>
 
-#include "fewstep/cpu/int8_panel.h"
+#include "fewstep/cpu/int4_rows.h"
 #include "fewstep/cpu/int8_product.h"
 #include "fewstep/cpu/transpose.h"
 
 namespace fewstep::cpu {
 namespace {
 
+using int4::Rows;
 using int8::kDots;
 using int8::kPanel;
 
-// Rows [0, columns) of the weight, two k in a byte, and the factors of their groups.
-struct Rows {
-    const std::uint8_t* w;
-    std::int64_t ld;
-    const std::int16_t* factors;  // [columns][groups]
-    std::int64_t groups, K;
-    int columns;
-
-    int group() const { return static_cast<int>(K / groups); }
-};
-
-// byte k of row n goes to bytes[n * row + k / 4 * four + k % 4].
-struct Order {
-    std::int64_t row, four;
-};
-
-using ExpandFunction = void (*)(const Rows&, std::uint8_t* bytes);
-
-[[gnu::always_inline]] inline void expand(const Rows& p, Order order, std::uint8_t* bytes) {
+// As int8_tiles.h reads a panel.
+[[gnu::always_inline]] inline void expand_panel(const Rows& p, std::uint8_t* panel) {
     const int group = p.group();
+    const std::int64_t step = 4 * ((p.columns + 15) / 16 * 16);
     for (int n = 0; n < p.columns; ++n) {
         const std::uint8_t* row = p.w + n * p.ld;
-        std::uint8_t* out = bytes + n * order.row;
+        std::uint8_t* out = panel + 4 * n;
         for (std::int64_t g = 0; g < p.groups; ++g) {
-            const std::uint16_t f = static_cast<std::uint16_t>(p.factors[n * p.groups + g]);
-            const std::uint16_t c = static_cast<std::uint16_t>(0x8080 - 8 * f);
-            const auto byte = [&](int u) {
-                return static_cast<std::uint8_t>(static_cast<std::uint16_t>((u ^ 8) * f + c) >> 8);
-            };
-            for (int four = 0; four < group / 4; ++four, row += 2, out += order.four) {
-                out[0] = byte(row[0] & 15), out[1] = byte(row[0] >> 4);
-                out[2] = byte(row[1] & 15), out[3] = byte(row[1] >> 4);
+            const std::int16_t f = p.factors[n * p.groups + g];
+            for (int four = 0; four < group / 4; ++four, row += 2, out += step) {
+                out[0] = int4::expand_value(row[0] & 15, f);
+                out[1] = int4::expand_value(row[0] >> 4, f);
+                out[2] = int4::expand_value(row[1] & 15, f);
+                out[3] = int4::expand_value(row[1] >> 4, f);
             }
         }
     }
 }
 
-// As the rows lie, at distance K.
-[[gnu::always_inline]] inline void expand_rows(const Rows& p, std::uint8_t* rows) {
-    expand(p, {p.K, 4}, rows);
-}
-// As int8_tiles.h reads a panel.
-[[gnu::always_inline]] inline void expand_panel(const Rows& p, std::uint8_t* panel) {
-    expand(p, {4, 4 * ((p.columns + 15) / 16 * 16)}, panel);
-}
-
-void expand_rows_portable(const Rows& p, std::uint8_t* rows) {
-    expand_rows(p, rows);
-}
 void expand_panel_portable(const Rows& p, std::uint8_t* panel) {
     expand_panel(p, panel);
 }
 
 #if defined(__x86_64__)
-FEWSTEP_TARGET_AVX2 void expand_rows_avx2(const Rows& p, std::uint8_t* rows) {
-    expand_rows(p, rows);
-}
 FEWSTEP_TARGET_AVX2 void expand_panel_avx2(const Rows& p, std::uint8_t* panel) {
     expand_panel(p, panel);
 }
@@ -132,27 +101,6 @@ class Expander {
     __mmask32 known_;  // the groups of 128 weights
     __m512i group_of_lane_;
 };
-
-FEWSTEP_TARGET_AVX512 void expand_rows_avx512(const Rows& p, std::uint8_t* rows) {
-    const Expander expander(p);
-    const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    for (int n = 0; n < p.columns; ++n, rows += p.K) {
-        for (std::int64_t k = 0; k < p.K; k += 128) {
-            __m512i low, high;
-            expander.block(n, k, low, high);
-            const std::int64_t left = p.K - k;
-            const auto store = [&](std::int64_t at, __m512i bytes) FEWSTEP_TARGET_AVX512
-                __attribute__((always_inline)) {
-                    const std::int64_t room = std::max<std::int64_t>(left - at, 0);
-                    const __mmask64 mask = room >= 64 ? ~0ull : (1ull << room) - 1;
-                    _mm512_mask_storeu_epi8(rows + k + at, mask, bytes);
-                };
-            store(0, _mm512_permutex2var_epi64(low, front, high));
-            store(64, _mm512_permutex2var_epi64(low, back, high));
-        }
-    }
-}
 
 FEWSTEP_TARGET_AVX512 void expand_panel_avx512(const Rows& p, std::uint8_t* panel) {
     const Expander expander(p);
@@ -229,18 +177,17 @@ FEWSTEP_TARGET_AVX512 void factor_avx512(const Scale* s, int rows, std::int64_t 
 template <typename Scale>
 struct Expand {
     FactorFunction<Scale> factors;
-    ExpandFunction rows, panel;
+    int4::ExpandFunction rows, panel;
 };
 
 template <typename Scale>
-Expand<Scale> choose_expand() {
+Expand<Scale> choose_expand(std::int64_t group) {
+    const int4::ExpandFunction rows = int4::choose_expand_rows(isa(), group);
 #if defined(__x86_64__)
-    if (isa() == Isa::kAvx512) {
-        return {factor_avx512<Scale>, expand_rows_avx512, expand_panel_avx512};
-    }
-    if (isa() == Isa::kAvx2) return {factor_avx2<Scale>, expand_rows_avx2, expand_panel_avx2};
+    if (isa() == Isa::kAvx512) return {factor_avx512<Scale>, rows, expand_panel_avx512};
+    if (isa() == Isa::kAvx2) return {factor_avx2<Scale>, rows, expand_panel_avx2};
 #endif
-    return {factor_portable<Scale>, expand_rows_portable, expand_panel_portable};
+    return {factor_portable<Scale>, rows, expand_panel_portable};
 }
 
 template <typename Scale>
@@ -253,20 +200,22 @@ struct Weight {
 
     // Factors in front, then bytes.
     std::int64_t factor_bytes() const { return (kPanel * groups * 2 + 63) / 64 * 64; }
-    std::int64_t scratch() const { return factor_bytes() + kPanel * K; }
+    std::int64_t scratch() const { return factor_bytes() + kPanel * length(); }
 
     const std::uint8_t* panel(std::int64_t n, int columns, std::uint8_t* scratch) const {
         return make(expand.panel, n, columns, scratch);
     }
 
-    static constexpr bool kSigned = false;
+    static constexpr bool kSigned = false, kReorders = true;
+    std::int64_t length() const { return int4::padded(K); }
+    void reorder(const std::int8_t* a, std::int8_t* to) const { int4::reorder(a, K, to); }
     void rows(std::int64_t n, int columns, std::uint8_t* scratch,
               const std::uint8_t** pointers) const {
         const std::uint8_t* bytes = make(expand.rows, n, columns, scratch);
-        for (int c = 0; c < kDots; ++c) pointers[c] = bytes + std::min(c, columns - 1) * K;
+        for (int c = 0; c < kDots; ++c) pointers[c] = bytes + std::min(c, columns - 1) * length();
     }
 
-    const std::uint8_t* make(ExpandFunction function, std::int64_t n, int columns,
+    const std::uint8_t* make(int4::ExpandFunction function, std::int64_t n, int columns,
                              std::uint8_t* scratch) const {
         std::uint8_t* const bytes = scratch + factor_bytes();
         if (groups == 0) return bytes;
@@ -305,8 +254,8 @@ void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView&
     const auto run = [&](auto tag) {
         using Scale = decltype(tag);
         const Weight<Scale> weight{
-            w.ptr<std::uint8_t>(), w.stride(0), w_scale.ptr<Scale>(), K, groups,
-            choose_expand<Scale>()};
+            w.ptr<std::uint8_t>(),      w.stride(0), w_scale.ptr<Scale>(), K, groups,
+            choose_expand<Scale>(group)};
         int8::multiply(
             weight, N,
             {a, a_scale, bias, low, up, smooth, rotate, activation, gate, residual, scale, out});

@@ -20,7 +20,8 @@ struct Weight {
         return scratch;
     }
 
-    static constexpr bool kSigned = true;
+    static constexpr bool kSigned = true, kReorders = false;
+    std::int64_t length() const { return K; }
     void rows(std::int64_t n, int columns, std::uint8_t*, const std::uint8_t** pointers) const {
         for (int c = 0; c < int8::kDots; ++c) {
             pointers[c] = row(n + std::min(c, columns - 1));

@@ -19,7 +19,10 @@
 //   scratch()                             bytes that it is lent, a multiple of cache lines
 //   panel(n, columns, scratch)            columns [n, n + columns) as int8_tiles.h reads them
 //   kSigned                               whether rows() are w, or else w + 128
-//   rows(n, columns, scratch, pointers)   the rows themselves, at most kDots; a pointer to one that
+//   length()                              bytes of a row as rows() returns it
+//   kReorders, reorder(a, to)             whether rows() have another order of k than a, and a in
+//   it rows(n, columns, scratch, pointers)   the rows themselves, at most kDots; a pointer to one
+//   that
 //                                         is missing repeats the last
 //   scales(n, columns, floats)            a scale per column; kPanel floats are lent
 //   row(n), row_bytes()                   where row n lies, and its length
@@ -161,22 +164,23 @@ void multiply_tile(const Operands& p, const Columns& at, std::int64_t m, int row
 
 constexpr std::int64_t kFewRows = 64;
 
-// All rows, at most kFewRows, by the weight's own, four of them after the other.
+// All rows, at most kFewRows, by the weight's own, four of them after the other. `a` are the rows
+// in the order of those.
 template <typename Out, typename Source>
-void multiply_rows(const Operands& p, const Source& source, const Columns& at, Isa isa, Out* out,
-                   std::int64_t ldo) {
+void multiply_rows(const Operands& p, const Source& source, const std::int8_t* a, std::int64_t lda,
+                   const Columns& at, Isa isa, Out* out, std::int64_t ldo) {
     alignas(64) std::int32_t acc[kFewRows * kPanel];
     const std::int64_t tiles = (p.M + kDots - 1) / kDots;
     Dots d;
-    d.lda = p.lda;
-    d.K = p.K;
+    d.lda = lda;
+    d.K = source.length();
     d.ld = kPanel;
     // In turn the tiles ask for the weight's bytes eight rows ahead, in their order.
     d.lines = static_cast<int>(std::max<std::int64_t>(1, kDots * source.row_bytes() / p.K / tiles));
     for (int c = 0; c < at.columns; c += kDots) {
         source.rows(at.n + c, std::min(kDots, at.columns - c), at.scratch, d.b);
         for (std::int64_t m = 0; m < p.M; m += kDots) {
-            d.a = p.a + m * p.lda;
+            d.a = a + m * lda;
             d.rows = static_cast<int>(std::min<std::int64_t>(kDots, p.M - m));
             d.acc = acc + m * kPanel + c;
             d.coming = source.row(at.n + c + 2 * kDots) + m / kDots * d.lines * p.K;
@@ -231,12 +235,19 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
     const ThreadScratch<std::uint8_t> byte_scratch(threads, halves * depth);
     const ThreadScratch<float> up_scratch(threads, halves * p.branch->rank() * kPanel);
     const ThreadScratch<float> y_scratch(threads, plain ? 0 : halves * step * kPanel);
+    const bool reorders = few && Source::kReorders;
+    const std::int64_t lda = reorders ? source.length() : p.lda;
+    const ThreadScratch<std::int8_t> reordered(1, reorders ? p.M * lda : 0);
+    const std::int8_t* const a = reorders ? reordered.of_thread(0) : p.a;
     const epilogue::RoundFunction<Out> round = epilogue::choose_round<Out>();
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (std::int64_t m = 0; m < p.M; ++m) {
             prepare(m);
+            if constexpr (Source::kReorders) {
+                if (few) source.reorder(p.a + m * p.lda, reordered.of_thread(0) + m * lda);
+            }
             p.branch->prepare_row(m);
         }
         const int thread = omp_get_thread_num();
@@ -250,7 +261,7 @@ void multiply(const Operands& p, const Source& source, const Prepare& prepare, O
         const auto multiply_step = [&](int half, std::int64_t m, int count, auto* to,
                                        std::int64_t ldo) {
             if (few) {
-                multiply_rows(p, source, at[half], chosen, to, ldo);
+                multiply_rows(p, source, a, lda, at[half], chosen, to, ldo);
             } else {
                 multiply_tile(p, at[half], m, count, chosen, to, ldo);
             }
