@@ -1,4 +1,7 @@
-"""time="cache" on pipelines: the same bits, fewer evaluations, nothing used that has changed."""
+"""time="cache" on pipelines: the same bits, fewer evaluations.
+
+test_time_weights.py and test_time_device.py hold that nothing is used that has changed.
+"""
 
 import copy
 import io
@@ -9,32 +12,13 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import fewstep
-from fewstep.caching import clock, timestep
+from fewstep.caching import timestep
 from fewstep.patching import PatchError
 from patching.snapshot import snapshot
+from patching.timed import STEPS, evaluations, kept, run
 from patching.tiny_pipelines import BUILDERS, build, call, denoiser, digits
 
-STEPS = 3
 ALL = sorted(BUILDERS)
-# A module whose values are kept, of each pipeline used below.
-KEPT = {
-    "digits": "transformer_blocks.1.norm1.emb.timestep_embedder",
-    "pixart": "adaln_single",
-    "sana": "time_embed",
-    "sd-unet": "time_embedding",
-}
-
-
-def run(pipe, **kwargs):
-    return call(pipe, num_inference_steps=STEPS, **kwargs)
-
-
-def kept(pipe, name):
-    return denoiser(pipe).get_submodule(KEPT[name])
-
-
-def evaluations(patch):
-    return patch.report()["time"]["evaluated"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -88,95 +72,6 @@ def test_with_low_bit_layers_steps_and_a_cache_in_any_order(monkeypatch):
     other.undo()
     assert torch.equal(run(pipe), exact)
     assert snapshot(pipe)["modules"] == before["modules"]
-
-
-def _load(module):
-    module.load_state_dict({k: 0.5 * v for k, v in module.state_dict().items()})
-
-
-def _in_place(module):
-    with torch.no_grad():
-        next(module.parameters()).mul_(0.5)
-
-
-def _data(module):
-    for parameter in module.parameters():
-        parameter.data *= 0.5
-
-
-def _new_data(module):
-    for parameter in module.parameters():
-        parameter.data = 0.5 * parameter.data
-
-
-def _new_parameters(module):
-    for child in module.modules():
-        for name, parameter in list(child._parameters.items()):
-            setattr(child, name, nn.Parameter(0.5 * parameter.detach()))
-
-
-def _round(module):
-    module.to(torch.bfloat16).to(torch.float32)
-
-
-def _replace(module):
-    for child in module.modules():
-        for name, part in list(child.named_children()):
-            if isinstance(part, nn.Linear):
-                child._modules[name] = nn.Linear(part.in_features, part.out_features)
-
-
-CHANGES = [_load, _in_place, _data, _new_data, _new_parameters, _round, _replace]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["digits", "pixart"])
-def test_other_weights_are_seen(name, change):
-    pipe = build(name)
-    with fewstep.patch(pipe, time="cache"):
-        before = run(pipe)
-        change(kept(pipe, name))
-        after = run(pipe)
-        again = run(pipe)
-    plain = run(pipe)
-    assert not torch.equal(after, before)
-    assert torch.equal(after, plain)
-    assert torch.equal(again, plain)
-
-
-def test_a_lora_on_the_embedding_loads_scales_fuses_and_goes():
-    """What peft fuses goes through `.data`, and nothing is left of it in the modules then."""
-    from peft import LoraConfig
-
-    pipe, twin = build("sana"), build("sana")
-    config = LoraConfig(r=2, target_modules=["linear_2", "time_embed.linear"])
-
-    def change(action):
-        for one in (pipe, twin):
-            action(one.transformer)
-        images = [run(pipe), run(pipe), run(twin)]
-        assert torch.equal(images[0], images[2])
-        assert torch.equal(images[1], images[2])
-        return images[2]
-
-    def load(model):
-        model.add_adapter(config)
-        for name, parameter in model.named_parameters():
-            if "lora" in name:
-                torch.nn.init.constant_(parameter, 0.3)
-
-    def fuse(model):
-        model.fuse_lora()
-        model.unload_lora()
-
-    with fewstep.patch(pipe, time="cache") as patch:
-        plain = change(lambda model: None)
-        loaded = change(load)
-        assert any("in it" in reason for reason in patch.report()["time"]["not_kept"])
-        assert not torch.equal(change(lambda model: model.set_adapters("default", 0.5)), loaded)
-        assert torch.equal(change(lambda model: model.disable_adapters()), plain)
-        change(lambda model: model.enable_adapters())
-        assert not torch.equal(change(fuse), plain)
 
 
 @pytest.mark.parametrize("name", ["digits", "sana"])
@@ -271,24 +166,6 @@ def test_outside_of_the_denoiser_and_after_an_exception_no_time_is_known():
             assert torch.equal(module(x), plain)
 
 
-def test_a_value_that_is_written_to_is_computed_again():
-    pipe = build("pixart")
-    plain = run(pipe)
-
-    def write(module, args, output):
-        # After the cache: what a model does with the values it is given.
-        written.append(output[0])
-
-    written = []
-    with fewstep.patch(pipe, time="cache"):
-        handle = kept(pipe, "pixart").register_forward_hook(write)
-        run(pipe)
-        handle.remove()
-        with torch.no_grad():
-            written[0].zero_()
-        assert torch.equal(run(pipe), plain)
-
-
 def test_memory_is_bounded_and_steps_that_come_again_stay(monkeypatch):
     pipe = build("digits")
     plain = run(pipe)
@@ -313,96 +190,6 @@ def test_memory_is_bounded_and_steps_that_come_again_stay(monkeypatch):
         saved = patch.report()["time"]["saved"]
         call(pipe, num_inference_steps=2)
         assert patch.report()["time"]["saved"] > saved
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """Take CPU tensors for those of a device: their values may be read once per grid."""
-    shapes = []
-    monkeypatch.setattr(clock, "on_host", lambda x: False)
-    own = clock._bytes
-
-    def read(x):
-        shapes.append(x.shape)
-        return own(x)
-
-    monkeypatch.setattr(clock, "_bytes", read)
-    return shapes
-
-
-@pytest.mark.parametrize("name", ["digits", "sd3", "pixart", "sd-unet", "sana", "flux"])
-def test_on_a_device_a_step_is_known_by_its_place_in_the_grid(name, reads):
-    pipe = build(name)
-    plain = run(pipe)
-    with fewstep.patch(pipe, time="cache") as patch:
-        assert torch.equal(run(pipe), plain)
-        first = evaluations(patch)
-        assert torch.equal(run(pipe), plain)
-        report = patch.report()["time"]
-    if name in ("sd3", "pixart", "sd-unet"):
-        assert report["evaluated"] == first
-        assert len(reads) == 2  # one read per image
-    else:  # their pipelines compute the time that the model gets, on the device
-        assert "times on a device that are not the scheduler's own" in report["not_kept"]
-        assert report["saved"] == 0
-        assert not reads
-
-
-def test_on_a_device_a_grid_that_is_written_to_is_read_again(reads):
-    pipe = build("sd3")
-    model, scheduler = pipe.transformer, pipe.scheduler
-    scheduler.set_timesteps(3)
-    given = (torch.randn(1, 4, 8, 8), torch.randn(1, 6, 16), torch.randn(1, 8))
-
-    @torch.no_grad()
-    def evaluate():
-        return [model(*given, timestep=t.expand(1)).sample for t in scheduler.timesteps]
-
-    plain = evaluate()
-    with fewstep.patch(pipe, time="cache") as patch:
-        for _ in range(2):
-            assert all(map(torch.equal, evaluate(), plain))
-        with torch.no_grad():
-            scheduler.timesteps.mul_(0.5)
-        after = evaluate()
-        assert patch.report()["time"]["saved"] > 0
-        assert len(reads) == 2
-    assert all(map(torch.equal, after, evaluate()))
-    assert not torch.equal(after[0], plain[0])
-
-
-def test_on_a_device_guidance_is_known_by_its_tensor(reads):
-    from diffusers import FluxTransformer2DModel
-
-    pipe = build("flux")
-    config = pipe.transformer.config
-    pipe.transformer = FluxTransformer2DModel.from_config(config, guidance_embeds=True).eval()
-    given = {
-        "hidden_states": torch.randn(1, 4, 16),
-        "encoder_hidden_states": torch.randn(1, 6, 16),
-        "pooled_projections": torch.randn(1, 8),
-        "img_ids": torch.zeros(4, 3),
-        "txt_ids": torch.zeros(6, 3),
-    }
-    guidance = torch.full((1,), 3.5)
-
-    @torch.no_grad()
-    def evaluate():
-        times = torch.linspace(1, 0.5, 3)
-        return [
-            pipe.transformer(**given, timestep=t[None] / 1000, guidance=guidance).sample
-            for t in times
-        ]
-
-    plain = evaluate()
-    with fewstep.patch(pipe, time="cache") as patch:
-        assert all(map(torch.equal, evaluate(), plain))
-        assert (patch.report()["time"]["evaluated"], patch.report()["time"]["saved"]) == (1, 2)
-        guidance.fill_(1.0)
-        other = evaluate()
-    assert all(map(torch.equal, other, evaluate()))
-    assert not torch.equal(other[0], plain[0])
-    assert not reads
 
 
 def test_what_text_enters_is_not_kept():
