@@ -34,6 +34,8 @@ using bf16::kPanel;
 using bf16::Machine;
 using bf16::Tile;
 
+constexpr std::int64_t kBlock = 2 * bf16::kBlockPairs;  // k, and rows of w, that share a scale
+
 static_assert(kPanel == LowRank::kPanel && kPanel == epilogue::kPanel);
 
 struct Operands {
@@ -43,6 +45,9 @@ struct Operands {
     const float* bias;
     const std::uint32_t* a;  // [M][pairs]
     const float* a_scale;
+    std::int64_t blocks;  // of 128 k with scales, in a row
+    bool blocked;         // whether there are those, or one for each row of a
+    bool squares;         // whether w_scale is [ceil(N / 128), blocks]
     const LowRank* branch;
     const Epilogue* end;
     std::int64_t M, N, K, pairs;
@@ -54,14 +59,30 @@ struct Columns {
     int columns = 0;
     std::uint32_t* words = nullptr;  // a slice of their panel
     float* up = nullptr;             // the branch's panel
-    float* acc = nullptr;  // sums of all rows of a task, or of a tile if a slice is all of K
-    float* y = nullptr;    // a tile's, for what follows
+    float* acc = nullptr;     // sums of all rows of a task, or of a tile if a slice is all of K
+    float* scales = nullptr;  // of blocks: [blocks][kPanel], or [kPanel]
+    float* y = nullptr;       // a tile's, for what follows
 };
 
 // Rows [begin, end) of a task and its slice of K, [first, last).
 struct Part {
     std::int64_t begin, end, first, last;
 };
+
+// Scales where others have been taken already.
+inline const float* ones() {
+    static const std::vector<float> values(kPanel, 1.0f);
+    return values.data();
+}
+
+// Columns' scales of blocks, [blocks][kPanel].
+void spread_scales(const Operands& p, const Columns& at) {
+    for (std::int64_t b = 0; b < p.blocks && p.squares; ++b) {
+        for (int c = 0; c < at.columns; ++c) {
+            at.scales[b * kPanel + c] = p.w_scale[(at.n + c) / kBlock * p.blocks + b];
+        }
+    }
+}
 
 // Rows [m, m + rows), a tile, by a slice of a panel.
 template <typename Out>
@@ -80,8 +101,8 @@ void multiply_tile(const Operands& p, const Columns& at, const Part& part, std::
     bf16::Finish f;
     f.acc = tile.acc;
     f.offsets = nullptr;
-    f.a_scale = p.a_scale + m;
-    f.w_scale = p.w_scale + at.n;
+    f.a_scale = p.blocked ? ones() : p.a_scale + m;
+    f.w_scale = p.squares ? ones() : p.w_scale + at.n;
     f.bias = p.bias == nullptr ? nullptr : p.bias + at.n;
     f.low = p.branch->row(m);
     f.up = at.up;
@@ -89,7 +110,18 @@ void multiply_tile(const Operands& p, const Columns& at, const Part& part, std::
     f.ldo = ldo;
     f.rows = rows;
     f.columns = at.columns;
-    bf16::choose_tile<Out>(machine, rows, tile.vectors)(tile, f, last, out);
+    if (!p.blocked) {
+        bf16::choose_tile<Out>(machine, rows, tile.vectors)(tile, f, last, out);
+        return;
+    }
+    const std::int64_t block = part.first / kBlock;
+    tile.a_scale = p.a_scale + m * p.blocks + block;
+    tile.ld_a_scale = p.blocks;
+    tile.ld_w_scale = p.squares ? kPanel : 0;
+    tile.w_scale = p.squares ? at.scales + block * kPanel : ones();
+    bf16::choose_blocks(machine.isa)(tile, at.columns,
+                                     bf16::choose_accumulate(machine, rows, tile.vectors));
+    if (last) tile::choose_finish<float, Out>(machine.isa)(f, out);
 }
 
 // A slice of a task's product; out is its first column's.
@@ -124,7 +156,7 @@ template <typename Out, typename Prepare>
 void multiply(const Operands& p, const Prepare& prepare, Out* out,
               const product::Quantized<Out>& quantized) {
     constexpr std::int64_t kWorthThreads = 1 << 18;
-    constexpr std::int64_t kBlock = 192, kMany = 960;  // rows of a task: whole tiles of any height
+    constexpr std::int64_t kRows = 192, kMany = 960;  // rows of a task: whole tiles of any height
     constexpr std::int64_t kFew = 8;
     constexpr std::int64_t kSlice = 3072, kSliceOfFew = 128;  // 384 and 16 KiB of a panel
     const Machine machine;
@@ -132,7 +164,7 @@ void multiply(const Operands& p, const Prepare& prepare, Out* out,
     const int halves = p.end->is_glu() ? 2 : 1;
     const std::int64_t width = p.end->width(), panels = (width + kPanel - 1) / kPanel;
     // A panel meets as many rows as there are, where there are enough panels to go round.
-    const std::int64_t rows = std::min(p.M, panels >= 8 * threads ? kMany / halves : kBlock);
+    const std::int64_t rows = std::min(p.M, panels >= 8 * threads ? kMany / halves : kRows);
     const std::int64_t blocks = (p.M + rows - 1) / rows;
     const std::int64_t slice =
         std::max<std::int64_t>(std::min(p.K, p.M <= kFew ? kSliceOfFew : kSlice / halves), 1);
@@ -143,6 +175,8 @@ void multiply(const Operands& p, const Prepare& prepare, Out* out,
     const ThreadScratch<std::uint32_t> word_scratch(threads, halves * words);
     const ThreadScratch<float> up_scratch(threads, halves * ups);
     const ThreadScratch<float> acc_scratch(threads, halves * sums);
+    const std::int64_t scales = p.squares ? p.blocks * kPanel : 0;
+    const ThreadScratch<float> scale_scratch(threads, halves * scales);
     const ThreadScratch<float> y_scratch(threads, halves * ys);
     const epilogue::RoundFunction<Out> round = epilogue::choose_round<Out>();
 #pragma omp parallel num_threads(threads)
@@ -158,6 +192,7 @@ void multiply(const Operands& p, const Prepare& prepare, Out* out,
             at[i].words = word_scratch.of_thread(thread) + i * words;
             at[i].up = up_scratch.of_thread(thread) + i * ups;
             at[i].acc = acc_scratch.of_thread(thread) + i * sums;
+            at[i].scales = scale_scratch.of_thread(thread) + i * scales;
             at[i].y = y_scratch.of_thread(thread) + i * ys;
         }
         std::int64_t current = -1;  // the panel of `up` that this thread has at hand
@@ -169,6 +204,7 @@ void multiply(const Operands& p, const Prepare& prepare, Out* out,
                 at[i].n = n + i * width;
                 at[i].columns = static_cast<int>(std::min<std::int64_t>(kPanel, width - n));
                 p.branch->panel(at[i].n, at[i].columns, at[i].up);
+                spread_scales(p, at[i]);
             }
             current = n;
             Part part{begin, std::min(p.M, begin + rows), 0, 0};
@@ -222,7 +258,9 @@ template <typename T>
 void multiply_floats(Operands& p, const product::Arguments& given, std::uint32_t* words,
                      const product::Destination& to) {
     const TensorView& a = given.a;
-    const std::unique_ptr<float[]> scales(new float[static_cast<std::size_t>(p.M)]);
+    const std::int64_t count = std::max<std::int64_t>(p.blocks, 1);
+    const std::int64_t size = p.blocked ? kBlock : p.K;
+    const std::unique_ptr<float[]> scales(new float[static_cast<std::size_t>(p.M * count)]);
     p.a_scale = scales.get();
     const prologue::Prologue<T> prepare(given.smooth, given.rotate, p.K);
     const ThreadScratch<float> prepared(omp_get_max_threads(), prepare.active() ? p.K : 0);
@@ -233,12 +271,18 @@ void multiply_floats(Operands& p, const product::Arguments& given, std::uint32_t
         p,
         [&](std::int64_t m, std::uint8_t* q) {
             const T* const row = a.ptr<T>() + m * a.stride(0);
+            const auto blocks = [&](const auto* values, auto function) {
+                for (std::int64_t b = 0; b < count; ++b) {
+                    const std::int64_t first = b * size, n = std::min(size, p.K - first);
+                    scales[m * count + b] = function(values + first, q + first, n);
+                }
+            };
             if (prepare.active()) {
                 float* const values = prepared.of_thread(omp_get_thread_num());
                 prepare.apply(row, values);
-                scales[m] = quantize(values, q, p.K);
+                blocks(static_cast<const float*>(values), quantize);
             } else {
-                scales[m] = plain(row, q, p.K);
+                blocks(row, plain);
             }
             widen(q, p.K, words + m * p.pairs);
         },
@@ -263,9 +307,21 @@ void gemm_fp8(const TensorView& a, const TensorView* a_scale, const TensorView& 
     p.end = &end;
     const product::Destination to =
         product::expect_arguments(given, DType::kUInt8, p.N, end.width());
-    if (a_scale != nullptr) expect_contiguous(*a_scale, "a_scale", DType::kFloat32, {p.M});
+    p.squares = w_scale.ndim == 2;
+    p.blocked = p.squares || (a_scale != nullptr && a_scale->ndim == 2);
+    p.blocks = p.blocked ? (p.K + kBlock - 1) / kBlock : 0;
+    if (a_scale != nullptr && p.blocked) {
+        expect_contiguous(*a_scale, "a_scale", DType::kFloat32, {p.M, p.blocks});
+    } else if (a_scale != nullptr) {
+        expect_contiguous(*a_scale, "a_scale", DType::kFloat32, {p.M});
+    }
     expect_rows(w, "w", DType::kUInt8, {p.N, p.K});
-    expect_contiguous(w_scale, "w_scale", DType::kFloat32, {p.N});
+    if (p.squares) {
+        const std::int64_t rows = (p.N + kBlock - 1) / kBlock;
+        expect_contiguous(w_scale, "w_scale", DType::kFloat32, {rows, p.blocks});
+    } else {
+        expect_contiguous(w_scale, "w_scale", DType::kFloat32, {p.N});
+    }
     const LowRank branch(low, up, p.M, p.N);
     p.branch = &branch;
     if (p.M == 0 || p.N == 0) return;

@@ -1,7 +1,8 @@
 """gemm_fp8 in Triton: gemm_w8a8's kernel on the bits of e4m3 operands, with float32 sums.
 
-a [M, K] and w [N, K] uint8, the rest as in gemm_w8a8.py. GPUs of capability 8.9 and above multiply
-e4m3; older ones and the interpreter get the same products from float16.
+a [M, K] and w [N, K] uint8, a_scale [M] or [M, ceil(K / 128)] of blocks, w_scale [N] or with those
+[ceil(N / 128), ceil(K / 128)], contiguous; the rest as in gemm_w8a8.py. GPUs of capability 8.9 and
+above multiply e4m3; older ones and the interpreter get the same products from float16.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """gemm_w8a8 in Triton: one program per BLOCK_M x BLOCK_N tile of out, int8 dots into int32.
 
-The same kernel is gemm_fp8's, on the bits of e4m3 operands with float32 sums.
+The same kernel is gemm_fp8's, on the bits of e4m3 operands with float32 sums, which may have scales
+for each 128 k: a step of the loop, whose products are then scaled as they are added.
 
 a [M, K] int8 with unit stride in K, w [N, K] int8 with any strides, a_scale [M] and w_scale [N]
 fp32, bias [N] floating or none. low [M, R] and up [N, R], contiguous or both none: the branch is
@@ -55,6 +56,8 @@ def _gemm_w8a8_kernel(
     EVEN_K: tl.constexpr,
     E4M3: tl.constexpr,
     NATIVE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SQUARES: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     offs_m, offs_n = find_tile(M, N, BLOCK_M, BLOCK_N, GROUP)
@@ -71,12 +74,24 @@ def _gemm_w8a8_kernel(
         else:
             a = tl.load(a_ptrs, mask=(start + offs_k < K)[None, :], other=0)
             w = tl.load(w_ptrs, mask=(start + offs_k < K)[:, None], other=0)
-        acc = dot_e4m3(a, w, acc, NATIVE) if E4M3 else tl.dot(a, w, acc, out_dtype=tl.int32)
+        if BLOCKS:
+            part = dot_e4m3(a, w, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), NATIVE)
+            block, blocks = start // BLOCK_K, tl.cdiv(K, BLOCK_K)
+            part *= tl.load(a_scale_ptr + rows * blocks + block)[:, None]
+            if SQUARES:
+                part *= tl.load(w_scale_ptr + columns // BLOCK_K * blocks + block)[None, :]
+            acc += part
+        elif E4M3:
+            acc = dot_e4m3(a, w, acc, NATIVE)
+        else:
+            acc = tl.dot(a, w, acc, out_dtype=tl.int32)
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
-    a_scale = tl.load(a_scale_ptr + rows)
-    w_scale = tl.load(w_scale_ptr + columns)
-    out = acc.to(tl.float32) * a_scale[:, None] * w_scale[None, :]
+    out = acc.to(tl.float32)
+    if not BLOCKS:
+        out *= tl.load(a_scale_ptr + rows)[:, None]
+    if not SQUARES:
+        out *= tl.load(w_scale_ptr + columns)[None, :]
     finish_tile(
         out,
         (offs_m, offs_n),
@@ -145,6 +160,8 @@ def launch_gemm_w8a8(
         EVEN_K=K % block_k == 0,
         E4M3=e4m3,
         NATIVE=native,
+        BLOCKS=a_scale.dim() == 2,
+        SQUARES=w_scale.dim() == 2,
         ACTIVATION=activation,
         num_warps=8 if block_m == 128 else 4,
         **shared,

@@ -202,10 +202,12 @@ def backward(d, plain=False, **options):
     )
 
 
-def product(module, M, group=64, dtype=torch.bfloat16, R=32, activation=None, blend=False):
+def product(
+    module, M, group=64, dtype=torch.bfloat16, R=32, activation=None, blend=False, blocks=0
+):
     """Return the launches of a low-bit product with bias, and a branch where R is not 0.
 
-    With `blend` there are a gate and a residual.
+    With `blend` there are a gate and a residual; e4m3 has scales of `blocks` of a, or 2: and of w.
     """
     N, K = 3072, 4096
 
@@ -217,6 +219,10 @@ def product(module, M, group=64, dtype=torch.bfloat16, R=32, activation=None, bl
     if module in (gemm_w8a8, gemm_fp8):
         a = new(M, K, dtype=torch.uint8) if module is gemm_fp8 else a
         w = new(N, K, dtype=a.dtype), new(N, dtype=torch.float32)
+    if blocks:
+        scale = new(M, K // 128, dtype=torch.float32)
+    if blocks == 2:
+        w = w[0], new(N // 128, K // 128, dtype=torch.float32)
     left = (new(M, K),) if module is gemm_w4a16 else (a, scale)
     branch = (new(M, R), new(N, R)) if R else (None, None)
     launch = getattr(module, "launch_" + module.__name__.rpartition(".")[2])
@@ -316,6 +322,9 @@ VARIANTS = {
     "gemm_fp8 4096": lambda: product(gemm_fp8, 4096),
     "gemm_fp8 4096 float32": lambda: product(gemm_fp8, 4096, dtype=torch.float32),
     "gemm_fp8 4096 alone": lambda: product(gemm_fp8, 4096, R=0),
+    "gemm_fp8 4096 blocks": lambda: product(gemm_fp8, 4096, blocks=1),
+    "gemm_fp8 4096 squares": lambda: product(gemm_fp8, 4096, blocks=2),
+    "gemm_fp8 16 squares": lambda: product(gemm_fp8, 16, blocks=2),
     "gemm_fp8 4096 geglu": lambda: product(gemm_fp8, 4096, activation="geglu"),
     "gemm_w8a8 4096 blend": lambda: product(gemm_w8a8, 4096, blend=True),
     "gemm_w8a8 4096 gelu": lambda: product(gemm_w8a8, 4096, R=0, activation="gelu", blend=True),

@@ -41,6 +41,7 @@ from ._gemm_autograd import differentiate
 from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton
+from .quantize_fp8 import BLOCK
 from .quantize_fp8 import run_triton as quantize_fp8
 from .quantize_int8 import run_native as quantize_native  # rows, and low beside them
 from .quantize_int8 import run_reference as quantize_reference
@@ -59,11 +60,11 @@ class Format(NamedTuple):
     """What activations are in 8 bits: their dtype, and how rows become it on GPUs."""
 
     dtype: torch.dtype
-    quantize: Callable[..., tuple[Tensor, ...]]  # x, smooth, rotate -> values, scales
+    quantize: Callable[..., tuple[Tensor, ...]]  # x, block, smooth, rotate -> values, scales
 
 
-INT8 = Format(torch.int8, quantize_triton)
-E4M3 = Format(torch.float8_e4m3fn, lambda x, *first: quantize_fp8(x, None, *first))
+INT8 = Format(torch.int8, lambda x, block, *first: quantize_triton(x, *first))
+E4M3 = Format(torch.float8_e4m3fn, quantize_fp8)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -99,12 +100,13 @@ class Operands(NamedTuple):
         return self.a.new_empty(self.a.shape[:-1], dtype=torch.float32)
 
     def flat(self) -> tuple[Tensor, Tensor | None]:
-        """Return a as [M, K] and a_scale as [M]."""
+        """Return a as [M, K] and a_scale as [M], or as [M, ceil(K / 128)] where it is of blocks."""
         a, a_scale = bits(self.a), self.a_scale
         if len(a.shape) == 2:  # saves calls, which are dear once the caches are full of matrices
             return unit_stride(a), contiguous(a_scale)
         if a_scale is not None:
-            a_scale = a_scale.reshape(-1).contiguous()
+            blocks = a_scale.dim() == a.dim()
+            a_scale = (matrix(a_scale) if blocks else a_scale.reshape(-1)).contiguous()
         return unit_stride(matrix(a)), a_scale
 
     def branch(self) -> tuple[Tensor | None, Tensor | None]:
@@ -179,8 +181,9 @@ def expect_operands(
     p: Operands,
     weight_shape: tuple[int, ...],
     form: Format = INT8,
+    blocks: tuple[int, ...] = (),
 ) -> None:
-    """Check everything but w and its scale: their op does."""
+    """Check everything but w and its scale: their op does. A row of a has one, or `blocks`."""
     a, a_scale, w, bias = p.a, p.a_scale, p.w, p.bias
     expect_tensors(a_scale=a_scale, bias=bias)
     if not a.shape or a.dtype not in (FLOATS if a_scale is None else (form.dtype,)):
@@ -188,7 +191,7 @@ def expect_operands(
         raise ValueError(f"a: expected {wanted} [..., M, K], got {a.dtype} {list(a.shape)}")
     (*rows, K), N, device = a.shape, w.shape[0], a.device
     expect("w", w, weight_shape, (w.dtype,), device)
-    expect("a_scale", a_scale, tuple(rows), (torch.float32,), device)
+    expect("a_scale", a_scale, (*rows, *blocks), (torch.float32,), device)
     expect("bias", bias, (N,), FLOATS, device)
     if a_scale is None:
         _prologue.expect_prologue("a", a, p.smooth, p.rotate)
@@ -276,7 +279,8 @@ def register_product(
         if out.numel():
             branch = p.branch()
             if p.a_scale is None:
-                a, a_scale = form.quantize(p.a, p.smooth, p.rotate)
+                block = BLOCK if form is E4M3 and p.w_scale.dim() == 2 else None
+                a, a_scale = form.quantize(p.a, block, p.smooth, p.rotate)
                 p = p._replace(a=a, a_scale=a_scale)
             weight = (bits(p.w.contiguous()), p.w_scale.contiguous(), contiguous(p.bias))
             launcher()(*p.flat(), *weight, *branch, *p.epilogue(), matrix(out))

@@ -4,8 +4,13 @@
     y_mn   = acc_mn * a_scale_m * w_scale_n + bias_n + sum_r low_mr up_nr
     out    = residual + gate * activation(y)                  rounded once to out_dtype
 
-a        [..., M, K]  float8_e4m3fn    a_scale  [..., M]  float32
-w        [N, K]       float8_e4m3fn    w_scale  [N]       float32
+or, where a has scales of blocks, in the place of acc_mn * a_scale_m * w_scale_n, with b = k // 128
+
+    sum_b (sum_{k in b} a_mk w_nk) * a_scale_mb * w_scale_nb  w_scale_n, or that of n's 128 rows
+
+a        [..., M, K]  float8_e4m3fn    a_scale  [..., M] or [..., M, ceil(K / 128)]  float32
+w        [N, K]       float8_e4m3fn    w_scale  [N] or, with blocks of a,
+                                                [ceil(N / 128), ceil(K / 128)]       float32
 bias     [N]          float32, bfloat16 or float16
 out      [..., M, N]  float32, bfloat16 or float16
 smooth, rotate        what comes before the rows of a floating a are quantised: `ops/_prologue.py`
@@ -18,6 +23,10 @@ a_scale_m w_scale_n,
 
     |y - exact| <= (K + 3) 2^-24 S + 2^-24 |exact|            on CPUs: in order of k, by pairs.
 
+With blocks K is at most 128 in this, and B = ceil(K / 128) sums are added instead of scaled:
+
+    |y - exact| <= (min(K, 128) + B + 3) 2^-24 S + 2^-24 |exact|.
+
 Tensor cores of Hopper add with about 13 bits behind the point of the largest term, cutting off the
 rest. There no more than 128 products are added so before float32 takes over, and the error is
 
@@ -27,7 +36,8 @@ and of the order of 2^-12 S for values of random sign (docs/ops/gemm_fp8.md). Na
 its row or column of out NaN.
 
 Without `a_scale`, `a` is floating and is quantised first, exactly as by `quantize_fp8` row by row,
-in the same call. out_dtype is then a's dtype unless given.
+or by blocks of 128 where w has scales of blocks, in the same call. out_dtype is then a's
+dtype unless given.
 """
 
 from __future__ import annotations
@@ -39,6 +49,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gemm_fp8 import gemm_fp8 as _reference
+from ..reference.gemm_fp8 import spread_scales
 from ._expect import expect_tensor
 from ._gemm import (
     E4M3,
@@ -50,6 +61,7 @@ from ._gemm import (
     rounding_dtype,
 )
 from ._select import select
+from .quantize_fp8 import BLOCK
 
 __all__ = ["gemm_fp8"]
 
@@ -65,7 +77,7 @@ IMPLEMENTATIONS, _op, _op_int8 = register_product(
     form=E4M3,
     reference=_reference,
     launcher=_launcher,
-    weight=lambda p: p.w.float() * p.w_scale[:, None],
+    weight=lambda p: p.w.float() * spread_scales(p.w_scale, *p.w.shape),
 )
 
 
@@ -75,8 +87,13 @@ def _validate(p: Operands) -> None:
     expect_tensor("w_scale", p.w_scale)
     if len(w.shape) != 2 or w.dtype != E4M3.dtype:
         raise ValueError(f"w: expected {E4M3.dtype} [N, K], got {w.dtype} {list(w.shape)}")
-    expect_operands(p, (w.shape[0], p.a.shape[-1] if p.a.shape else 0), form=E4M3)
-    expect("w_scale", p.w_scale, (w.shape[0],), (torch.float32,), p.a.device)
+    N, K = w.shape[0], p.a.shape[-1] if p.a.shape else 0
+    squares = p.w_scale.dim() == 2
+    blocked = isinstance(p.a_scale, Tensor) and 0 < p.a.dim() == p.a_scale.dim()
+    blocks = (-(-K // BLOCK),) if squares or blocked else ()
+    expect_operands(p, (N, K), form=E4M3, blocks=blocks)
+    shape = (-(-N // BLOCK), *blocks) if squares else (N,)
+    expect("w_scale", p.w_scale, shape, (torch.float32,), p.a.device)
 
 
 def gemm_fp8(
@@ -101,9 +118,10 @@ def gemm_fp8(
 
     Args:
         a: float8_e4m3fn [..., M, K], as from `quantize_fp8`. Floating without `a_scale`.
-        a_scale: float32 [..., M], or None to quantise `a` here.
+        a_scale: float32 [..., M], or [..., M, ceil(K / 128)] as with `block=128`, or None to
+            quantise `a` here.
         w: float8_e4m3fn [N, K].
-        w_scale: float32 [N].
+        w_scale: float32 [N], or [ceil(N / 128), ceil(K / 128)] of squares: a then has blocks too.
         bias: floating [N], added in float32.
         smooth: floating [K], positive, for floating a: its columns are divided by it first.
         rotate: 0, or 16, 32, 64, 128 or 256 for floating a: every so many neighbours are rotated

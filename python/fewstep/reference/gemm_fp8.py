@@ -4,6 +4,8 @@
 
 and what follows it, as in `reference.gemm_w8a8`, on e4m3 values. Without a_scale, a is floating and
 quantised first (`reference.quantize_fp8`); low is then a down^T, rounded to a's dtype.
+With a scale for each 128 k of a row of a, and for 128 rows by 128 k of w, or one a row, operands
+take their scales before the product.
 A product is a multiple of 2^-18 below 2^18, so for K < 2^17 the sums are exact in float64.
 """
 
@@ -16,6 +18,15 @@ from torch import Tensor
 from ._prologue import project
 from .gemm_w8a8 import gemm_w8a8
 from .quantize_fp8 import quantize_fp8
+
+BLOCK = 128
+
+
+def spread_scales(scale: Tensor, N: int, K: int) -> Tensor:
+    """Return scales of rows as [N, 1], of squares, [ceil(N / 128), ceil(K / 128)], as [N, K]."""
+    if scale.dim() == 1:
+        return scale[:, None]
+    return scale.repeat_interleave(BLOCK, 0)[:N].repeat_interleave(BLOCK, 1)[:, :K]
 
 
 def gemm_fp8(
@@ -34,5 +45,10 @@ def gemm_fp8(
     if down is not None:
         low = project(a, down)
     if a_scale is None:
-        a, a_scale = quantize_fp8(a, smooth=smooth, rotate=rotate)
+        block = BLOCK if w_scale.dim() == 2 else None
+        a, a_scale = quantize_fp8(a, block=block, smooth=smooth, rotate=rotate)
+    if a_scale.dim() == a.dim():
+        a = a.double() * a_scale.double().repeat_interleave(BLOCK, -1)[..., : a.shape[-1]]
+        w = w.double() * spread_scales(w_scale.double(), *w.shape)
+        a_scale, w_scale = a.new_ones(a.shape[:-1]), w.new_ones(w.shape[0])
     return gemm_w8a8(a, a_scale, w, w_scale, low=low, **rest)

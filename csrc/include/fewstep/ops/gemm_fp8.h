@@ -11,6 +11,13 @@
 // neither; out [M, N] float32, bfloat16 or float16, contiguous. Or a is floating and a_scale null:
 // its rows are quantised first, to the bit as by quantize_fp8, with smooth and rotate if given.
 //
+// a_scale [M, ceil(K / 128)] and w_scale [N] or [ceil(N / 128), ceil(K / 128)]: for b = k / 128
+//
+//   sum_mn = fma((sum_{k in b} a_mk w_nk) * a_scale_mb, w_scale_nb or 1, sum_mn), b = 0, 1, ...
+//
+// from 0, and 1 in the place of the scales above that are of blocks. Floating a is quantised in
+// blocks where w_scale has them.
+//
 // activation, gate, residual and scale, which makes out int8, are those of gemm_w8a8.h.
 //
 // The sums are taken in order of k by pairs, the odd one of a pair first, one rounding each: the
