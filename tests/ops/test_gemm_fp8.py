@@ -516,7 +516,7 @@ def test_quantised_operands_and_scales_have_no_derivative():
         ),
         ({"w": torch.zeros(20, 32, dtype=torch.int8)}, "w: expected torch.float8_e4m3fn .*int8"),
         ({"w": torch.zeros(20, 31).to(E4M3)}, r"w: expected shape \[20, 32\], got \[20, 31\]"),
-        ({"a_scale": torch.ones(6, 1)}, r"a_scale: expected shape \[6\], got \[6, 1\]"),
+        ({"a_scale": torch.ones(6, 2)}, r"a_scale: expected shape \[6, 1\], got \[6, 2\]"),
         (
             {"w_scale": torch.ones(20).double()},
             "w_scale: expected torch.float32, got torch.float64",
