@@ -161,6 +161,16 @@ inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
     return result;
 }
 
+// Loads a block of 64 columns, from `column` on, x the box's rows to `target`; it signals
+// `barrier`, which has been told the bytes to wait for.
+__device__ __forceinline__ void load_block(const TensorMap& source, TileIndex at, int column,
+                                           std::uint8_t* target, Barrier& barrier) {
+    cute::SM90_TMA_LOAD_4D::copy(&source.map, barrier.address(),
+                                 static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                 target, column, at.row, at.head * source.head_step,
+                                 at.batch * source.batch_step);
+}
+
 // Loads kBlocks blocks of 64 columns x box_rows rows to `target`; they signal `barrier`, which is
 // told the bytes to wait for.
 template <int kBlocks>
@@ -169,11 +179,8 @@ __device__ __forceinline__ void load_tile(const TensorMap& source, TileIndex at,
     barrier.arrive_and_expect_tx(kBlocks * box_rows * kRowBytes);
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-        cute::SM90_TMA_LOAD_4D::copy(
-            &source.map, barrier.address(),
-            static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-            target + block * box_rows * kRowBytes, block * kBlockColumns, at.row,
-            at.head * source.head_step, at.batch * source.batch_step);
+        load_block(source, at, block * kBlockColumns, target + block * box_rows * kRowBytes,
+                   barrier);
     }
 }
 
@@ -222,6 +229,8 @@ FEWSTEP_MATRIX_INSTRUCTIONS(80)
 FEWSTEP_MATRIX_INSTRUCTIONS(96)
 FEWSTEP_MATRIX_INSTRUCTIONS(112)
 FEWSTEP_MATRIX_INSTRUCTIONS(128)
+FEWSTEP_MATRIX_INSTRUCTIONS(192)
+FEWSTEP_MATRIX_INSTRUCTIONS(256)
 #undef FEWSTEP_MATRIX_INSTRUCTIONS
 #undef FEWSTEP_MATRIX_INSTRUCTION_8
 #undef FEWSTEP_MATRIX_INSTRUCTION
@@ -419,6 +428,20 @@ __device__ __forceinline__ float fast_divide(float x, float y) {
 }
 
 // ---- launch ------------------------------------------------------------------------------------
+
+// Of the current device.
+inline int count_multiprocessors() {
+    int device = 0, count = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) {
+        status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (status != cudaSuccess) {
+        throw std::runtime_error(::fewstep::detail::concat("fewstep: asking for multiprocessors: ",
+                                                           cudaGetErrorString(status)));
+    }
+    return count;
+}
 
 template <typename Params>
 void launch_kernel(void (*kernel)(Params), const char* name, dim3 grid, int threads,

@@ -121,35 +121,42 @@ inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
     return {d, x.ptr<std::uint8_t>(), box_rows};
 }
 
+inline void load_block(const TensorMap& source, TileIndex at, int column, std::uint8_t* target,
+                       Barrier& barrier) {
+    emulation::machine().loads.push_back([=, &barrier] {
+        const MapDescription& d = source.description;
+        const auto head = static_cast<std::uint64_t>(at.head * d.head_step);
+        const auto batch = static_cast<std::uint64_t>(at.batch * d.batch_step);
+        for (int r = 0; r < source.box_rows; ++r) {
+            for (int i = 0; i < kBlockColumns; ++i) {
+                const auto row = static_cast<std::uint64_t>(at.row + r);
+                const auto from = static_cast<std::uint64_t>(column + i);
+                std::uint16_t value = 0;
+                if (from < d.sizes[0] && row < d.sizes[1] && head < d.sizes[2] &&
+                    batch < d.sizes[3]) {
+                    std::memcpy(&value,
+                                source.data + 2 * from + row * d.strides[0] + head * d.strides[1] +
+                                    batch * d.strides[2],
+                                sizeof value);
+                }
+                const std::uint32_t to =
+                    emulation::swizzled(shared_address(target) + r * kRowBytes + i * 2);
+                std::memcpy(emulation::machine().shared() + to, &value, sizeof value);
+                emulation::machine().publish(to, sizeof value);
+            }
+        }
+        barrier.complete(source.box_rows * kRowBytes);
+    });
+}
 template <int kBlocks>
 void load_tile(const TensorMap& source, TileIndex at, int box_rows, std::uint8_t* target,
                Barrier& barrier) {
     FEWSTEP_CHECK(box_rows == source.box_rows, "emulation: expected the box of the tensor map");
     barrier.arrive_and_expect_tx(kBlocks * box_rows * kRowBytes);
-    emulation::machine().loads.push_back([=, &barrier] {
-        const MapDescription& d = source.description;
-        const auto head = static_cast<std::uint64_t>(at.head * d.head_step);
-        const auto batch = static_cast<std::uint64_t>(at.batch * d.batch_step);
-        for (int r = 0; r < box_rows; ++r) {
-            for (int column = 0; column < kBlocks * kBlockColumns; ++column) {
-                const auto row = static_cast<std::uint64_t>(at.row + r);
-                std::uint16_t value = 0;
-                if (static_cast<std::uint64_t>(column) < d.sizes[0] && row < d.sizes[1] &&
-                    head < d.sizes[2] && batch < d.sizes[3]) {
-                    std::memcpy(&value,
-                                source.data + 2 * column + row * d.strides[0] +
-                                    head * d.strides[1] + batch * d.strides[2],
-                                sizeof value);
-                }
-                const int offset =
-                    (column / kBlockColumns * box_rows + r) * kRowBytes + column % 64 * 2;
-                const std::uint32_t to = emulation::swizzled(shared_address(target) + offset);
-                std::memcpy(emulation::machine().shared() + to, &value, sizeof value);
-                emulation::machine().publish(to, sizeof value);
-            }
-        }
-        barrier.complete(kBlocks * box_rows * kRowBytes);
-    });
+    for (int block = 0; block < kBlocks; ++block) {
+        load_block(source, at, block * kBlockColumns, target + block * box_rows * kRowBytes,
+                   barrier);
+    }
 }
 
 inline void begin_products() {}
@@ -308,6 +315,11 @@ inline float fast_log(float x) {
 }
 inline float fast_divide(float x, float y) {
     return x / y;
+}
+
+// Few, so that blocks that stay take several tiles each.
+inline int count_multiprocessors() {
+    return 2;
 }
 
 template <typename Params>

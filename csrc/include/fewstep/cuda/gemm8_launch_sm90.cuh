@@ -1,0 +1,186 @@
+// Products of rows in 8 bits on Hopper, the host's side: arguments checked, tiles chosen, launched.
+#pragma once
+
+#include <string>
+
+#include "fewstep/check.h"
+#include "fewstep/cuda/gemm8_sm90.cuh"
+
+namespace fewstep::cuda::gemm8 {
+
+// An op's arguments, in the order of its contract.
+struct Arguments {
+    const TensorView& a;
+    const TensorView* a_scale;
+    const TensorView& w;
+    const TensorView& w_scale;
+    const TensorView* bias;
+    const TensorView* low;
+    const TensorView* up;
+    const TensorView* smooth;
+    std::int64_t rotate;
+    const std::string& activation;
+    const TensorView* gate;
+    const TensorView* residual;
+    const TensorView* scale;
+    const TensorView& out;
+};
+
+inline void expect_float(const TensorView& x, const char* argument) {
+    FEWSTEP_CHECK(
+        x.dtype == DType::kFloat32 || x.dtype == DType::kBFloat16 || x.dtype == DType::kFloat16,
+        argument, ": expected float32, bfloat16 or float16, got ", name(x.dtype));
+}
+
+// Rows [M, K] as the copy engine takes them: 16-bit values, whose number is `columns`.
+inline TensorMap map_rows(const TensorView& x, const char* argument, std::int64_t columns,
+                          int box_rows) {
+    const std::int64_t values_of_chunk = 8 * x.size(1) / columns;
+    TensorView view{x.data, DType::kBFloat16, 4, {}, {}};
+    view.sizes = {1, 1, x.size(0), columns};
+    view.strides = {0, 0, x.stride(0) * columns / x.size(1), 1};
+    FEWSTEP_CHECK(x.size(1) % values_of_chunk == 0 && x.data % 16 == 0 &&
+                      (x.size(0) <= 1 || x.stride(0) % values_of_chunk == 0),
+                  argument, ": expected rows of multiples of 16 bytes that start at such, got ",
+                  x.size(1), " columns, stride ", x.stride(0));
+    FEWSTEP_CHECK(is_loadable(view), argument, ": expected rows that are not repeated");
+    return make_tensor_map(view, box_rows);
+}
+
+// A matrix of the end, and whether four of its columns are one access.
+inline Rows rows_of(const TensorView* x, const char* argument, bool& in_fours) {
+    if (x == nullptr) return {nullptr, DType::kFloat32, 0};
+    expect_float(*x, argument);
+    const std::int64_t stride = x->size(0) > 1 ? x->stride(0) : x->size(1);
+    const std::uintptr_t unit = x->dtype == DType::kFloat32 ? 16 : 8;
+    in_fours = in_fours && x->data % unit == 0 && stride % 4 == 0;
+    return {x->ptr<void>(), x->dtype, stride};
+}
+
+struct NamedActivation {
+    const char* name;
+    Activation activation;
+    bool is_glu;
+};
+inline NamedActivation find_activation(const std::string& name) {
+    constexpr NamedActivation kAll[] = {
+        {"", Activation::kNone, false},     {"gelu", Activation::kGelu, false},
+        {"silu", Activation::kSilu, false}, {"gelu_tanh", Activation::kGeluTanh, false},
+        {"geglu", Activation::kGelu, true}, {"swiglu", Activation::kSilu, true},
+    };
+    for (const NamedActivation& candidate : kAll) {
+        if (name == candidate.name) return candidate;
+    }
+    FEWSTEP_CHECK(false, "activation: expected gelu, gelu_tanh, silu, geglu, swiglu or none, got ",
+                  name);
+    return kAll[0];
+}
+
+inline End make_end(const Arguments& given, int M, int N) {
+    const NamedActivation activation = find_activation(given.activation);
+    FEWSTEP_CHECK(!activation.is_glu || N % 2 == 0, "w: expected an even N for ", given.activation,
+                  ", got ", N);
+    const int width = activation.is_glu ? N / 2 : N;
+    End end{};
+    end.activation = activation.activation;
+    end.is_glu = activation.is_glu;
+    end.M = M;
+    end.width = width;
+    end.in_fours = width % 4 == 0;
+    end.rows_of_gate = 1;
+    expect_contiguous(given.out, "out", given.out.dtype, {M, width});
+    end.out = rows_of(&given.out, "out", end.in_fours);
+    if (given.residual != nullptr) {
+        expect_rows(*given.residual, "residual", given.residual->dtype, {M, width});
+    }
+    end.residual = rows_of(given.residual, "residual", end.in_fours);
+    if (given.gate != nullptr) {
+        const std::int64_t rows = given.gate->size(0);
+        expect_rows(*given.gate, "gate", given.gate->dtype, {rows, width});
+        FEWSTEP_CHECK(rows > 0 && M % rows == 0, "gate: expected rows that divide ", M, ", got ",
+                      rows);
+        end.rows_of_gate = M / static_cast<int>(rows);
+    }
+    end.gate = rows_of(given.gate, "gate", end.in_fours);
+    return end;
+}
+
+template <class C>
+void launch(const Arguments& given, Params& p, int multiprocessors, cudaStream_t stream) {
+    constexpr int kHalf = C::kN / 2;
+    p.a = map_rows(given.a, "a", given.a.size(1) / 2, C::kRows);
+    p.w = map_rows(given.w, "w", given.w.size(1) / 2, kHalf);
+    if (given.low != nullptr) {
+        p.low = map_rows(*given.low, "low", p.rank, C::kRows);
+        p.up = map_rows(*given.up, "up", p.rank, kHalf);
+    }
+    p.row_tiles = tiles_of(p.end.M, C::kRows);
+    p.column_tiles = tiles_of(p.end.width, p.end.is_glu ? kHalf : C::kN);
+    const std::int64_t tiles = std::int64_t{p.row_tiles} * p.column_tiles;
+    FEWSTEP_CHECK(tiles < (std::int64_t{1} << 30), "a, w: expected fewer than 2^30 tiles, got ",
+                  tiles);
+    const auto blocks = static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors);
+    launch_kernel(gemm8_sm90_kernel<C>, "gemm8_sm90", dim3(blocks), kThreads, C::kSharedBytes,
+                  stream, p);
+}
+
+// `tiling`: one of gemm8_plan.h's, or -1 for the one that it finds best. For measurements the macro
+// FEWSTEP_GEMM8_TILING is one for all shapes.
+template <typename In>
+void run(const Arguments& given, cudaStream_t stream, int tiling = -1) {
+    constexpr bool kIsFloat = !std::is_same_v<In, std::int8_t>;
+    constexpr DType kType = kIsFloat ? DType::kUInt8 : DType::kInt8;
+    constexpr std::int64_t kMost = std::int64_t{1} << 30;
+    const std::int64_t M = given.out.size(0), N = given.w.size(0), K = given.a.size(1);
+    FEWSTEP_CHECK(given.a_scale != nullptr, "a_scale: expected one per row, got none");
+    FEWSTEP_CHECK(given.smooth == nullptr && given.rotate == 0,
+                  "smooth, rotate: expected rows that are quantised already, got one");
+    FEWSTEP_CHECK(given.scale == nullptr, "scale: expected floating outputs, got int8 ones");
+    expect_rows(given.a, "a", kType, {M, K});
+    expect_rows(given.w, "w", kType, {N, K});
+    expect_contiguous(*given.a_scale, "a_scale", DType::kFloat32, {M});
+    expect_contiguous(given.w_scale, "w_scale", DType::kFloat32, {N});
+    if (M == 0 || N == 0) return;
+    FEWSTEP_CHECK(K > 0 && K % 16 == 0, "a: expected a multiple of 16 columns, got ", K);
+    FEWSTEP_CHECK(M < kMost && N < kMost, "a, w: expected fewer than 2^30 rows, got ", M, ", ", N);
+    Params p{};
+    p.N = static_cast<int>(N);
+    p.slabs = tiles_of(static_cast<int>(K), kSlab);
+    p.a_scale = given.a_scale->ptr<float>();
+    p.w_scale = given.w_scale.ptr<float>();
+    if (given.bias != nullptr) {
+        expect_float(*given.bias, "bias");
+        expect_contiguous(*given.bias, "bias", given.bias->dtype, {N});
+        p.bias = given.bias->ptr<void>();
+        p.bias_type = given.bias->dtype;
+    }
+    FEWSTEP_CHECK((given.low == nullptr) == (given.up == nullptr),
+                  "low, up: expected both or none");
+    if (given.low != nullptr) {
+        const DType type = given.low->dtype;
+        FEWSTEP_CHECK(type == DType::kBFloat16 || type == DType::kFloat16,
+                      "low: expected bfloat16 or float16, got ", name(type));
+        const std::int64_t R = given.low->size(1);
+        expect_rows(*given.low, "low", type, {M, R});
+        expect_rows(*given.up, "up", type, {N, R});
+        FEWSTEP_CHECK(R > 0, "low: expected a rank above 0");
+        p.low_is_half = type == DType::kFloat16;
+        p.rank = static_cast<int>(R);
+        p.branch_slabs = tiles_of(p.rank, kBlockColumns);
+    }
+    p.end = make_end(given, static_cast<int>(M), p.N);
+    const int multiprocessors = count_multiprocessors();
+#ifdef FEWSTEP_GEMM8_TILING
+    tiling = FEWSTEP_GEMM8_TILING;
+#endif
+    if (tiling < 0) {
+        tiling = choose_tiling(kIsFloat, p.end.M, p.N, p.slabs, multiprocessors);
+    }
+    switch (tiling) {
+        case 0: return launch<Config<In, 0>>(given, p, multiprocessors, stream);
+        case 1: return launch<Config<In, 1>>(given, p, multiprocessors, stream);
+        default: return launch<Config<In, 2>>(given, p, multiprocessors, stream);
+    }
+}
+
+}  // namespace fewstep::cuda::gemm8

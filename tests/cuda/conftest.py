@@ -1,0 +1,17 @@
+"""The Hopper product of 8-bit rows, compiled once for all tests of it."""
+
+import pytest
+
+from cuda_emulation import compile_for_host, targets
+
+
+@pytest.fixture(scope="session")
+def gemm8_on_host(tmp_path_factory):
+    """Return the emulated kernel: the functions of gemm8_sm90_emulated.cpp."""
+    return compile_for_host("gemm8_sm90_emulated.cpp", tmp_path_factory.mktemp("gemm8"))
+
+
+@pytest.fixture(params=targets())
+def gemm8(request):
+    """Return the emulated kernel, and for the real one None."""
+    return None if request.param == "device" else request.getfixturevalue("gemm8_on_host")

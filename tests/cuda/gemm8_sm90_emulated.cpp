@@ -1,0 +1,47 @@
+// gemm_w8a8's and gemm_fp8's Hopper kernel on the host, for tests/cuda/test_gemm8_sm90.py (ctypes).
+#include "fewstep/cuda/gemm8_launch_sm90.cuh"
+
+namespace gemm8 = fewstep::cuda::gemm8;
+
+// Tensors in the order of the contract; an empty one where `present` says so.
+extern "C" const char* run(const fewstep::TensorView* views, const bool* present,
+                           const char* activation, int tiling) {
+    static std::string message;
+    const auto optional = [&](int i) { return present[i] ? &views[i] : nullptr; };
+    try {
+        const std::string name = activation;
+        const gemm8::Arguments given{views[0],    optional(1), views[2],   views[3],    optional(4),
+                                     optional(5), optional(6), nullptr,    0,           name,
+                                     optional(7), optional(8), nullptr,    views[9]};
+        if (views[0].dtype == fewstep::DType::kInt8) {
+            gemm8::run<std::int8_t>(given, 0, tiling);
+        } else {
+            gemm8::run<fewstep::cuda::Float8>(given, 0, tiling);
+        }
+    } catch (const std::exception& error) {
+        message = error.what();
+        return message.c_str();
+    }
+    return nullptr;
+}
+
+// gemm8_plan.h, for the tests of it.
+extern "C" int choose_tiling(bool is_float, int M, int N, int slabs, int multiprocessors) {
+    return gemm8::choose_tiling(is_float, M, N, slabs, multiprocessors);
+}
+// Rows, columns, slots, bytes of shared memory.
+extern "C" void describe(bool is_float, int tiling, int* facts) {
+    const gemm8::Tile tile = gemm8::kTiles[is_float][tiling];
+    const int slots = gemm8::slots_of(tile);
+    const int values[] = {tile.rows(), tile.columns, slots,
+                          gemm8::fixed_bytes(tile) + slots * tile.slot_bytes()};
+    std::copy(values, values + 4, facts);
+}
+extern "C" void place_of(int index, int rows, int columns, int group, int* place) {
+    const gemm8::TilePlace at = gemm8::place_of(index, rows, columns, group);
+    place[0] = at.row;
+    place[1] = at.column;
+}
+extern "C" int scratch_offset(int row, int column) {
+    return gemm8::scratch_offset(row, column);
+}

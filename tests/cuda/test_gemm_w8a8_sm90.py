@@ -1,0 +1,175 @@
+"""gemm_w8a8's Hopper kernel, run on the host (tests/cuda/emulation stands in for the chip) and on a
+GPU where there is one; and the arithmetic of its tiles.
+
+e4m3 is the same kernel: test_gemm_fp8_sm90.py has what differs.
+"""
+
+import ctypes
+
+import pytest
+import torch
+
+from cuda_emulation import targets
+from cuda_gemm8 import TILINGS, check, operands, run
+from helpers import padded
+
+OP = "gemm_w8a8"
+ACTIVATIONS = ["", "gelu", "gelu_tanh", "silu", "geglu", "swiglu"]
+SMALL = 2  # 64 x 128 tiles
+
+
+# A tile and a bit of the next in every direction, over more tiles than blocks; less than one.
+@pytest.mark.parametrize(
+    ("tiling", "shape"),
+    [(0, (130, 264, 272)), (1, (260, 136, 144)), (2, (200, 130, 400)), (2, (1, 1, 16))],
+)
+def test_sums_are_exact(gemm8, tiling, shape):
+    given = operands(OP, *shape)
+    given["a_scale"], given["w_scale"] = torch.ones(shape[0]), torch.ones(shape[1])
+    out = run(gemm8, OP, given, tiling=tiling)
+    assert torch.equal(out.double(), given["a"].double() @ given["w"].double().mT)
+
+
+def test_many_slabs_reuse_the_slots(gemm8):
+    given = operands(OP, 70, 20, 20 * 128)
+    given["a_scale"], given["w_scale"] = torch.ones(70), torch.ones(20)
+    given["a"][:], given["w"][:, ::2] = -128, 127
+    out = run(gemm8, OP, given, tiling=SMALL)
+    # Beyond 2^24: rounded once, as torch rounds.
+    assert torch.equal(out, (given["a"].double() @ given["w"].double().mT).float())
+
+
+def with_end(given, N, gate_rows, dtypes):
+    M = given["a"].shape[0]
+    given["bias"] = torch.randn(given["w"].shape[0]).to(dtypes[0])
+    given["gate"] = torch.randn(gate_rows, N).to(dtypes[1])
+    given["residual"] = torch.randn(M, N).to(dtypes[2])
+    return given
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ends(gemm8, activation, out_dtype):
+    # Columns by fours; a gate's row serves 35.
+    dtypes = torch.bfloat16, torch.float32, out_dtype
+    given = operands(OP, 70, 136, 64)
+    check(gemm8, OP, given, activation=activation, out_dtype=out_dtype, tiling=SMALL)
+    N = 68 if "glu" in activation else 136
+    given = with_end(given, N, 2, dtypes)
+    check(gemm8, OP, given, activation=activation, out_dtype=out_dtype, tiling=SMALL)
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize(("activation", "N"), [("gelu", 259), ("swiglu", 262)])
+def test_columns_that_are_no_fours(gemm8, tiling, activation, N):
+    M, width = (66 if tiling == SMALL else 130), N // 2 if activation == "swiglu" else N
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+    given = with_end(operands(OP, M, N, 48), width, M, dtypes)
+    check(gemm8, OP, given, activation=activation, out_dtype=torch.float16, tiling=tiling)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("tiling", "R"), [(SMALL, 8), (SMALL, 32), (SMALL, 40), (1, 72), (0, 136)])
+def test_low_rank_branch(gemm8, tiling, R, dtype):
+    given = operands(OP, 70, 70, 32)
+    given["low"], given["up"] = torch.randn(70, R).to(dtype), torch.randn(70, R).to(dtype)
+    given["residual"] = torch.randn(70, 70)
+    check(gemm8, OP, given, tiling=tiling)
+
+
+def test_rows_of_wider_matrices(gemm8):
+    given = operands(OP, 70, 24, 32)
+    wide = {"a": 48, "w": 64}
+    for name, columns in wide.items():
+        rows = padded(torch.full((given[name].shape[0], columns), 127, dtype=torch.int8), 64)
+        given[name] = rows[:, 16:48].copy_(given[name])
+    given["residual"] = torch.randn(70, 40)[:, 8:32]
+    given["gate"] = torch.randn(7, 32)[:, :24]
+    check(gemm8, OP, given, tiling=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": torch.zeros(6, 24, dtype=torch.int8)}, "a: expected a multiple of 16 columns"),
+        ({"a_scale": None}, "a_scale: expected one per row, got none"),
+        ({"low": torch.zeros(6, 8).bfloat16()}, "low, up: expected both or none"),
+        (
+            {"low": torch.zeros(6, 4).bfloat16(), "up": torch.zeros(20, 4).bfloat16()},
+            "low: expected rows of multiples of 16 bytes",
+        ),
+        (
+            {"low": torch.zeros(6, 8), "up": torch.zeros(20, 8)},
+            "low: expected bfloat16 or float16, got float32",
+        ),
+        ({"gate": torch.zeros(4, 20)}, "gate: expected rows that divide 6, got 4"),
+        ({"a": torch.zeros(6, 40, dtype=torch.int8)[:, 3:35]}, "a: expected rows of multiples"),
+    ],
+)
+def test_what_the_kernel_refuses(gemm8_on_host, change, message):
+    given = operands(OP, 6, 20, 32) | change
+    if given["a"].shape[1] != 32:
+        given["w"] = torch.zeros(20, given["a"].shape[1], dtype=torch.int8)
+    with pytest.raises(ValueError, match=message):
+        run(gemm8_on_host, OP, given, tiling=SMALL)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("device" not in str(targets()), reason="needs a GPU of capability 9.0")
+@pytest.mark.parametrize("shape", [(4096, 3072, 3072), (2048, 1280, 1280), (512, 640, 131056)])
+def test_sums_are_exact_at_size(shape):
+    """Bit-exact against int64 sums, over every SM and many tiles each."""
+    given = operands(OP, *shape)
+    given["a_scale"], given["w_scale"] = torch.ones(shape[0]), torch.ones(shape[1])
+    want = (given["a"].cuda().double() @ given["w"].cuda().double().mT).float()  # below 2^53
+    assert torch.equal(run(None, OP, given), want.cpu())
+
+
+@pytest.mark.parametrize("is_float", [False, True])
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_shared_memory(gemm8_on_host, is_float, tiling):
+    facts = (ctypes.c_int * 4)()
+    gemm8_on_host.describe(is_float, tiling, facts)
+    rows, columns, slots, used = facts
+    assert slots >= 4
+    assert used <= 227 << 10
+    assert used + (rows + columns) * 128 > 227 << 10 or slots == 8
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), [(1, 1, 16), (33, 7, 16), (5, 40, 11)])
+def test_every_tile_is_taken_once(gemm8_on_host, rows, columns, group):
+    place = (ctypes.c_int * 2)()
+    seen = set()
+    for index in range(rows * columns):
+        gemm8_on_host.place_of(index, rows, columns, group, place)
+        seen.add(tuple(place))
+    assert seen == {(r, c) for r in range(rows) for c in range(columns)}
+
+
+def test_scratch_has_no_bank_conflicts(gemm8_on_host):
+    offsets = {gemm8_on_host.scratch_offset(row, column) for row in range(16) for column in range(32)}
+    assert offsets == set(range(0, 16 * 32 * 4, 4))
+    # Half a warp writes pairs of an accumulator at once, a quarter of one reads a row of fours.
+    for q in range(4):
+        lanes = range(16)
+        banks = [gemm8_on_host.scratch_offset(t // 4, 8 * q + t % 4 * 2) // 4 % 32 for t in lanes]
+        assert len({bank + i for bank in banks for i in range(2)}) == 32
+    for row in range(16):
+        banks = [gemm8_on_host.scratch_offset(row, 4 * t) // 4 % 32 for t in range(8)]
+        assert len({bank + i for bank in banks for i in range(4)}) == 32
+
+
+# Of estimates in gemm8_plan.h: what they are meant to say. A record replaces them.
+@pytest.mark.parametrize(
+    ("shape", "tiling"),
+    [
+        ((4096, 12288, 3072), 0),  # FLUX.1's image stream
+        ((2048, 1280, 1280), 0),  # 80 tiles at once rather than 160 on 132 SMs
+        ((512, 3072, 3072), 1),  # its text stream: 96 tiles rather than 48
+        ((16, 9216, 3072), 2),
+    ],
+)
+def test_choice_of_tiles(gemm8_on_host, shape, tiling):
+    M, N, K = shape
+    assert gemm8_on_host.choose_tiling(False, M, N, K // 128, 132) == tiling
+

@@ -1,0 +1,89 @@
+"""The Hopper kernel of products with 8-bit rows: called on the host or on a GPU, and its bounds."""
+
+import ctypes
+
+import torch
+
+from cuda_emulation import View
+from epilogue_rules import finished, sums
+from fewstep import _native, ops
+from helpers import padded, padding_intact
+from product_rules import within
+
+TILINGS = range(3)
+NAMES = ["a", "a_scale", "w", "w_scale", "bias", "low", "up", "gate", "residual", "out"]
+
+
+def call_on_host(library, tensors, activation, tiling):
+    """Run the emulated kernel on tensors by name; -1 leaves the tiling to it."""
+    tensors = [tensors.get(name) for name in NAMES]
+    views = (View * len(tensors))(*map(View.of, tensors))
+    present = (ctypes.c_bool * len(tensors))(*(x is not None for x in tensors))
+    error = library.run(views, present, activation.encode(), tiling)
+    if error:
+        raise ValueError(error.decode())
+
+
+def call_on_device(op, tensors, activation):
+    """Run the kernel on a Hopper GPU, and copy its output back."""
+    on = {
+        name: None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        for name, x in tensors.items()
+    }
+    on = {name: None if x is None else x.cuda() for name, x in on.items()}
+    for name, x in tensors.items():
+        if x is not None:
+            on[name].copy_(x)
+    a, a_scale, w, w_scale, bias, low, up, gate, residual, out = map(on.get, NAMES)
+    start = (a, a_scale, w, w_scale, bias, low, up, None, 0, activation)
+    stream = torch.cuda.current_stream().cuda_stream
+    getattr(_native._C.cuda, f"{op}_sm90")(*start, gate, residual, None, out, stream)
+    tensors["out"].copy_(out)
+
+
+def operands(op, M, N, K):
+    """Return a, a_scale, w, w_scale of outputs of order one, as the kernel takes them."""
+    if op == "gemm_fp8":
+        (a, a_scale), (w, w_scale) = (ops.quantize_fp8(torch.randn(n, K)) for n in (M, N))
+        w_scale = w_scale * K**-0.5
+    else:
+        a, w = (torch.randint(-128, 128, (n, K), dtype=torch.int8) for n in (M, N))
+        a_scale, w_scale = (torch.rand(M) + 0.5) / 64, (torch.rand(N) + 0.5) * K**-0.5 / 64
+    return dict(zip(NAMES, (a, a_scale, w, w_scale), strict=False))
+
+
+def run(target, op, tensors, *, activation="", out_dtype=torch.float32, tiling=-1):
+    """Return the kernel's output; nothing around it is written."""
+    M, N = tensors["a"].shape[0], tensors["w"].shape[0]
+    out = padded(torch.zeros(M, N // 2 if "glu" in activation else N, dtype=out_dtype), 64)
+    given = {name: x.view(torch.uint8) if is_e4m3(x) else x for name, x in tensors.items()}
+    given = {**given, "out": out}
+    if target is None:
+        call_on_device(op, given, activation)
+    else:
+        call_on_host(target, given, activation, tiling)
+    assert padding_intact(out, 64)
+    return out
+
+
+def is_e4m3(x):
+    """Return whether a tensor, or None, is of e4m3 values."""
+    return x is not None and x.dtype == torch.float8_e4m3fn
+
+
+def check(target, op, tensors, *, activation="", out_dtype=torch.float32, tiling=-1):
+    """Compare with the float64 formula, to the bounds of ops/_gemm.py and ops/_epilogue.py."""
+    out = run(target, op, tensors, activation=activation, out_dtype=out_dtype, tiling=tiling)
+    args = [tensors[name] for name in NAMES[:4]]
+    bias = tensors.get("bias", torch.zeros(tensors["w"].shape[0]))
+    branch = {name: tensors[name] for name in ("low", "up") if name in tensors}
+    y, before = sums(op, args, bias, branch)
+    if branch:  # tensor cores cut where other units round: R + R / 16 cuts of 2^-23, not 2^-24
+        before = 2.2 * before
+    gate = tensors.get("gate")
+    if gate is not None:  # each of its rows serves neighbours
+        gate = gate.repeat_interleave(out.shape[0] // gate.shape[0], 0)
+    before = before + 1e-12  # the float64 sums' own
+    exact, bound = finished(y, before, activation or None, gate, tensors.get("residual"))
+    assert within(out, exact, bound)
+    return out
