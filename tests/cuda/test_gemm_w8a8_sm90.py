@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from cuda_emulation import targets
-from cuda_gemm8 import TILINGS, check, operands, run
+from cuda_gemm8 import NAMES, TILINGS, call_on_host, check, operands, run
+from fewstep import _native, ops
+from fewstep.ops._gemm_hopper import refuse_hopper
 from helpers import padded
 
 OP = "gemm_w8a8"
@@ -147,7 +149,9 @@ def test_every_tile_is_taken_once(gemm8_on_host, rows, columns, group):
 
 
 def test_scratch_has_no_bank_conflicts(gemm8_on_host):
-    offsets = {gemm8_on_host.scratch_offset(row, column) for row in range(16) for column in range(32)}
+    offsets = {
+        gemm8_on_host.scratch_offset(row, column) for row in range(16) for column in range(32)
+    }
     assert offsets == set(range(0, 16 * 32 * 4, 4))
     # Half a warp writes pairs of an accumulator at once, a quarter of one reads a row of fours.
     for q in range(4):
@@ -173,3 +177,50 @@ def test_choice_of_tiles(gemm8_on_host, shape, tiling):
     M, N, K = shape
     assert gemm8_on_host.choose_tiling(False, M, N, K // 128, 132) == tiling
 
+
+def test_the_op_reaches_the_kernel(gemm8_on_host, monkeypatch):
+    """What the op hands over, in the kernel's order; the CPU's takes the same of integer rows."""
+    given = operands(OP, 12, 40, 48)
+    a, a_scale = given["a"].view(3, 4, 48), given["a_scale"].view(3, 4)
+    options = {
+        "bias": torch.randn(40).bfloat16(),
+        "low": torch.randn(3, 4, 8).bfloat16(),
+        "up": torch.randn(40, 8).bfloat16(),
+        "gate": torch.randn(3, 1, 20),
+        "residual": torch.randn(3, 4, 20),
+        "activation": "swiglu",
+    }
+
+    def call(impl):
+        return ops.gemm_w8a8(a, a_scale, given["w"], given["w_scale"], **options, impl=impl)
+
+    want = call("reference")
+    called = []
+
+    def to_emulation(op, *args):
+        called.append(op)
+        *first, smooth, rotate, activation, gate, residual, scale, out = args
+        assert (smooth, rotate, scale) == (None, 0, None)
+        tensors = dict(zip(NAMES, (*first, gate, residual, out), strict=True))
+        call_on_host(gemm8_on_host, tensors, activation, -1)
+
+    monkeypatch.setattr(_native, "call", to_emulation)
+    torch.testing.assert_close(call("native"), want, rtol=1e-5, atol=1e-5)
+    assert called == [OP]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"a": torch.zeros(6, 24, dtype=torch.int8)}, "K above 0 and a multiple of 16, got 24"),
+        ({"a": torch.zeros(6, 40, dtype=torch.int8)[:, 8:]}, "a: expected rows that start at"),
+        ({"w": torch.zeros(1, 32, dtype=torch.int8).expand(20, 32)}, "w: expected rows of their"),
+        ({"up": torch.zeros(20, 8), "low": torch.zeros(6, 8)}, "both the same, got torch.float32"),
+        ({"up": torch.zeros(20, 4).half(), "low": torch.zeros(6, 4).half()}, "a rank above 0"),
+        ({"up": torch.zeros(20, 8).half(), "low": torch.zeros(6, 8).half()}, None),
+    ],
+)
+def test_operands_that_the_op_leaves_to_others(change, message):
+    reason = refuse_hopper(**operands(OP, 6, 20, 32) | change)
+    assert reason == message if message is None else message in reason

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._expect import expect_bool, expect_number, expect_tensor, expect_tensors
-from ._layout import DTYPES
+from ._layout import DTYPES, refuse_rows
 
 HEAD_DIMS = range(8, 257, 8)
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -58,14 +58,9 @@ def refuse_hopper(inputs: dict[str, Tensor], max_dim: int = HEAD_DIMS[-1]) -> st
     for name, x in inputs.items():
         if x.shape[-1] > max_dim:
             return f"{name}: expected head dims up to {max_dim}, got {x.shape[-1]}"
-        if x.stride(-1) != 1 and x.shape[-1] != 1:  # what the kernel gets is a copy
-            continue
-        # The copy engine counts in units of 16 bytes, from an address that is one.
-        strides = [n for n, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-        if x.storage_offset() % 8 or any(n % 8 or n < 0 for n in strides):
-            return f"{name}: expected rows that start at multiples of 16 bytes"
-        if x.shape[-2] > 1 and x.stride(-2) == 0:
-            return f"{name}: expected rows of their own, got one row expanded"
+        reason = refuse_rows(name, x)
+        if reason is not None:
+            return reason
     return None
 
 

@@ -38,9 +38,10 @@ from . import _prologue
 from ._epilogue import expect_epilogue, gate_rows, width
 from ._expect import expect_tensors
 from ._gemm_autograd import differentiate
+from ._gemm_hopper import refuse_hopper
 from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._register import register
-from ._select import Implementation, refuse_native, refuse_triton
+from ._select import NO_RUN_YET, Implementation, refuse_native, refuse_triton
 from .quantize_fp8 import BLOCK
 from .quantize_fp8 import run_triton as quantize_fp8
 from .quantize_int8 import run_native as quantize_native  # rows, and low beside them
@@ -244,9 +245,21 @@ def register_product(
         first = [options.pop(key) for key in ("a", "a_scale", "w", "w_scale")]
         return reference(*first, **options).contiguous()
 
+    def quantised(p: Operands) -> Operands:
+        """Return p with rows in 8 bits and low beside them, as kernels on GPUs take them."""
+        low, _ = p.branch()
+        p = p._replace(down=None, low=low)
+        if p.a_scale is not None:
+            return p
+        block = BLOCK if form is E4M3 and p.w_scale.dim() == 2 else None
+        a, a_scale = form.quantize(p.a, block, p.smooth, p.rotate)
+        return p._replace(a=a, a_scale=a_scale, smooth=None, rotate=0)
+
     def launch_native(p: Operands, scale: Tensor | None, out: Tensor) -> None:
         if not out.numel():
             return
+        if p.a.device.type == "cuda":
+            p = quantised(p)
         # With integers the kernel rounds to bfloat16 before it quantises.
         alike = scale is None or p.a.dtype == torch.bfloat16
         if p.down is not None and form is INT8 and alike:  # low while the rows are in cache
@@ -266,6 +279,8 @@ def register_product(
 
     def run_native_int8(*args: Any) -> tuple[Tensor, Tensor]:
         p = Operands(*args)
+        if p.a.device.type == "cuda":
+            return quantize_triton(run_native(*args))
         # The kernel takes integer rows, which `low` is made beside, for bfloat16's.
         if form is INT8 and p.down is not None and p.out_dtype != torch.bfloat16:
             return quantize_native(run_native(*args))
@@ -277,13 +292,9 @@ def register_product(
         p = Operands(*args)
         out = p.new_output()
         if out.numel():
-            branch = p.branch()
-            if p.a_scale is None:
-                block = BLOCK if form is E4M3 and p.w_scale.dim() == 2 else None
-                a, a_scale = form.quantize(p.a, block, p.smooth, p.rotate)
-                p = p._replace(a=a, a_scale=a_scale)
+            p = quantised(p)
             weight = (bits(p.w.contiguous()), p.w_scale.contiguous(), contiguous(p.bias))
-            launcher()(*p.flat(), *weight, *branch, *p.epilogue(), matrix(out))
+            launcher()(*p.flat(), *weight, *p.branch(), *p.epilogue(), matrix(out))
         return out
 
     def fake(*args: Any) -> Tensor:
@@ -300,8 +311,15 @@ def register_product(
         return W if p.smooth is None else W / p.smooth.float()
 
     inputs = (form.dtype, *FLOATS)
+
+    def refuse(a: Tensor, *rest: Any, **options: Any) -> str | None:
+        reason = refuse_native(name, [a], inputs)
+        if reason is not None or a.device.type != "cuda":
+            return reason
+        return refuse_hopper(a, *rest, **options)
+
     ways = (
-        Implementation("native", run_native, lambda a, *_, **__: refuse_native(name, [a], inputs)),
+        Implementation("native", run_native, refuse, held_back=NO_RUN_YET),
         Implementation("triton", run_triton, lambda a, *_, **__: refuse_triton([a], inputs)),
         Implementation("reference", run_reference, lambda *_, **__: None),
     )

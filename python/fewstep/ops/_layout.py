@@ -25,6 +25,22 @@ def unit_stride(x: Tensor | None) -> Tensor | None:
     return x.contiguous() if x.numel() else x.new_empty(x.shape)
 
 
+def refuse_rows(name: str, x: Tensor) -> str | None:
+    """Return why the copy engine of Hopper GPUs can't read these matrices where they lie, or None.
+
+    It counts in units of 16 bytes, from an address that is one.
+    """
+    if x.stride(-1) != 1 and x.shape[-1] != 1:  # what the kernel gets is a copy
+        return None
+    unit = 16 // x.element_size()
+    strides = [n for n, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    if x.storage_offset() % unit or any(n % unit or n < 0 for n in strides):
+        return f"{name}: expected rows that start at multiples of 16 bytes"
+    if x.shape[-2] > 1 and x.stride(-2) == 0:
+        return f"{name}: expected rows of their own, got one row expanded"
+    return None
+
+
 def contiguous(x: Tensor | None) -> Tensor | None:
     """Return x contiguous, None for None."""
     return None if x is None else x.contiguous()

@@ -65,7 +65,7 @@ from ._attention_autograd import RULES, refuse_mask_gradient
 from ._expect import expect_tensor
 from ._layout import DTYPES, unit_stride
 from ._register import register
-from ._select import Implementation, refuse_native, refuse_triton, select
+from ._select import NO_RUN_YET, Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["HEAD_DIMS", "attention_jvp", "merge_partials"]
 
@@ -196,7 +196,7 @@ IMPLEMENTATIONS = (
         "native",
         _run_native,
         _refuse_native,
-        held_back="the Hopper kernel was not run on a GPU yet; ask for impl='native' to use it",
+        held_back=NO_RUN_YET,
     ),
     Implementation("triton", _run_triton, _refuse_triton),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),

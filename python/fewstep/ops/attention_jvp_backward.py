@@ -55,7 +55,7 @@ from ._attention import (
 from ._expect import expect_tensor, expect_tensors
 from ._layout import DTYPES, unit_stride
 from ._register import register
-from ._select import Implementation, refuse_native, refuse_triton, select
+from ._select import NO_RUN_YET, Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["NAMES", "attention_jvp_backward"]
 
@@ -189,7 +189,7 @@ IMPLEMENTATIONS = (
         "native",
         _run_native,
         _refuse_native,
-        held_back="the Hopper kernel was not run on a GPU yet; ask for impl='native' to use it",
+        held_back=NO_RUN_YET,
     ),
     Implementation(
         "triton",

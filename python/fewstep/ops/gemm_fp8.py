@@ -156,7 +156,7 @@ def gemm_fp8(
     operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     _validate(operands)
     op = _op_int8 if out_dtype == torch.int8 else _op
-    return op(*operands, select("gemm_fp8", impl, IMPLEMENTATIONS, a))
+    return op(*operands, select("gemm_fp8", impl, IMPLEMENTATIONS, *operands))
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:

@@ -125,7 +125,7 @@ __device__ __forceinline__ float activate(float y, Activation activation) {
     const float z =
         activation == Activation::kSilu ? y : y * (1.5957691216f + 0.0713548128f * (y * y));
     const float e = expf(-fabsf(z));
-    return y * ((z < 0 ? e : 1.0f) / (1.0f + e));
+    return y * fast_divide(z < 0 ? e : 1.0f, 1.0f + e);  // by at most 2: within 2^-22
 }
 
 // Chunk `chunk` of y [16 x kN] to the warp's scratch.

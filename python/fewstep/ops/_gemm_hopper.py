@@ -1,0 +1,57 @@
+"""What the Hopper kernel of products with 8-bit rows takes (csrc/include/fewstep/cuda/gemm8_*.cuh).
+
+The copy engine reads rows in units of 16 bytes: of a, w, and of low and up, which are multiplied in
+their one 16-bit dtype. Floating rows are quantised by Triton's kernel, and so are int8 outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._layout import FLOATS, refuse_rows
+from ._select import refuse_triton
+
+
+def refuse_hopper(
+    a: Tensor,
+    a_scale: Tensor | None = None,
+    w: Tensor | None = None,
+    w_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    low: Tensor | None = None,
+    *rest: Any,
+    out_dtype: torch.dtype | None = None,
+    **others: Any,
+) -> str | None:
+    """Return why the kernel can't take these operands of a product, or None."""
+    K = a.shape[-1] if a.dim() else 0
+    reason = None
+    if K == 0 or K % 16:
+        reason = f"expected K above 0 and a multiple of 16, got {K}"
+    elif w_scale is not None and w_scale.dim() != 1:
+        reason = "w_scale: expected one scale per column, got scales of blocks"
+    elif a.is_floating_point() and a_scale is None:
+        reason = refuse_triton([a], FLOATS)  # quantises the rows
+    elif a.dim() > 1:
+        reason = refuse_rows("a", a)
+    if reason is None and w is not None:
+        reason = refuse_rows("w", w)
+    if reason is None and up is not None:
+        reason = _refuse_branch(a if low is None else low, up)
+    return reason and f"the Hopper kernel: {reason}"
+
+
+def _refuse_branch(low: Tensor, up: Tensor) -> str | None:
+    if low.dtype not in FLOATS[1:] or up.dtype != low.dtype:
+        return f"low, up: expected bfloat16 or float16, both the same, got {low.dtype}, {up.dtype}"
+    R = up.shape[-1]
+    if R == 0 or R % 8:
+        return f"up: expected a rank above 0 that is a multiple of 8, got {R}"
+    return refuse_rows("up", up)
