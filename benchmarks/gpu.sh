@@ -3,7 +3,7 @@
 # small gate shapes, and the benches; print a table; leave one folder.
 #
 #   benchmarks/gpu.sh [--dry-run] [OP ...]
-#   benchmarks/gpu.sh 'quantize_*' 'gemm_*' 'norm_quantize_*'    # the low-bit layers
+#   benchmarks/gpu.sh low_bit      # the low-bit layers: 'quantize_*' 'gemm_*' 'norm_quantize_*'
 #
 # OP is an op or a pattern of names; without one it is all of them.
 #
@@ -34,6 +34,7 @@ for argument in "$@"; do
         --dry-run) dry_run=1 ;;
         -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         -*) echo "gpu.sh: expected --dry-run or an op, got $argument" >&2; exit 2 ;;
+        low_bit) ops+=('quantize_*' 'gemm_*' 'norm_quantize_*') ;;
         *) ops+=("$argument") ;;
     esac
 done
@@ -184,22 +185,34 @@ fi
 # Where the time goes: the counters of a few launches at FLUX.1's shape.
 profiler=$(command -v ncu || true)
 [[ -z $profiler && -x /usr/local/cuda/bin/ncu ]] && profiler=/usr/local/cuda/bin/ncu
-if [[ " ${ops[*]} " == *" attention_jvp "* ]]; then
+# counters OP KERNEL SCRIPT [ARGUMENT]: of the first launch of a kernel whose name has KERNEL in it.
+counters() {
+    [[ " ${ops[*]} " == *" $1 "* ]] || return 0
     if [[ -z $profiler || $device != cuda ]]; then
-        note "counters" skipped 0s "needs ncu and a GPU"
-    else
-        for dim in 64 128 256; do
-            step "counters attention_jvp $dim" 60 "$profiler" --csv --launch-count 1 \
-                --kernel-name regex:attention_jvp --section SpeedOfLight --section WarpStateStats \
-                --section MemoryWorkloadAnalysis --section LaunchStats "$PYTHON" -c '
+        note "counters $1 ${4:-}" skipped 0s "needs ncu and a GPU"
+        return 0
+    fi
+    step "counters $1 ${4:-}" 60 "$profiler" --csv --launch-count 1 --kernel-name "regex:$2" \
+        --section SpeedOfLight --section WarpStateStats --section MemoryWorkloadAnalysis \
+        --section LaunchStats "$PYTHON" -c "$3" "${4:-}"
+}
+for dim in 64 128 256; do
+    counters attention_jvp attention_jvp '
 import sys, torch
 from fewstep import ops
 shape = 1, 24, 4608, int(sys.argv[1])
 x = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
 ops.attention_jvp(*x, impl="native")' "$dim"
-        done
-    fi
-fi
+done
+for op in gemm_w8a8 gemm_fp8; do
+    counters "$op" gemm8_sm90 '
+import sys, torch
+from fewstep import ops
+x, w = (torch.randn(n, 3072, device="cuda", dtype=torch.bfloat16) for n in (4096, 12288))
+product = getattr(ops, sys.argv[1])
+quantize = ops.quantize_int8 if sys.argv[1] == "gemm_w8a8" else ops.quantize_fp8
+product(*quantize(x), *quantize(w), out_dtype=x.dtype, impl="native")' "$op"
+done
 if [[ " ${ops[*]} " == *" attention_jvp "* ]] && has diffusers; then
     models=("$PYTHON" benchmarks/pipelines/forward_mode_models.py --device "$device")
     ((dry_run)) && models+=(--tiny --repeats 2)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fewstep import _native, ops
 from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit
-from fewstep.bench.products import bf16_limit, call, model_cases
+from fewstep.bench.products import bf16_limit, call, hopper_tilings, model_cases
 
 CASES = [
     Case("SDXL 640 proj", {"M": 1024, "N": 640, "K": 640}, torch.bfloat16, ("cpu",), quick=True),
@@ -63,7 +63,7 @@ def end_to_end() -> list[Provider]:
 
 def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] | str:
     if x.device.type != "cpu":
-        return "there is no native kernel for this device"
+        return "on GPUs: the tiles below"
     a, a_scale, w, w_scale, *_ = e4m3(case, x, w, bias)
     out = x.new_zeros((case["M"], case["N"]), dtype=case.dtype)
     plain = (None, None, None, 0, "", None, None, None)  # low to scale
@@ -112,6 +112,7 @@ BENCHMARK = Benchmark(
         *implementations("gemm_fp8", product, e4m3),
         *end_to_end(),
         Provider("fewstep native, kernel", kernel, "op", "native"),
+        *hopper_tilings("gemm_fp8", e4m3),
         baseline("torch linear", F.linear),
         baseline("torch._scaled_mm, row-wise", scaled_mm, e4m3),
         baseline("torch._scaled_mm, row-wise, eager, from x", call, scaled_mm_from_x),

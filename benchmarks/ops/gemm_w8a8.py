@@ -22,6 +22,7 @@ from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, 
 from fewstep.bench.products import (
     activation_of,
     call,
+    hopper_tilings,
     linear_only,
     model_cases,
     needs_activation,
@@ -92,7 +93,7 @@ def end_to_end() -> list[Provider]:
 
 def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] | str:
     if x.device.type != "cpu":
-        return "there is no native kernel for this device"
+        return "on GPUs: the tiles below"
     out = x.new_zeros((case["M"], output_width(case)), dtype=case.dtype)
     end = (activation_of(case) or "", None, None, None)  # gate, residual, scale
     operands = (*ops.quantize_int8(x), *ops.quantize_int8(w), bias)
@@ -167,6 +168,7 @@ BENCHMARK = Benchmark(
         *implementations("gemm_w8a8", product, integers),
         *end_to_end(),
         Provider("fewstep native, kernel", kernel, "op", "native"),
+        *hopper_tilings("gemm_w8a8", integers),
         baseline("fewstep, activation apart", product_then_activation, floats, needs_activation),
         baseline("torch linear", call, torch_layer),
         baseline("torch._int_mm, eager scales", int_mm, int_mm_operands, linear_only(enough_rows)),

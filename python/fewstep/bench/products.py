@@ -7,6 +7,7 @@ are not requirements are imported when a peer is made; see `providers.needs`.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from .. import _native, ops
 from ..ops._epilogue import activate, width
+from ..ops._gemm import bits
 from ..ops.quantize_int4 import unpack_nibbles
 from .model import Case, Provider
 from .providers import needs
@@ -111,6 +113,45 @@ def linear_only(
 def needs_activation(case: Case, *tensors: Tensor) -> str | None:
     """Say that the case has no activation, or return None where it has one."""
     return None if activation_of(case) else "there is no activation to keep apart"
+
+
+# By FEWSTEP_GEMM8_TILING: gemm8_plan.h's, rows x columns.
+HOPPER_TILES = {
+    "gemm_w8a8": ("128 x 256", "128 x 128 in turns", "64 x 128 in turns"),
+    "gemm_fp8": ("128 x 192", "128 x 128", "64 x 128 in turns"),
+}
+
+
+def hopper_tilings(op: str, operands: Callable[..., tuple[Any, ...]]) -> list[Provider]:
+    """Return the Hopper kernel with each of its tiles, into an output that is there already.
+
+    `operands(case, x, w, bias)` are those of the op, then out_dtype and perhaps the activation. The
+    fastest of each shape is what the kernel's own choice of tiles is to become.
+    """
+
+    def make(tiling: int, case: Case, *tensors: Tensor) -> Callable[[], Any] | str:
+        device = tensors[0].device
+        reason = "these are a GPU's" if device.type != "cuda" else _native.unavailable(op, device)
+        if reason is not None:
+            return reason
+        a, a_scale, w, w_scale, bias, dtype, *_ = operands(case, *tensors)
+        out = torch.empty((case["M"], output_width(case)), dtype=dtype, device=device)
+        given = (bits(a), a_scale, bits(w), w_scale, bias, None, None, None, 0)
+        end = (activation_of(case) or "", None, None, None, out)
+
+        def run() -> None:
+            os.environ["FEWSTEP_GEMM8_TILING"] = str(tiling)
+            try:
+                _native.call(op, *given, *end)
+            finally:
+                del os.environ["FEWSTEP_GEMM8_TILING"]
+
+        return run
+
+    return [
+        Provider(f"fewstep native, tiles {name}", functools.partial(make, i), "op", "native")
+        for i, name in enumerate(HOPPER_TILES[op])
+    ]
 
 
 def call(layer: Callable[..., Any], *args: Any) -> Any:

@@ -1,6 +1,7 @@
 // Products of rows in 8 bits on Hopper, the host's side: arguments checked, tiles chosen, launched.
 #pragma once
 
+#include <cstdlib>
 #include <string>
 
 #include "fewstep/check.h"
@@ -124,10 +125,19 @@ void launch(const Arguments& given, Params& p, int multiprocessors, cudaStream_t
                   stream, p);
 }
 
-// `tiling`: one of gemm8_plan.h's, or -1 for the one that it finds best. For measurements the macro
-// FEWSTEP_GEMM8_TILING is one for all shapes.
+// The tiling that FEWSTEP_GEMM8_TILING asks for, for measurements; -1 without it.
+inline int asked_tiling() {
+    const char* const text = std::getenv("FEWSTEP_GEMM8_TILING");
+    if (text == nullptr) return -1;
+    const int tiling = text[0] - '0';
+    FEWSTEP_CHECK(tiling >= 0 && tiling < kTilings && text[1] == 0,
+                  "FEWSTEP_GEMM8_TILING: expected 0 to ", kTilings - 1, ", got ", text);
+    return tiling;
+}
+
+// `tiling`: one of gemm8_plan.h's, or -1 for the one that it finds best.
 template <typename In>
-void run(const Arguments& given, cudaStream_t stream, int tiling = -1) {
+void run(const Arguments& given, cudaStream_t stream, int tiling = asked_tiling()) {
     constexpr bool kIsFloat = !std::is_same_v<In, std::int8_t>;
     constexpr DType kType = kIsFloat ? DType::kUInt8 : DType::kInt8;
     constexpr std::int64_t kMost = std::int64_t{1} << 30;
@@ -170,9 +180,6 @@ void run(const Arguments& given, cudaStream_t stream, int tiling = -1) {
     }
     p.end = make_end(given, static_cast<int>(M), p.N);
     const int multiprocessors = count_multiprocessors();
-#ifdef FEWSTEP_GEMM8_TILING
-    tiling = FEWSTEP_GEMM8_TILING;
-#endif
     if (tiling < 0) {
         tiling = choose_tiling(kIsFloat, p.end.M, p.N, p.slabs, multiprocessors);
     }
