@@ -215,6 +215,8 @@ def test_the_op_reaches_the_kernel(gemm8_on_host, monkeypatch):
         ({}, None),
         ({"a": torch.zeros(6, 24, dtype=torch.int8)}, "K above 0 and a multiple of 16, got 24"),
         ({"a": torch.zeros(6, 40, dtype=torch.int8)[:, 8:]}, "a: expected rows that start at"),
+        ({"a_scale": torch.ones(6, 1)}, "a_scale: expected one scale per row, got scales of"),
+        ({"w_scale": torch.ones(1, 1)}, "w_scale: expected one scale per column, got scales of"),
         ({"w": torch.zeros(1, 32, dtype=torch.int8).expand(20, 32)}, "w: expected rows of their"),
         ({"up": torch.zeros(20, 8), "low": torch.zeros(6, 8)}, "both the same, got torch.float32"),
         ({"up": torch.zeros(20, 4).half(), "low": torch.zeros(6, 4).half()}, "a rank above 0"),

@@ -35,6 +35,8 @@ def refuse_hopper(
     reason = None
     if K == 0 or K % 16:
         reason = f"expected K above 0 and a multiple of 16, got {K}"
+    elif a_scale is not None and a_scale.dim() == a.dim():
+        reason = "a_scale: expected one scale per row, got scales of blocks"
     elif w_scale is not None and w_scale.dim() != 1:
         reason = "w_scale: expected one scale per column, got scales of blocks"
     elif a.is_floating_point() and a_scale is None:
