@@ -49,6 +49,24 @@ class View(ctypes.Structure):
         return view
 
 
+def to_device(tensors):
+    """Return the tensors in copies of their storages on the GPU, and what copies these back."""
+    storages = {}
+
+    def on_device(x):
+        flat = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+        key = flat.data_ptr(), x.dtype
+        storages.setdefault(key, (flat, flat.cuda()))
+        return storages[key][1].as_strided(x.shape, x.stride(), x.storage_offset())
+
+    def copy_back():
+        torch.cuda.synchronize()
+        for flat, copy in storages.values():
+            flat.copy_(copy)
+
+    return [x if x is None else on_device(x) for x in tensors], copy_back
+
+
 class Device:
     """The op's kernel on a Hopper GPU, called as the emulated one is."""
 
@@ -57,22 +75,12 @@ class Device:
 
     def run(self, tensors, is_causal, scale):
         """Run on copies of the tensors' storages, and copy these back."""
-        storages = {}
-
-        def on_device(x):
-            flat = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
-            key = flat.data_ptr(), x.dtype
-            storages.setdefault(key, (flat, flat.cuda()))
-            return storages[key][1].as_strided(x.shape, x.stride(), x.storage_offset())
-
-        moved = [x if x is None else on_device(x) for x in tensors]
+        moved, copy_back = to_device(tensors)
         split = 17 if "backward" in self.op else 10  # is_causal comes before the outputs
         kernel = getattr(_native._C.cuda, self.op)
         stream = torch.cuda.current_stream().cuda_stream
         kernel(*moved[:split], is_causal, *moved[split:], scale, stream)
-        torch.cuda.synchronize()
-        for flat, copy in storages.values():
-            flat.copy_(copy)
+        copy_back()
 
 
 def targets():

@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from cuda_emulation import View
+from cuda_emulation import View, to_device
 from epilogue_rules import finished, sums
 from fewstep import _native, ops
 from helpers import padded, padding_intact
@@ -25,20 +25,13 @@ def call_on_host(library, tensors, activation, tiling):
 
 
 def call_on_device(op, tensors, activation):
-    """Run the kernel on a Hopper GPU, and copy its output back."""
-    on = {
-        name: None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-        for name, x in tensors.items()
-    }
-    on = {name: None if x is None else x.cuda() for name, x in on.items()}
-    for name, x in tensors.items():
-        if x is not None:
-            on[name].copy_(x)
-    a, a_scale, w, w_scale, bias, low, up, gate, residual, out = map(on.get, NAMES)
-    start = (a, a_scale, w, w_scale, bias, low, up, None, 0, activation)
+    """Run the kernel on a Hopper GPU."""
+    moved, copy_back = to_device([tensors.get(name) for name in NAMES])
+    *start, gate, residual, out = moved
     stream = torch.cuda.current_stream().cuda_stream
-    getattr(_native._C.cuda, f"{op}_sm90")(*start, gate, residual, None, out, stream)
-    tensors["out"].copy_(out)
+    kernel = getattr(_native._C.cuda, f"{op}_sm90")
+    kernel(*start, None, 0, activation, gate, residual, None, out, stream)
+    copy_back()
 
 
 def operands(op, M, N, K):
