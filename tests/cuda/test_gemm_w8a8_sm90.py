@@ -32,11 +32,13 @@ def test_sums_are_exact(gemm8, tiling, shape):
     assert torch.equal(out.double(), given["a"].double() @ given["w"].double().mT)
 
 
-def test_many_slabs_reuse_the_slots(gemm8):
-    given = operands(OP, 70, 20, 20 * 128)
-    given["a_scale"], given["w_scale"] = torch.ones(70), torch.ones(20)
-    given["a"][:], given["w"][:, ::2] = -128, 127
-    out = run(gemm8, OP, given, tiling=SMALL)
+@pytest.mark.parametrize(("tiling", "M"), [(0, 20), (1, 260), (SMALL, 330)])
+def test_many_slabs_reuse_the_slots(gemm8, tiling, M):
+    """More than the ring holds; in turns, by groups that skip each other's, several tiles each."""
+    given = operands(OP, M, 20, 17 * 128)
+    given["a_scale"], given["w_scale"] = torch.ones(M), torch.ones(20)
+    given["a"][:, :1500], given["w"][:, :1500] = -128, 127
+    out = run(gemm8, OP, given, tiling=tiling)
     # Beyond 2^24: rounded once, as torch rounds.
     assert torch.equal(out, (given["a"].double() @ given["w"].double().mT).float())
 
@@ -77,6 +79,12 @@ def test_low_rank_branch(gemm8, tiling, R, dtype):
     given["low"], given["up"] = torch.randn(70, R).to(dtype), torch.randn(70, R).to(dtype)
     given["residual"] = torch.randn(70, 70)
     check(gemm8, OP, given, tiling=tiling)
+
+
+def test_branch_over_several_tiles(gemm8):
+    given = operands(OP, 330, 70, 1168)  # ten slabs and two of the branch in a ring of eight
+    given["low"], given["up"] = torch.randn(330, 80).half(), torch.randn(70, 80).half()
+    check(gemm8, OP, given, tiling=SMALL)
 
 
 def test_rows_of_wider_matrices(gemm8):

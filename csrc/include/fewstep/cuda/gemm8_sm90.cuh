@@ -45,7 +45,7 @@ struct Config {
     static constexpr int kWarps = (kInTurns ? 1 : kMultipliers) * kGroupThreads / 32;  // of a tile
     static constexpr int kSharedBytes = fixed_bytes(kTile) + kSlots * kTile.slot_bytes();
     static_assert(kSlots >= 3 && kSharedBytes <= kMaxSharedBytes);
-    static_assert((2 * kSlots + 4) * sizeof(std::uint64_t) <= kBarrierBytes);
+    static_assert((2 * kSlots + 6) * sizeof(std::uint64_t) <= kBarrierBytes);
 
     std::uint8_t* base;
 
@@ -65,6 +65,7 @@ struct Config {
     __device__ Barrier& empty(int i) const { return barrier(kSlots + i); }
     __device__ Barrier& vectors_full(int i) const { return barrier(2 * kSlots + i); }
     __device__ Barrier& vectors_empty(int i) const { return barrier(2 * kSlots + 2 + i); }
+    __device__ Barrier& turn(int group) const { return barrier(2 * kSlots + 4 + group); }
 
     __device__ void init_barriers() const {
         for (int i = 0; i < kSlots; ++i) {
@@ -74,6 +75,7 @@ struct Config {
         for (int i = 0; i < 2; ++i) {
             vectors_full(i).init(1);
             vectors_empty(i).init(kWarps);
+            turn(i).init(1);
         }
         fence_barriers();
     }
@@ -191,10 +193,22 @@ __device__ __forceinline__ void fence_parts(T (&acc)[kParts][kCount]) {
     for (int part = 0; part < kParts; ++part) fence_registers(acc[part]);
 }
 
+// Where groups multiply in turns: the one of tile `index` waits until the other has found the slabs
+// of the tile before. A barrier's parity tells a round from the next, not from the one after that,
+// so nobody may wait for a slot that has rounds to go; and products follow upon products.
+template <class C>
+__device__ __forceinline__ void take_turn(const C& shared, int group, int index) {
+    if (C::kInTurns && index > 0) shared.turn(group).wait((index - 1) / 2 & 1);
+}
+template <class C>
+__device__ __forceinline__ void pass_turn(const C& shared, int group) {
+    if (C::kInTurns && threadIdx.x % kGroupThreads == 0) shared.turn(1 - group).arrive();
+}
+
 // acc = a w^T in one accumulator; all but the last batch of products are waited for late.
 template <class C>
-__device__ __forceinline__ void multiply_slabs(const Params& p, const C& shared, int rows,
-                                               RingPosition<C::kSlots>& at,
+__device__ __forceinline__ void multiply_slabs(const Params& p, const C& shared, int group,
+                                               int rows, RingPosition<C::kSlots>& at,
                                                Sum<typename C::In> (&acc)[C::kParts][C::kN / 2]) {
     using In = typename C::In;
     int previous = at.slot;
@@ -213,6 +227,7 @@ __device__ __forceinline__ void multiply_slabs(const Params& p, const C& shared,
         previous = at.slot;
         at.advance();
     }
+    if (p.branch_slabs == 0) pass_turn(shared, group);
     wait_products<0>();
     fence_parts(acc);
     release(shared.empty(previous));
@@ -220,8 +235,8 @@ __device__ __forceinline__ void multiply_slabs(const Params& p, const C& shared,
 
 // total = a w^T, added to in float32 after every slab.
 template <class C>
-__device__ __forceinline__ void multiply_and_promote(const Params& p, const C& shared, int rows,
-                                                     RingPosition<C::kSlots>& at,
+__device__ __forceinline__ void multiply_and_promote(const Params& p, const C& shared, int group,
+                                                     int rows, RingPosition<C::kSlots>& at,
                                                      float (&total)[C::kParts][C::kN / 2]) {
     float acc[C::kParts][C::kN / 2];
 #pragma unroll
@@ -234,6 +249,7 @@ __device__ __forceinline__ void multiply_and_promote(const Params& p, const C& s
         shared.full(at.slot).wait(at.parity);
         fence_parts(acc);
         multiply_slot<C, typename C::In, 4, false>(shared, at.slot, rows, acc);
+        if (s + 1 == p.slabs && p.branch_slabs == 0) pass_turn(shared, group);
         wait_products<0>();
         fence_parts(acc);
         release(shared.empty(at.slot));
@@ -249,7 +265,7 @@ __device__ __forceinline__ void multiply_and_promote(const Params& p, const C& s
 // y += low up^T, products of 16-bit values with float32 sums. A last slab of at most 32 r is half
 // of one.
 template <typename T, class C>
-__device__ __forceinline__ void add_branch(const Params& p, const C& shared, int rows,
+__device__ __forceinline__ void add_branch(const Params& p, const C& shared, int group, int rows,
                                            RingPosition<C::kSlots>& at,
                                            float (&y)[C::kParts][C::kN / 2]) {
 #pragma unroll 1
@@ -260,6 +276,7 @@ __device__ __forceinline__ void add_branch(const Params& p, const C& shared, int
         if (p.rank - s * kBlockColumns > kBlockColumns / 2) {
             multiply_slot<C, T, 2, true>(shared, at.slot, rows, y, kRowBytes / 2);
         }
+        if (s + 1 == p.branch_slabs) pass_turn(shared, group);
         wait_products<0>();
         fence_parts(y);
         release(shared.empty(at.slot));
@@ -285,6 +302,7 @@ __device__ void multiply_tiles(const Params& p, const C& shared, int group) {
             const int m = first + i / 2 * kPartRows + accumulator_row(thread, i % 2 * 2);
             a_scale[i / 2][i % 2] = m < p.end.M ? p.a_scale[m] : 0;
         }
+        take_turn(shared, group, index);
         float y[C::kParts][C::kN / 2];
         const auto scale = [&](const auto& acc) {
             const int buffer = index % 2;
@@ -307,18 +325,18 @@ __device__ void multiply_tiles(const Params& p, const C& shared, int group) {
             release(shared.vectors_empty(buffer));
         };
         if constexpr (C::kPromotes) {
-            multiply_and_promote(p, shared, rows, at, y);
+            multiply_and_promote(p, shared, group, rows, at, y);
             scale(y);
         } else {
             Sum<In> acc[C::kParts][C::kN / 2];
-            multiply_slabs(p, shared, rows, at, acc);
+            multiply_slabs(p, shared, group, rows, at, acc);
             scale(acc);
         }
         if (p.branch_slabs > 0) {
             if (p.low_is_half) {
-                add_branch<__half>(p, shared, rows, at, y);
+                add_branch<__half>(p, shared, group, rows, at, y);
             } else {
-                add_branch<__nv_bfloat16>(p, shared, rows, at, y);
+                add_branch<__nv_bfloat16>(p, shared, group, rows, at, y);
             }
         }
 #pragma unroll
