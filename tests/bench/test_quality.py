@@ -109,6 +109,7 @@ def test_a_record_of_few_images(quality, monkeypatch, tmp_path):
         (path,) = tmp_path.glob(f"*/quantized_{model}.json")
         report = json.loads(path.read_text())
         assert (report["seeds"], report["images"]) == (2, 120)
+        assert (report["norms"], report["activations"]) == (None, "fuse")
         (row,) = report["rows"]
         # Bound of the goal with room for few images: 1.02 over a thousand.
         assert 0.95 < row["ratio"] < 1.05
