@@ -267,6 +267,12 @@ def weight_of(op, N=23, K=64):
     return w, w_scale, folded.double() * scale.double()[:, None]
 
 
+@pytest.mark.parametrize("rotate", [16.0, True, "16"])
+def test_rotation_is_an_integer(rotate):
+    with pytest.raises(TypeError, match="rotate: expected an integer, got "):
+        ops.quantize_int8(torch.zeros(2, 64), rotate=rotate)
+
+
 @pytest.mark.parametrize("op", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_quantise_the_same_way(op, dtype, impl):

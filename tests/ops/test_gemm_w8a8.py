@@ -220,16 +220,19 @@ def test_empty_axes(impl):
 
 
 @pytest.mark.parametrize("R", [0, 8])
-def test_threads_do_not_change_a_bit(R):
-    *args, bias = operands((500,), 300, 200)
-    kwargs = {"bias": bias, "impl": "native"} | (branch_of((500,), 300, R) if R else {})
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize("N", [300, 2300])  # the second's float32 output is beyond large_pages.h's
+def test_threads_do_not_change_a_bit(N, R):
+    *args, bias = operands((500,), N, 200)
+    kwargs = {"bias": bias, "impl": "native"} | (branch_of((500,), N, R) if R else {})
+    threads, found = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(1)
-        one = ops.gemm_w8a8(*args, **kwargs)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(ops.gemm_w8a8(*args, **kwargs))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(one, ops.gemm_w8a8(*args, **kwargs))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_opcheck():

@@ -52,9 +52,11 @@ ROTATIONS = (16, 32, 64, 128, 256)
 
 def expect_rotation(rotate: int, name: str, K: int) -> None:
     """Refuse a block that is none, or does not divide the K of the argument `name`."""
+    if isinstance(rotate, bool) or not isinstance(rotate, (int, torch.SymInt)):
+        raise TypeError(f"rotate: expected an integer, got {rotate!r}")
     if rotate == 0:
         return
-    if rotate not in ROTATIONS or isinstance(rotate, bool):
+    if rotate not in ROTATIONS:
         raise ValueError(f"rotate: expected 0 or one of {ROTATIONS}, got {rotate!r}")
     if K % rotate:
         raise ValueError(f"rotate: expected a block that divides K = {K} of {name}, got {rotate}")

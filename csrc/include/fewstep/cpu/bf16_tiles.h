@@ -34,9 +34,8 @@ struct Tile {
     int vectors;  // panel width / 16
     float* acc;
     bool resume;
-    // Scales of blocks of kBlockPairs, the first of them the tile's: of row r a_scale[r *
-    // ld_a_scale
-    // + block], of column n w_scale[block * ld_w_scale + n]. Null where there are none.
+    // Scales of blocks of kBlockPairs, the first of them the tile's; null where there are none.
+    // Of row r: a_scale[r * ld_a_scale + block]. Of column n: w_scale[block * ld_w_scale + n].
     const float* a_scale = nullptr;
     const float* w_scale = nullptr;
     std::int64_t ld_a_scale = 0, ld_w_scale = 0;

@@ -20,10 +20,10 @@
 //   panel(n, columns, scratch)            columns [n, n + columns) as int8_tiles.h reads them
 //   kSigned                               whether rows() are w, or else w + 128
 //   length()                              bytes of a row as rows() returns it
-//   kReorders, reorder(a, to)             whether rows() have another order of k than a, and a in
-//   it rows(n, columns, scratch, pointers)   the rows themselves, at most kDots; a pointer to one
-//   that
-//                                         is missing repeats the last
+//   kReorders                             whether rows() have another order of k than a
+//   reorder(a, to)                        a row of a in that order
+//   rows(n, columns, scratch, pointers)   the rows themselves, at most kDots; a pointer to one
+//                                         that is missing repeats the last
 //   scales(n, columns, floats)            a scale per column; kPanel floats are lent
 //   row(n), row_bytes()                   where row n lies, and its length
 #pragma once
@@ -43,6 +43,7 @@
 #include "fewstep/cpu/int8_finish.h"
 #include "fewstep/cpu/int8_tiles.h"
 #include "fewstep/cpu/isa.h"
+#include "fewstep/cpu/large_pages.h"
 #include "fewstep/cpu/low_rank.h"
 #include "fewstep/cpu/product_call.h"
 #include "fewstep/cpu/prologue.h"
@@ -342,6 +343,7 @@ void multiply_floats(Operands& p, const Source& source, const TensorView& a,
                      const product::Destination& to) {
     // Not initialised: every element is written before it is read.
     state.quantized.reset(new std::int8_t[static_cast<std::size_t>(p.M * p.K)]);
+    advise_large_pages(state.quantized.get(), p.M * p.K);
     state.scales.reset(new float[static_cast<std::size_t>(p.M)]);
     p.a = state.quantized.get();
     p.lda = p.K;
