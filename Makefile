@@ -47,10 +47,19 @@ figures: $(VENV)/.test
 	$(VENV)/bin/fewstep bench ops --device cpu --output benchmarks/results
 
 # Other packages beside the low-bit products: peers.jsonl, a record apart from the others, in an
-# environment apart, because whatever is installed takes part in the other benches.
-peers:
-	$(MAKE) VENV=$(VENV)-peers $(VENV)-peers/.peers
-	$(VENV)-peers/bin/fewstep bench ops --device cpu --peers --output benchmarks/results
+# environment apart, because whatever is installed takes part in the other benches. It sees what
+# $(VENV) has, the one build of this checkout too: a second would overwrite python/fewstep/_C*.so.
+peers: $(VENV)-peers/.beside
+	$(VENV)-peers/bin/python -m fewstep bench ops --device cpu --peers --output benchmarks/results
+
+$(VENV)-peers/.beside: pyproject.toml $(TORCH_STAMP) | $(VENV)/.test
+	$(PY) -m venv --clear $(VENV)-peers
+	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(echo $(VENV)-peers/lib/python3*/site-packages)/beside.pth
+	@echo "installing the requirements of 'peers' into $(VENV)-peers"
+	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+		$$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"])')
+	touch $@
 
 doctor: $(VENV)/.demo
 	$(VENV)/bin/fewstep doctor
@@ -69,7 +78,7 @@ $(CUDA_STAMP): $(TORCH_STAMP)
 	rm -f $(VENV)/.cuda-*
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.peers $(VENV)/.dev: $(VENV)/.%: $(CUDA_STAMP) $(SOURCES)
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(CUDA_STAMP) $(SOURCES)
 	@echo "building fewstep and installing the requirements of '$*'"
 	$(PIP) --editable ".[$*]"
 	touch $@

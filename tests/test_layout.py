@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,14 @@ def test_pybind_only_in_bindings():
         p.name for p in sources() if "csrc" in p.parts and "#include <pybind11" in p.read_text()
     ]
     assert users == ["bindings.cpp"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_one_environment_builds_into_the_checkout(tmp_path):
+    command = ["make", "--dry-run", "peers", f"VENV={tmp_path}/v"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    building = [
+        line.split()[0] for line in done.stdout.splitlines() if "pip" in line and ".[" in line
+    ]
+    assert building == [f"{tmp_path}/v/bin/python"]
+    assert f"{tmp_path}/v-peers/bin/python -m fewstep bench ops" in done.stdout

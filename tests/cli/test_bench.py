@@ -86,6 +86,16 @@ def test_show_reads_records_back(folder):
     assert runner.invoke(app, ["bench", "show", str(folder / "benchmarks")]).exit_code == 1
 
 
+def test_show_gives_the_run_with_peers_a_title_of_its_own(folder):
+    assert invoke("--device", "cpu", "--quick", "--output", "out").exit_code == 0
+    (written,) = folder.glob("out/*/cache_metric.jsonl")
+    (written.parent / "peers.jsonl").write_text(written.read_text())
+    result = runner.invoke(app, ["bench", "show", "out"], env={"COLUMNS": "300"})
+    assert result.exit_code == 0, result.output
+    titles = [line for line in result.output.splitlines() if " · commit " in line]
+    assert titles == [titles[0], titles[0] + " · --peers"]
+
+
 def test_roofline_without_its_limit_is_an_error_that_says_so(folder):
     assert invoke("--device", "cpu", "--quick", "--output", "out").exit_code == 0
     result = runner.invoke(

@@ -10,7 +10,11 @@ input set, which wakes the threads, and then the timed one.
 
     this process               worker
     ("prepare", case, sets) -> makes its inputs and calls, and calls each; why it can't, or None
-    ("turn", i)             -> a call on set i - 1, then a timed call on set i; its seconds
+    ("turn", i)             -> a call on set i - 1, then a timed call on set i; its seconds, or why
+                               there are none
+
+A peer that has failed, ended or not answered is out of that case (`PeerError`); a process that is
+no more is started anew for the next one.
 """
 
 from __future__ import annotations
@@ -31,7 +35,16 @@ from .measure import forget_compiled, warm_up
 from .model import Benchmark, Case, Provider, Thunk
 
 READY_SECONDS = 300.0  # to import a package and to make a case's layers
+ENDING_SECONDS = 10.0  # for a process that has let go of its pipe: to leave its exit code
 _TICK, _ASLEEP, _PATIENCE = 2e-3, 2e-4, 0.25
+
+
+class PeerError(Exception):
+    """The peer `name` has no turns any more, for the reason in the message."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
 
 
 def settle() -> None:
@@ -92,15 +105,16 @@ def _serve(pipe: Connection, path: Path, op: str, name: str, threads: int) -> No
             request, *arguments = pipe.recv()
         except EOFError:  # the harness is gone, or done
             return
-        if request == "turn":
-            pipe.send(calls[arguments[0]]())
-            continue
-        calls = None  # the last case's layers are freed first
         try:
-            calls = _prepare(benchmark, provider, *arguments)
+            if request == "turn":
+                answer = calls[arguments[0]]()
+            else:
+                calls = None  # the last case's layers are freed first
+                calls = _prepare(benchmark, provider, *arguments)
+                answer = calls if isinstance(calls, str) else None
         except Exception as error:  # the package's own; the rest is timed without it
-            calls = f"{type(error).__name__}: {error}".splitlines()[0]
-        pipe.send(calls if isinstance(calls, str) else None)
+            answer = f"{type(error).__name__}: {error}".splitlines()[0]
+        pipe.send(answer)
 
 
 class Worker:
@@ -116,19 +130,34 @@ class Worker:
         theirs.close()
 
     def _ask(self, *request: Any) -> Any:
-        self.pipe.send(request)
-        if not self.pipe.poll(READY_SECONDS):
-            raise TimeoutError(f"no answer within {READY_SECONDS:.0f} s")
-        return self.pipe.recv()
+        """Return the answer; where it is a reason or there is none, raise PeerError."""
+        try:
+            self.pipe.send(request)
+            answer = self.pipe.recv() if self.pipe.poll(READY_SECONDS) else TimeoutError
+        except (OSError, EOFError):  # it has ended
+            self.process.join(ENDING_SECONDS)
+            answer = f"its process ended with exit code {self.process.exitcode}"
+            self.close()
+        if answer is TimeoutError:
+            self.process.kill()
+            self.close()
+            answer = f"TimeoutError: no answer within {READY_SECONDS:g} s"
+        if isinstance(answer, str):
+            raise PeerError(self.name, answer)
+        return answer
 
     def prepare(self, case: Case, count: int) -> list[Callable[[], float]] | str:
         """Return the peer's turns on `count` input sets, or why there are none."""
         try:
-            reason = self._ask("prepare", self.cases.index(case), count)
-        except (OSError, EOFError):  # it has ended, or has not answered in time
-            self.close()
-            return f"its process ended with exit code {self.process.exitcode}"
-        return reason or [functools.partial(self._ask, "turn", i) for i in range(count)]
+            self._ask("prepare", self.cases.index(case), count)
+        except PeerError as error:
+            return str(error)
+        return [functools.partial(self._ask, "turn", i) for i in range(count)]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the process was ended, or found to have."""
+        return self.pipe.closed
 
     def close(self) -> None:
         """End the process."""
@@ -150,9 +179,10 @@ class Workers:
         wanted = provider.package is not None and self.device.type == "cpu"
         if not wanted or self.benchmark.path is None:
             return None
-        if provider.name not in self.started:
-            self.started[provider.name] = Worker(self.benchmark, provider)
-        return self.started[provider.name]
+        worker = self.started.get(provider.name)
+        if worker is None or worker.closed:
+            worker = self.started[provider.name] = Worker(self.benchmark, provider)
+        return worker
 
     def close(self) -> None:
         """End all of them."""

@@ -15,7 +15,7 @@ import torch
 
 from ..ops import _gate
 from ..ops._select import UnsupportedError
-from .apart import TurnClock, Workers, turns
+from .apart import PeerError, TurnClock, Workers, turns
 from .environment import package_version
 from .inputs import input_sets, nbytes
 from .measure import Budget, cache_bytes, clock, forget_compiled, interleave, warm_up
@@ -213,11 +213,18 @@ def run_case(
             results.append(dataclasses.replace(blank, skipped=thunks))
         else:
             timed.append((provider, blank, thunks))
-    calls, timer = [thunks for _, _, thunks in timed], clock(device)
+    timer = clock(device)
     if apart:
-        calls = [c if p.name in apart else turns(c) for p, _, c in timed]
+        timed = [(p, blank, c if p.name in apart else turns(c)) for p, blank, c in timed]
         timer = TurnClock()
-    samples = interleave(calls, timer, settings.budget, on_step)
+    samples = None
+    while samples is None:
+        try:
+            samples = interleave([c for _, _, c in timed], timer, settings.budget, on_step)
+        except PeerError as error:  # from the start without it, so that all share every round
+            (failed,) = (blank for p, blank, _ in timed if p.name == error.name)
+            results.append(dataclasses.replace(failed, skipped=f"in its turn: {error}"))
+            timed = [entry for entry in timed if entry[0].name != error.name]
     for (provider, blank, _), seconds in zip(timed, samples, strict=True):
         q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
         flops, moved = benchmark.flops(case), benchmark.bytes_moved(case)

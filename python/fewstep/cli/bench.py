@@ -18,6 +18,8 @@ from ..bench.model import Benchmark, Case
 from ..bench.table import case_table, reasons, summary_markdown, summary_table
 from .device import resolve_device
 
+PEERS = "peers"  # a run of its own beside the others: one file for all ops
+
 
 class Writer:
     """Writes records as they come: one file, one file per op in a folder, or nowhere.
@@ -76,7 +78,7 @@ def main(
     settings = Settings(device, quick, QUICK if quick else Budget(), peers)
     machine = environment(device)
     console = Console(stderr=json)
-    writer = Writer(output, machine["device"], "peers" if peers else None)
+    writer = Writer(output, machine["device"], PEERS if peers else None)
     total = sum(len(benchmark.select(device, quick)) for benchmark in loaded)
     console.print(
         f"{machine['device']} · {machine['threads']} threads · torch {machine['torch']} · "
@@ -125,7 +127,7 @@ def main(
 
 
 def show(paths: Sequence[Path], markdown: bool, roofline: Path | None = None) -> int:
-    """Print records as one table per machine; return 1 if there are none.
+    """Print records as one table per machine, `--peers` apart; return 1 if there are none.
 
     `roofline` is a PNG to draw them into as well: the records of one op on one machine.
     """
@@ -138,6 +140,7 @@ def show(paths: Sequence[Path], markdown: bool, roofline: Path | None = None) ->
                 title = (
                     f"{record['device']} · {record['threads']} threads · torch {record['torch']} · "
                     f"commit {(record['commit'] or 'unknown')[:10]}"
+                    f"{' · --peers' if file.stem == PEERS else ''}"
                 )
                 machines.setdefault(title, []).append(Result.from_record(record))
         except (ValueError, TypeError, KeyError) as error:
