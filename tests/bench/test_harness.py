@@ -104,6 +104,14 @@ def test_a_failing_gate_refuses_the_number(small_cache, monkeypatch):
     assert found["torch"].ratios == {}
 
 
+def test_providers_of_other_devices_leave_no_line(small_cache):
+    def never(case, *inputs):
+        raise AssertionError("was made")
+
+    providers = [bench.Provider("a GPU's", never, devices=("cuda",)), bench.baseline("torch", abs)]
+    assert [r.provider for r in run_case(fake(providers), CASE, SETTINGS, {})] == ["torch"]
+
+
 def test_the_gate_runs_once_per_implementation(small_cache, passing_gate):
     cases = [CASE, bench.Case("other", {"N": 2000}, torch.float32)]
     benchmark = fake([op_provider(lambda x: x)], cases=cases)

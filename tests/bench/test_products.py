@@ -43,6 +43,12 @@ def test_model_shapes_are_whole_groups_and_tiles():
     assert set(rows) == {(M, K) for M, _, K in products.MODEL_SHAPES.values()}
 
 
+def test_tilings_are_timed_on_gpus_only():
+    for op, tiles in products.HOPPER_TILES.items():
+        tilings = products.hopper_tilings(op, lambda case, *tensors: tensors)
+        assert [p.devices for p in tilings] == [("cuda",)] * len(tiles)
+
+
 def test_missing_packages_are_named(monkeypatch):
     x = torch.zeros(1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)

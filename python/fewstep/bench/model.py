@@ -42,7 +42,7 @@ class Provider:
     `resource` per call instead of the case's work: its rate bounds everyone else's.
     `unless(case, *inputs)` is asked before `make` and says why it can't run, or returns None.
     `package` names the other package that a peer runs: a record carries its version, and on the CPU
-    it is timed in a process of its own (apart.py).
+    it is timed in a process of its own (apart.py). On devices other than `devices` it is left out.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Provider:
     amount: Callable[[Case, torch.device], float] | None = None
     unless: Callable[..., str | None] | None = None
     package: str | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)

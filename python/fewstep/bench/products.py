@@ -131,8 +131,7 @@ def hopper_tilings(op: str, operands: Callable[..., tuple[Any, ...]]) -> list[Pr
 
     def make(tiling: int, case: Case, *tensors: Tensor) -> Callable[[], Any] | str:
         device = tensors[0].device
-        reason = "these are a GPU's" if device.type != "cuda" else _native.unavailable(op, device)
-        if reason is not None:
+        if (reason := _native.unavailable(op, device)) is not None:
             return reason
         a, a_scale, w, w_scale, bias, dtype, *_ = operands(case, *tensors)
         out = torch.empty((case["M"], output_width(case)), dtype=dtype, device=device)
@@ -149,7 +148,13 @@ def hopper_tilings(op: str, operands: Callable[..., tuple[Any, ...]]) -> list[Pr
         return run
 
     return [
-        Provider(f"fewstep native, tiles {name}", functools.partial(make, i), "op", "native")
+        Provider(
+            f"fewstep native, tiles {name}",
+            functools.partial(make, i),
+            "op",
+            "native",
+            devices=("cuda",),
+        )
         for i, name in enumerate(HOPPER_TILES[op])
     ]
 

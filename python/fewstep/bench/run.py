@@ -192,6 +192,8 @@ def run_case(
     peers = [p for p in benchmark.providers if p.package and not _reason(p, case, sets[0])]
     apart = {p.name: worker for p in peers if workers and (worker := workers.take(p))}
     for provider in benchmark.providers:
+        if device.type not in provider.devices:
+            continue
         if settings.peers and not peers and provider.package is None:
             continue
         blank = Result(
