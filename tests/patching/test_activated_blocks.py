@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -162,12 +163,52 @@ def test_copies_are_fused_too(how):
     assert not fuse_activations(twin).fused  # a second time
 
 
-def test_caches_know_the_block(monkeypatch):
+@pytest.fixture
+def small_layers(monkeypatch):
+    """The default leaves layers below 128 x 128 alone; here every layer of a tiny model counts."""
+    monkeypatch.setattr("fewstep.quantization.replace.SMALLEST_SIDE", 1)
+    monkeypatch.setattr("fewstep.quantization.replace.SMALLEST_WEIGHT", 1)
+
+
+@pytest.mark.usefixtures("small_layers")
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "in place"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_model_of_diffusers_can_be_copied_with_what_undoes_it(how, loaded, tmp_path):
+    """Its quantiser knows the blocks that changed: a copy's quantiser, those of the copy."""
+    pipe = build("flux")
+    model = denoiser(pipe)
+    kinds = [type(module) for module in model.modules()]
+    if loaded:
+        model.save_pretrained(tmp_path)
+        config = fewstep.QuantizationConfig("w8a8", norms="fuse")
+        model = type(model).from_pretrained(tmp_path, quantization_config=config)
+    else:
+        fewstep.quantize(model, "w8a8", norms="fuse")
+    # Loaded weights lie where they did in the file; BLAS adds in another order for aligned ones.
+    pipe.register_modules(transformer=copy.deepcopy(model))
+    want = call(pipe, num_inference_steps=1)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()] != kinds
+    model.dequantize()
+    assert [type(module) for module in model.modules()] == kinds
+    pipe.register_modules(transformer=twin)
+    assert torch.equal(call(pipe, num_inference_steps=1), want)
+    twin.dequantize()
+    assert [type(module) for module in twin.modules()] == kinds
+
+
+@pytest.mark.usefixtures("small_layers")
+def test_caches_know_the_block():
     """diffusers' own, which looks it up by class, and ours."""
     from diffusers import FirstBlockCacheConfig
 
-    monkeypatch.setattr("fewstep.quantization.replace.SMALLEST_SIDE", 1)
-    monkeypatch.setattr("fewstep.quantization.replace.SMALLEST_WEIGHT", 1)
     pipe = build("flux")
     plain = call(pipe, num_inference_steps=3)
     with fewstep.quantize(denoiser(pipe), "w8a8"):

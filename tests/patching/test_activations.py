@@ -360,6 +360,9 @@ def test_patch_takes_both_options():
         assert "part of the product" not in patch.explain()
     with pytest.raises(ValueError, match="norms: expected quantize beside it, got none"):
         fewstep.patch(pipe, steps=2, norms="fuse")
+    for value in (None, "share"):  # "fuse" is what goes without saying
+        with pytest.raises(ValueError, match="activations: expected quantize beside it, got none"):
+            fewstep.patch(pipe, steps=2, activations=value)
     with pytest.raises(ValueError, match="norms: expected one of share, fuse, got 'merge'"):
         fewstep.patch(pipe, quantize="w8a8", norms="merge")
     assert torch.equal(call(pipe, num_inference_steps=2), plain)

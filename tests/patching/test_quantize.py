@@ -1,11 +1,13 @@
 """quantize="w8a8" through patch: what is replaced, what it does to the image, and undo."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 
 import fewstep
+from fewstep import quantization
 from fewstep.patching import PatchError, active_patches
 from fewstep.quantization import QuantLinear, calibrate
 from patching.snapshot import snapshot
@@ -167,3 +169,36 @@ def test_the_time_embedding_stays_exact(name):
         hook.remove()
     assert len(seen) == len(want) >= 2
     assert all(torch.equal(x, y) for x, y in zip(seen, want, strict=True))
+
+
+@pytest.mark.parametrize("name", ["quantize", "load_nunchaku"])
+def test_the_functions_of_models_take_what_those_of_layers_take_and_the_fusions(name):
+    of_models, of_layers = getattr(fewstep, name), getattr(quantization, name)
+    outer, inner = (
+        {p.name: (p.kind, p.default) for p in inspect.signature(f).parameters.values()}
+        for f in (of_models, of_layers)
+    )
+    fusions = {key: outer.pop(key)[1] for key in ("norms", "activations")}
+    assert list(outer.items()) == list(inner.items())
+    assert fusions == {"norms": None, "activations": "fuse"}
+    # As they are written, for those who read them without running: no *args.
+    assert of_models.__code__.co_varnames[: len(outer)] == tuple(outer)
+    assert f"fewstep.quantization.{name}" in of_models.__doc__
+    assert "Raises:" in of_models.__doc__
+    for key in (*outer, *fusions):
+        assert f"        {key}: " in of_models.__doc__
+
+
+def test_every_argument_is_handed_on(monkeypatch):
+    seen = {}
+
+    def layers(*args, **kwargs):
+        seen.update(inspect.signature(of_layers).bind(*args, **kwargs).arguments)
+        raise KeyboardInterrupt  # what follows is not asked for here
+
+    of_layers = quantization.quantize
+    monkeypatch.setattr(quantization, "quantize", layers)
+    given = {name: object() for name in inspect.signature(of_layers).parameters}
+    with pytest.raises(KeyboardInterrupt):
+        fewstep.quantize(**given)
+    assert seen == given

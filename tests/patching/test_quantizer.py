@@ -116,6 +116,25 @@ def test_the_dtype_before_is_recorded(folder, dtype):
     assert json.loads(config.to_json_string())["scheme"] == "w8a8"
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({}, {}),
+        ({"activations": "fuse", "norms": None}, {}),
+        ({"activations": None}, {"activations": None}),
+        (
+            {"norms": "share", "layers": {"w8a8": ["a"]}},
+            {"norms": "share", "layers": {"w8a8": ["a"]}},
+        ),
+    ],
+)
+def test_shows_what_differs_from_the_defaults(given, shown):
+    config = fewstep.QuantizationConfig("w8a8", **given)
+    always = {"quant_method": "fewstep", "scheme": "w8a8"}
+    assert config.to_diff_dict() == always | shown
+    assert DiffusersAutoQuantizer.from_dict(config.to_diff_dict()).to_dict() == config.to_dict()
+
+
 class KeepsFloat32(SD3Transformer2DModel):
     _keep_in_fp32_modules: ClassVar[list[str]] = ["ff_context"]
 
@@ -186,6 +205,55 @@ def test_a_model_quantised_in_place_can_be_saved_and_undone(scheme, tmp_path):
 def snapshot_of(model):
     modules = {name: id(module) for name, module in model.named_modules()}
     return modules, {name: id(value) for name, value in model.__dict__.items() if value is not True}
+
+
+@torch.no_grad()
+def test_undo_after_dequantize_puts_the_very_layers_back():
+    model = build()
+    model.register_to_config(_name_or_path="")  # what the first registration adds
+    before, kinds = snapshot_of(model), [type(module) for module in model.modules()]
+    plain = model(**inputs()).sample
+    handle = fewstep.quantize(model, "w8a8", norms="fuse")
+    want = model(**inputs()).sample
+    model.dequantize()
+    assert [type(module) for module in model.modules()] == kinds
+    got = model(**inputs()).sample
+    assert (got - want).norm() < 0.02 * want.norm()
+    assert not torch.equal(got, plain)
+    model.to(torch.bfloat16)
+    again = fewstep.quantize(model, "w4a8")
+    with pytest.raises(RuntimeError, match="expected the QuantLinear put there by quantize"):
+        handle.undo()
+    assert model.hf_quantizer.quantization_config.scheme == "w4a8-g64"
+    again.undo()
+    handle.undo()
+    assert snapshot_of(model) == before
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(
+        model.float()(**inputs()).sample, build().bfloat16().float()(**inputs()).sample
+    )
+
+
+def test_undo_leaves_what_another_call_has_quantised_since():
+    model = build()
+    handle = fewstep.quantize(model, "w8a8", skip=lambda name, _: not name.endswith("to_q"))
+    model.dequantize()
+    again = fewstep.quantize(model, "w8a8", skip=lambda name, _: not name.endswith("to_k"))
+    quantizer, config = model.hf_quantizer, model.config
+    handle.undo()
+    assert model.hf_quantizer is quantizer
+    assert model.config is config
+    assert set(quantised(model)) == set(again.replaced)
+
+
+def test_without_originals_dequantize_is_the_way_back():
+    model = build()
+    kinds = [type(module) for module in model.modules()]
+    handle = fewstep.quantize(model, "w8a8", norms="fuse", keep_originals=False)
+    model.dequantize()
+    assert [type(module) for module in model.modules()] == kinds
+    with pytest.raises(RuntimeError, match="keep_originals was False"):
+        handle.undo()
 
 
 @pytest.fixture(params=["quantised while loading", "loaded again"])

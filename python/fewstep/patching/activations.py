@@ -160,6 +160,7 @@ _FORMS: dict[type[nn.Module], type[nn.Module]] = {
     plain.GEGLU: FusedGEGLU,
     plain.SwiGLU: FusedSwiGLU,
     plain.LinearActivation: FusedLinearActivation,
+    FeedForward: FusedFeedForward,
 }
 
 
@@ -175,9 +176,8 @@ class FusedActivations:
     fused: list[str] = field(default_factory=list)
     chained: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
-    _changed: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = field(
-        default_factory=list, repr=False
-    )
+    # With the class before only: pickle finds that by its name, but not the form of a block.
+    _changed: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
 
     def explain(self) -> str:
         """Return how many activations are part of a product, and how many rows go on in int8."""
@@ -194,16 +194,25 @@ class FusedActivations:
     def undo(self) -> None:
         """Give the modules back the classes they had."""
         while self._changed:
-            module, form, before = self._changed.pop()
-            if type(module) is form:
+            module, before = self._changed.pop()
+            if type(module) is _fused_form(before):
                 module.__class__ = before
         self.fused.clear()
         self.chained.clear()
 
-    def change(self, module: nn.Module, form: type[nn.Module]) -> None:
-        """Give a module another class."""
-        self._changed.append((module, form, type(module)))
+    def change(self, module: nn.Module) -> None:
+        """Give a module the form of its class that fuses."""
+        form = _fused_form(type(module))
+        assert form is not None
+        self._changed.append((module, type(module)))
         module.__class__ = form
+
+
+def _fused_form(before: type[nn.Module]) -> type[nn.Module] | None:
+    """Return the class that modules of a class get, None if they keep theirs."""
+    from .activated_blocks import form_of  # which takes parts of this module
+
+    return _FORMS.get(before) or form_of(before)
 
 
 def fuse_activations(model: nn.Module) -> FusedActivations:
@@ -215,7 +224,7 @@ def fuse_activations(model: nn.Module) -> FusedActivations:
     Returns:
         The handle: `fused`, `chained`, `explain()`, `undo()`. Nothing to do is no error.
     """
-    from .activated_blocks import form_of, wants  # which takes parts of this module
+    from .activated_blocks import wants  # which takes parts of this module
 
     handle = FusedActivations()
     modules = dict(model.named_modules())
@@ -223,14 +232,14 @@ def fuse_activations(model: nn.Module) -> FusedActivations:
         form = _FORMS.get(type(module), nn.Module)
         if issubclass(form, _Activated) and is_quantized(module.proj):
             if form.activation_name(module) is not None:  # diffusers has mish and relu, too
-                handle.change(module, form)
+                handle.change(module)
                 handle.fused.append(name)
         elif wants(module):
-            handle.change(module, form_of(type(module)))
+            handle.change(module)
             handle.fused.append(f"{name}.act_mlp" if name else "act_mlp")
     for name, module in modules.items():
         if type(module) is FeedForward and isinstance(module.net[0], _Activated):
-            handle.change(module, FusedFeedForward)
+            handle.change(module)
             reason = module.refuse_chain()
             if reason is None:
                 handle.chained.append(name)

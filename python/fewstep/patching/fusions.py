@@ -13,6 +13,8 @@ from . import activations, norms
 from .activations import FusedActivations, fuse_activations
 from .norms import FusedNorms, fuse_norms
 
+Fused = FusedActivations | FusedNorms
+
 
 class Fusions(NamedTuple):
     """The two keywords, by their names."""
@@ -33,9 +35,9 @@ class Fusions(NamedTuple):
                 norms.expect_places(model)
         return self
 
-    def apply(self, model: nn.Module) -> list[FusedActivations | FusedNorms]:
+    def apply(self, model: nn.Module) -> list[Fused]:
         """Fuse in a model whose layers are quantised; return the handles."""
-        handles: list[FusedActivations | FusedNorms] = []
+        handles: list[Fused] = []
         if self.activations is not None:
             handles.append(fuse_activations(model))
         if self.norms is not None:

@@ -232,15 +232,17 @@ def patch(
             config.
 
     Raises:
-        TypeError, ValueError: an argument does not fit this pipeline.
+        TypeError, ValueError: an argument does not fit this pipeline, or one that is for `quantize`
+            is given without it.
         PatchError: the same feature is on this pipeline already.
     """
     target = recognise(pipe)
     seen = {"smooth": smooth, "compensate": compensate}
-    for name, option in (*seen.items(), ("norms", norms)):
-        if option is not None and quantize is None:
+    fusions = Fusions(norms, activations)
+    for name, option in (seen | fusions._asdict()).items():
+        if quantize is None and option != Fusions._field_defaults.get(name):
             raise ValueError(f"{name}: expected quantize beside it, got none")
-    fusions = Fusions(norms, activations).expect()
+    fusions.expect()
     given = {
         "steps": steps,
         "quantize": quantize,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..quantization import QuantizedModules, QuantLinear, Scheme, choose_layers, default_skip
 from ..quantization.scheme import BYTES
-from .fusions import Fusions
+from .fusions import Fused, Fusions
 from .parameters import count_as_before, count_quantized
 
 __all__ = ["QuantizationConfig"]
@@ -90,8 +90,13 @@ class QuantizationConfig(QuantizationConfigMixin):
         return super().to_dict() | {"quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return what is shown."""
-        return {name: value for name, value in self.to_dict().items() if value}
+        """Return what is shown: the scheme, and what differs from the defaults."""
+        plain = type(self)().to_dict()
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name in ("quant_method", "scheme") or value != plain.get(name)
+        }
 
     def skip(self, name: str, linear: nn.Linear) -> str | None:
         """Return why a layer is left alone, or None."""
@@ -111,7 +116,8 @@ class FewstepQuantizer(DiffusersQuantizer):
         # Each model records its own layers in it, and the caller's may serve several.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._schemes: dict[str, Scheme] = {}  # of the layers to quantise as they arrive
-        self._fused: list[Any] = []
+        self._fused: list[Fused] = []
+        self._dequantized: dict[str, nn.Linear] = {}  # name -> what `dequantize` has put there
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """Return the dtype of what is not quantised, which the config records."""
@@ -199,7 +205,10 @@ class FewstepQuantizer(DiffusersQuantizer):
             part.undo()
         plain: dict[QuantLinear, nn.Linear] = {}  # one layer can sit in several places
         for name, layer in list(_quantized(model)):
-            _put(model, name, plain.setdefault(layer, layer.dequantize()))
+            if layer not in plain:
+                plain[layer] = layer.dequantize()
+            _put(model, name, plain[layer])
+            self._dequantized[name] = plain[layer]
         model._internal_dict = _without_config(model)
         count_as_before(model)
         return model
@@ -220,18 +229,27 @@ class FewstepQuantizer(DiffusersQuantizer):
         return True
 
 
-def make_savable(model: nn.Module, handle: QuantizedModules, fusions: Fusions) -> None:
-    """Let save_pretrained of a model that `quantize` changed write what from_pretrained reads."""
+def make_savable(
+    model: nn.Module, handle: QuantizedModules, fusions: Fusions, fused: list[Fused]
+) -> None:
+    """Let save_pretrained of a model that `quantize` changed write what from_pretrained reads.
+
+    `model.dequantize()` then undoes what `fusions` has `fused`, and the handle, which knows what it
+    put in the places of the layers, can still put the original ones there.
+    """
     schemes = sorted({str(layer.scheme) for layer in handle.replaced.values()})
     config, before = QuantizationConfig(schemes[0], **fusions._asdict()), model.config
     describe(model, config)
-    model.hf_quantizer = FewstepQuantizer(config)
+    model.hf_quantizer = quantizer = FewstepQuantizer(config)
+    quantizer._fused, quantizer._dequantized = list(fused), handle.dequantized
     model.is_quantized, model.quantization_method = True, config.quant_method
     count_quantized(model)
 
     def forget() -> None:
+        if model.__dict__.get("hf_quantizer", quantizer) is not quantizer:
+            return  # dequantised, and quantised again by another call, whose state it is now
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-            del model.__dict__[name]
+            model.__dict__.pop(name, None)  # dequantize() has taken the first already
         count_as_before(model)
         now = _without_config(model)
         model._internal_dict = before if now == before else now

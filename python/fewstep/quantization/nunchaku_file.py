@@ -256,6 +256,9 @@ def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
 def load_nunchaku(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> QuantizedModules:
     """Put a file of Nunchaku's packed 4-bit layers into a model of diffusers, in place.
 
+    This knows of layers alone; `fewstep.load_nunchaku` does with the model what `fewstep.quantize`
+    does besides.
+
     SVDQuant layers become `W4A8Linear`, AWQ layers `W4A16Linear`; other tensors of the file take
     the place of the model's. What the file does not name stays as it is. The model may be on the
     meta device; then the file must have all of it, and it comes to the CPU.

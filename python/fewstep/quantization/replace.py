@@ -73,11 +73,13 @@ class QuantizedModules:
     replaced    name -> the QuantLinear there
     skipped     name -> why the layer was left alone
     notes       what was done besides, for `explain`
+    dequantized name -> the nn.Linear that `model.dequantize()` has put in a QuantLinear's place
     """
 
     replaced: dict[str, QuantLinear] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    dequantized: dict[str, nn.Linear] = field(default_factory=dict, repr=False)
     _model: nn.Module | None = field(default=None, repr=False)
     _slots: list[Slot] = field(default_factory=list, repr=False)
     _undone: bool = field(default=False, repr=False)
@@ -97,7 +99,8 @@ class QuantizedModules:
         """Put the very layers back that were there, with the weights they had. Idempotent.
 
         A move or a cast that the quantised layers have seen meanwhile is made good, and so is the
-        training flag.
+        training flag. After `model.dequantize()` the originals take the places of the layers that
+        it made, whose weights are those that quantisation left.
 
         Raises:
             RuntimeError: the originals were not kept, or something else has taken a place since;
@@ -107,15 +110,17 @@ class QuantizedModules:
             raise RuntimeError("undo: expected original layers, got none: keep_originals was False")
         for slot in self._slots:
             found = slot.parent._modules.get(slot.key)
-            if found is not self.replaced[slot.name]:
+            ours = self.replaced[slot.name], self.dequantized.get(slot.name)
+            if found is None or found not in ours:
                 raise RuntimeError(
                     f"{slot.name}: expected the QuantLinear put there by quantize, got "
                     f"{type(found).__name__}; undo that change first"
                 )
         for slot in self._slots:
-            _follow(slot.linear, self.replaced[slot.name])
+            _follow(slot.linear, self.dequantized.get(slot.name, self.replaced[slot.name]))
             slot.parent._modules[slot.key] = slot.linear
         self._slots.clear()
+        self.dequantized.clear()
         self._undone = True
         while self._at_undo:
             self._at_undo.pop()()
@@ -179,9 +184,12 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _follow(linear: nn.Linear, layer: QuantLinear) -> None:
-    """Put a layer that was outside the model into the state that the model is in now."""
-    dtype, device = layer.weight_dtype, layer.quantized.device
+def _follow(linear: nn.Linear, layer: nn.Linear) -> None:
+    """Put a layer that was outside the model into the state of the one in its place."""
+    if isinstance(layer, QuantLinear):
+        dtype, device = layer.weight_dtype, layer.quantized.device
+    else:
+        dtype, device = layer.weight.dtype, layer.weight.device
     # A weight on the meta device is with an offloading hook, or was never loaded.
     meta = torch.device("meta") in (device, linear.weight.device)
     if not meta and (dtype, device) != (linear.weight.dtype, linear.weight.device):
@@ -308,6 +316,9 @@ def quantize(
     keep_originals: bool = True,
 ) -> QuantizedModules:
     """Replace the `nn.Linear` modules inside `model` by quantised ones, in place.
+
+    This knows of layers alone: `fewstep.quantize` calls it, then fuses norms and activations around
+    the layers and makes a model of diffusers ready for `save_pretrained` and `dequantize`.
 
     Subclasses of nn.Linear, layers with hooks, LoRA layers and layers whose weight another module
     uses are always left alone. A layer that sits in several places stays one layer.
