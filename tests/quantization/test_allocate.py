@@ -18,7 +18,11 @@ from fewstep.quantization.allocate import (
     weight_bytes,
 )
 from fewstep.quantization.calibration import first_tensor
-from fewstep.quantization.errors import content, output_error, split_error
+from fewstep.quantization.errors import content, output_error, split_error, sqnr
+from fewstep.quantization.recipe import Recipe
+from fewstep.quantization.samples import Samples
+
+allocation = sys.modules[allocate.__module__]  # the name is the function's
 
 
 def skip(name, linear):
@@ -194,12 +198,45 @@ def test_compensated_layers_are_measured_and_planned(pipe, calibration):
         measure(pipe.transformer, calibration, compensate=compensate, **given)
         for compensate in (False, True)
     )
-    # Calibration's rows are few and in part fitted to, so these are not gains on other inputs.
+    # On rows that were not fitted to, a few of those the layer saw.
     assert found[kept][1].sqnr > rounded[kept][1].sqnr + 3
+    linear = pipe.transformer.get_submodule(kept)
+    held = Samples.of(calibration.inputs[kept]).held_out().all_rows()
+    seen = {"compensate": calibration, "skip": given["skip"]}
+    with torch.no_grad(), quantize(pipe.transformer, "w4a8", **seen) as handle:
+        own = sqnr(handle.replaced[kept](held), linear(held))
+    assert found[kept][1].sqnr == pytest.approx(own, abs=1e-6)
     plan = allocate(pipe, calibration, {"bytes": 0.3}, compensate=True, **given)
     assert "with rounding compensated" in plan.explain()
     error, _ = total_error(pipe.transformer, calibration, plan, compensate=calibration)
     assert error == pytest.approx(2 * plan.notes["error"], rel=1e-6)
+
+
+def test_compensated_layers_are_made_once_while_there_is_room(pipe, calibration, monkeypatch):
+    model = pipe.transformer
+    names = [f"transformer_blocks.5.attn1.{n}" for n in ("to_q", "to_k", "to_v")]
+    given = {
+        "candidates": ["w4a8", "w4a8-g32"],
+        "skip": lambda name, _: None if name in names else "no",
+        "compensate": True,
+    }
+    made = []
+    make = Recipe.make
+    monkeypatch.setattr(
+        Recipe, "make", lambda self, *args: (made.append(self.schemes), make(self, *args))[1]
+    )
+    plan = allocate(pipe, calibration, {"bytes": 0.3}, **given)
+    assert len(made) == len(names) * 2
+    made.clear()
+    layers = allocation._Layers(model, calibration, True)
+    layers._room = 0
+    pairs = [layers(names[0], Scheme("w4a8")).state_dict() for _ in range(2)]
+    assert len(made) == 2
+    kept = allocation._Layers(model, calibration, True)
+    pairs += [kept(names[0], Scheme("w4a8")).state_dict() for _ in range(2)]
+    assert len(made) == 3
+    assert all(torch.equal(v, p[n]) for p in pairs[1:] for n, v in pairs[0].items())
+    assert {str(plan.layers[n]) for n in names} <= {"w4a8-g64", "w4a8-g32"}
 
 
 def test_plans_tell_what_was_measured(pipe, calibration, tmp_path):
@@ -226,8 +263,7 @@ def test_layers_of_one_shape_are_timed_once(pipe, calibration, monkeypatch):
         shapes.append((tuple(layers[0].weight.shape), x.shape[0]))
         return [1.0 / (1 + i) for i in range(len(layers))]
 
-    module = sys.modules["fewstep.quantization.allocate"]  # the name is the function's
-    monkeypatch.setattr(module, "_time_all", time_all)
+    monkeypatch.setattr(allocation, "_time_all", time_all)
     choices = measure(pipe, calibration, candidates=["w8a8"], skip=skip, timed=True)
     assert len(shapes) == len(set(shapes)) == 8 < len(choices)
     for options in choices.values():

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from fewstep.quantization import Calibration, QuantLinear, Scheme, calibrate, quantize
 from fewstep.quantization.errors import error_energy
+from fewstep.quantization.samples import Samples
 from fewstep.quantization.smoothing import ALPHAS, RANGE, factors, quantize_smoothed
 
 
@@ -68,7 +69,7 @@ def test_outlier_columns_are_smoothed_and_others_are_not(scheme):
     linear, parsed = nn.Linear(128, 96), Scheme.parse(scheme)
     x, unseen = uneven(), uneven(seed=1)
     plain = QuantLinear.from_linear(linear, scheme)
-    layer = quantize_smoothed(linear, parsed, x, largest(x))
+    layer = quantize_smoothed(linear, parsed, Samples.of(x), largest(x))
     assert layer.scheme.smooth
     # In units of the output, which the large columns make up: their weights, 30 times larger once
     # smoothed, get their group's range, and the branch holds what they cost the others. e4m3 has
@@ -76,7 +77,7 @@ def test_outlier_columns_are_smoothed_and_others_are_not(scheme):
     gain = {"w8a8": 7, "fp8": 1.3, "w4a8": 2, "w4a8-r16": 15}[scheme]
     assert gain * errors(linear, layer, unseen) < errors(linear, plain, unseen)
     even = torch.randn(256, 128)
-    layer = quantize_smoothed(linear, parsed, even, largest(even))
+    layer = quantize_smoothed(linear, parsed, Samples.of(even), largest(even))
     assert not layer.scheme.smooth
     assert torch.equal(layer.quantized, plain.quantized)
 
@@ -151,7 +152,21 @@ def test_bad_input_is_named_and_the_model_is_left_as_it_was(calls, tmp_path, kee
 
 def test_smoothing_before_a_rotation_is_searched_with_it():
     linear, x, unseen = nn.Linear(128, 96), uneven(), uneven(seed=1)
-    layer = quantize_smoothed(linear, Scheme.parse("w4a8-r16-h64"), x, largest(x))
+    scheme = Scheme.parse("w4a8-r16-h64")
+    layer = quantize_smoothed(linear, scheme, Samples.of(x), largest(x))
     assert str(layer.scheme) == "w4a8-g64-r16-h64-smooth"
     plain = QuantLinear.from_linear(linear, "w4a8-r16-h64")
     assert 2 * errors(linear, layer, unseen) < errors(linear, plain, unseen)
+
+
+def test_layers_that_saw_few_rows_are_not_smoothed():
+    model, row = Net(), uneven(rows=1).expand(200, -1)  # one row, over and over
+    seen = calibrate(model, [{"x": row}], rows=128)
+    few = "layers that saw fewer than 64 different rows, not smoothed: 2"
+    with quantize(model, "w8a8", smooth=seen) as handle:
+        assert not any(layer.scheme.smooth for layer in handle.replaced.values())
+        assert few in handle.explain().splitlines()
+    told = {"smooth": seen, "skip": lambda name, _: name == "unused"}
+    with quantize(model, "w8a8-smooth", **told) as handle:
+        assert all(layer.scheme.smooth for layer in handle.replaced.values())
+        assert few not in handle.explain()

@@ -29,6 +29,7 @@ made for, and nothing to write again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import re
 import statistics
@@ -46,6 +47,7 @@ from .linear import QuantLinear, refuse_linear
 from .plan import Plan
 from .recipe import Recipe
 from .replace import Skip, choose_layers
+from .samples import Samples
 from .scheme import Scheme
 
 CANDIDATES = (
@@ -63,7 +65,8 @@ class Choice:
     """One scheme for one layer, measured. `scheme` None is the layer as it is.
 
     error     at the model's output, content and quality added
-    sqnr      at the layer's own output, over its calibration rows, in dB
+    sqnr      at the layer's own output, over its calibration rows, in dB; where rounding is
+              compensated, over those that were not fitted to
     content   the part of error that moves objects
     quality   the part of error that changes textures
     """
@@ -157,6 +160,7 @@ def measure(
     compensate: bool = False,
     timed: bool = False,
     on_layer: Callable[[str, int, int], None] = lambda name, done, total: None,
+    made: _Layers | None = None,
 ) -> dict[str, list[Choice]]:
     """Return the measured choices of every layer that can be quantised; the first is as it is.
 
@@ -170,6 +174,7 @@ def measure(
         compensate: with rounding compensated on the calibration.
         timed: measure seconds too; they are 0 otherwise.
         on_layer: (name, layers done, layers) before each, for progress.
+        made: makes the layers, and keeps them for later.
 
     Raises:
         ValueError: the calibration is of another model or holds no evaluations.
@@ -180,6 +185,7 @@ def measure(
     names = list({model.get_submodule(name): name for name in reversed(schemes)}.values())[::-1]
     _check(model, calibration, names)
     device = next(model.parameters()).device
+    made = made or _Layers(model, calibration, compensate)
     want = _evaluate(model, calibration, device)
     times: dict[Any, list[float]] = {}  # layers of one shape are timed once
     choices: dict[str, list[Choice]] = {}
@@ -188,9 +194,13 @@ def measure(
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         fitting = [scheme for scheme in parsed if refuse_linear(linear, scheme) is None]
-        layers = [_make(linear, scheme, calibration, name, compensate) for scheme in fitting]
-        sample = calibration.inputs[name].to(device, linear.weight.dtype)
-        exact = linear(sample)
+        layers = [made(name, scheme) for scheme in fitting]
+        rows = calibration.inputs[name]
+        sample = rows.to(linear.weight)
+        judge = sample
+        if compensate:  # told apart as they are, before a cast can make two of them one
+            judge = Samples.of(rows).held_out().all_rows().to(linear.weight)
+        exact = linear(judge)
         found = []
         for layer in layers:
             with _in_place(model, name, layer):
@@ -207,16 +217,40 @@ def measure(
             seconds = times[shape]
         choices[name] = [Choice(None, 0.0, weight_bytes(linear), seconds[0])]
         for scheme, parts, layer, s in zip(fitting, found, layers, seconds[1:], strict=True):
-            own = sqnr(layer(sample), exact)
+            own = sqnr(layer(judge), exact)
             choices[name].append(Choice(scheme, sum(parts), weight_bytes(layer), s, own, *parts))
     return choices
 
 
-def _make(
-    linear: nn.Linear, scheme: Scheme, calibration: Calibration, name: str, compensate: bool
-) -> QuantLinear:
-    recipe = Recipe({name: scheme}, calibration, calibration if compensate else None, literal=True)
-    return recipe.make(name, linear)
+class _Layers:
+    """Makes the layers of a model in any scheme.
+
+    Compensation takes time, and every candidate plan wants its layers again. So compensated layers
+    are kept on the CPU, as long as they take no more memory than the model's linear layers do.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Calibration, compensate: bool) -> None:
+        self._model, self._calibration, self._compensate = model, calibration, compensate
+        self._kept: dict[tuple[str, Scheme], QuantLinear] = {}
+        linears = {module for module in model.modules() if isinstance(module, nn.Linear)}
+        self._room = sum(map(weight_bytes, linears)) if compensate else 0
+
+    def __call__(self, name: str, scheme: Scheme) -> QuantLinear:
+        """Return the layer of this name in this scheme."""
+        linear = self._model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        kept = self._kept.get((name, scheme))
+        if kept is not None:
+            return copy.deepcopy(kept).to(linear.weight.device)
+        compensate = self._calibration if self._compensate else None
+        layer = Recipe({name: scheme}, self._calibration, compensate, literal=True).make(
+            name, linear
+        )
+        size = weight_bytes(layer)
+        if size <= self._room:
+            self._room -= size
+            self._kept[name, scheme] = copy.deepcopy(layer).to("cpu")
+        return layer
 
 
 def _check(model: nn.Module, calibration: Calibration, names: Sequence[str]) -> None:
@@ -308,7 +342,9 @@ def allocate(
             `quantize(model, plan=plan, smooth=calibration)`.
         skip: (name, layer) -> why to leave the layer alone, or None; `default_skip` if not given.
         compensate: measure layers whose rounding is compensated, for a plan that is applied so:
-            `quantize(model, plan=plan, compensate=calibration)`. Takes longer.
+            `quantize(model, plan=plan, compensate=calibration)`. Takes longer. The error at the
+            model's output is measured on the calibration's evaluations, some of whose rows the
+            rounding was fitted to, so it is a little lower than on others; SQNR is not.
         on_layer: (name, layers done, layers) before each layer is measured.
 
     Returns:
@@ -321,6 +357,7 @@ def allocate(
         ImportError: scipy is not installed.
     """
     model = denoiser_of(pipe)
+    made = _Layers(model, calibration, compensate)
     choices = measure(
         model,
         calibration,
@@ -329,6 +366,7 @@ def allocate(
         compensate=compensate,
         timed="time" in budget,
         on_layer=on_layer,
+        made=made,
     )
     plans = [solve(choices, budget, objective) for objective in OBJECTIVES]
     for found in _uniform(choices, candidates):
@@ -339,7 +377,7 @@ def allocate(
     with torch.no_grad():
         want = _evaluate(model, calibration, next(model.parameters()).device)
         for chosen in plans:
-            found = _joint_error(model, calibration, want, chosen, compensate)
+            found = _joint_error(model, calibration, want, chosen, made)
             if found < error:
                 best, error = chosen, found
     if best is None:
@@ -399,15 +437,12 @@ def _joint_error(
     calibration: Calibration,
     want: list[Tensor],
     chosen: Mapping[str, Choice],
-    compensate: bool,
+    made: _Layers,
 ) -> float:
     """Return the error at the output with every layer in its scheme."""
     with contextlib.ExitStack() as stack:
         for name, choice in chosen.items():
             if choice.scheme is not None:
-                linear = model.get_submodule(name)
-                assert isinstance(linear, nn.Linear)
-                layer = _make(linear, choice.scheme, calibration, name, compensate)
-                stack.enter_context(_in_place(model, name, layer))
+                stack.enter_context(_in_place(model, name, made(name, choice.scheme)))
         got = _evaluate(model, calibration, next(model.parameters()).device)
     return statistics.fmean(map(output_error, got, want))

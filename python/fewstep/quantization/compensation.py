@@ -35,17 +35,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._prologue import rotate_blocks
-from .errors import row_error
+from .errors import row_energy, row_error
 from .grids import Grid, search
 from .linear import QuantLinear
 from .low_rank import ROUNDS, factorize
+from .samples import Samples
 from .scheme import Scheme
 from .smoothing import GAIN
 
 DAMPING = 0.01  # of the mean of H's diagonal, as in GPTQ
 BLOCK = 128  # columns whose errors reach the later ones in one product
-HELD_OUT = 8  # one row of so many decides and is not fitted to
-FEWEST = 2  # rows: one of each
 
 
 @dataclass(frozen=True)
@@ -165,14 +164,14 @@ class _Branch:
 
 @torch.no_grad()
 def compensate(
-    linear: nn.Linear, scheme: Scheme, rows: Tensor, smooth: Tensor | None = None
+    linear: nn.Linear, scheme: Scheme, samples: Samples, smooth: Tensor | None = None
 ) -> QuantLinear:
     """Return the quantised layer whose rounding makes up for itself on these rows.
 
     Args:
         linear: the layer; left as it is. One that `QuantLinear.from_linear` takes.
         scheme: how to quantise it.
-        rows: [R, K], samples of its input.
+        samples: of its input.
         smooth: factors [K] in the layer's dtype, as in `QuantLinear.from_linear`.
     """
     scheme = scheme.of(linear.in_features)
@@ -180,9 +179,12 @@ def compensate(
     dtype = linear.weight.dtype
     space = _Space(None if smooth is None else smooth.float(), scheme.rotate)
     bias = None if linear.bias is None else linear.bias.detach().float()
-    x = rows.to(linear.weight.device, torch.float32)
     weight = linear.weight.detach().float()
-    metric = Metric.of(space.inputs(x), _weights(F.linear(x, weight, bias)), bias is not None)
+    samples = samples.to(weight)
+    x, counts = samples.rows, samples.counts
+    # What each row counts: `row_error` is their sum of squared errors so weighted.
+    weights = counts / row_energy(F.linear(x, weight, bias), counts)
+    metric = Metric.of(space.inputs(x), weights, bias is not None)
     weight = space.weight(weight)
     importance = metric.importance()
     best: tuple[float, Grid, Tensor, Tensor, _Branch | None] | None = None
@@ -222,46 +224,40 @@ def compensate(
 
 @torch.no_grad()
 def quantize_compensated(
-    linear: nn.Linear, rounded: QuantLinear, rows: Tensor, *, literal: bool = False
+    linear: nn.Linear, rounded: QuantLinear, samples: Samples, *, literal: bool = False
 ) -> tuple[QuantLinear, float, float]:
     """Return (layer, its error, the error of `rounded`): compensated where that errs less.
 
-    Both errors are `row_error` over the held-out rows.
+    Both errors are `row_error` over what the samples hold out. Less is less by `GAIN` than what it
+    is taken instead of.
 
     Args:
         linear: the layer; left as it is.
         rounded: its quantised form, rounded to nearest. Its smoothing is tried, and none.
-        rows: [R, K], samples of its input, of which `fitted` are fitted to.
+        samples: of its input.
         literal: keep the smoothing that `rounded` has.
     """
-    held = rows[::HELD_OUT].to(linear.weight)
-    want = F.linear(
-        held.float(), linear.weight.float(), None if linear.bias is None else linear.bias.float()
-    )
+    before = held_out_error(linear, rounded, samples)
     scheme = rounded.scheme
-    best, least = rounded, row_error(rounded(held), want)
-    before = least
+    best, least = rounded, before
     for smooth in {id(s): s for s in (None, rounded.smooth)}.values():
         if literal and smooth is not rounded.smooth:
             continue
         tried = replace(scheme, smooth=smooth is not None)
         try:
-            layer = compensate(linear, tried, fitted(rows), smooth)
+            layer = compensate(linear, tried, samples.fitted(), smooth)
         except torch.linalg.LinAlgError:  # inputs beyond what float32 can multiply
             continue
-        error = row_error(layer(held), want)
-        if error < least * (GAIN if best is not rounded else 1):
+        error = held_out_error(linear, layer, samples)
+        if error < least * GAIN:
             best, least = layer, error
     return best, least, before
 
 
-def fitted(rows: Tensor) -> Tensor:
-    """Return the rows that may be fitted to: all but the held-out ones."""
-    return rows[torch.arange(len(rows)) % HELD_OUT != 0]
-
-
-def _weights(outputs: Tensor) -> Tensor:
-    """Return how much each row counts: `row_error` is their sum of squared errors so weighted."""
-    energy = outputs.double().square().sum(1)
-    floor = energy.median()
-    return 1 / energy.clamp(min=float(floor) or 1.0)
+@torch.no_grad()
+def held_out_error(linear: nn.Linear, layer: nn.Module, samples: Samples) -> float:
+    """Return the `row_error` of a layer that stands for `linear`, over what is held out."""
+    held = samples.held_out().to(linear.weight)
+    bias = None if linear.bias is None else linear.bias.float()
+    want = F.linear(held.rows.float(), linear.weight.float(), bias)
+    return row_error(layer(held.rows), want, held.counts)

@@ -19,15 +19,24 @@ def error_energy(got: Tensor, want: Tensor) -> float:
     return math.inf if error else 0.0
 
 
-def row_error(got: Tensor, want: Tensor) -> float:
-    """Return the mean over rows [M, N] of the energy of got - want in units of the row's own.
+def row_energy(want: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Return the energy of each row [M, N], at least the median, or 1 where that is nothing.
 
     Rows below the median count in units of that: next to nothing has no relative error.
+
+    Args:
+        want: the rows.
+        counts: [M], how often each of them came; once by default.
     """
-    noise = (got.double() - want.double()).square().sum(1)
     energy = want.double().square().sum(1)
-    floor = float(energy.median()) or 1.0  # most rows are zeros: errors as they are
-    return float((noise / energy.clamp(min=floor)).mean())
+    all_of_them = energy if counts is None else energy.repeat_interleave(counts.long())
+    return energy.clamp(min=float(all_of_them.median()) or 1.0)
+
+
+def row_error(got: Tensor, want: Tensor, counts: Tensor | None = None) -> float:
+    """Return the mean over rows [M, N] of the energy of got - want in units of `row_energy`."""
+    errors = (got.double() - want.double()).square().sum(1) / row_energy(want, counts)
+    return float(errors.mean() if counts is None else (errors @ counts) / counts.sum())
 
 
 def decibels(error: float) -> float:

@@ -29,7 +29,8 @@ class Plan:
     model     class name of the model that it was made for
     layers    name -> scheme, or None to leave the layer alone
     shapes    name -> [out, in]
-    notes     where it comes from, JSON-ready
+    notes     where it comes from, JSON-ready; "compensated" and "smoothed": that a calibration was
+              given for it, which the schemes do not tell
     """
 
     model: str
@@ -88,7 +89,9 @@ class Plan:
             shares.append(f"error {self.notes['error']:.2e} at the output")
             lines.append("  " + ", ".join(shares))
         if self.notes.get("compensated"):
-            lines.append("  measured with rounding compensated: quantize with compensate=, too")
+            lines.append("  made with rounding compensated: quantize with compensate=, too")
+        if self.notes.get("smoothed"):
+            lines.append("  made with smoothing from a calibration: quantize with smooth=, too")
         measured = self.notes.get("layers", {})
         worst = sorted(measured, key=lambda n: -measured[n]["content"] - measured[n]["quality"])
         for name in worst[:_SHOWN]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from .calibration import Calibration
-from .compensation import FEWEST, fitted, quantize_compensated
+from .compensation import quantize_compensated
 from .errors import decibels
 from .linear import QuantLinear, refuse_linear
+from .samples import FEWEST, Samples
 from .scheme import Scheme
 from .smoothing import quantize_smoothed
 
@@ -60,6 +63,7 @@ class Recipe:
     compensate: Calibration | None = None
     literal: bool = False
     _errors: list[tuple[float, float]] = field(default_factory=list)  # before and after
+    _few: Counter[str] = field(default_factory=Counter)  # layers that saw too little, by argument
 
     def refuse(self, name: str, linear: nn.Linear) -> str | None:
         """Return why a layer can't be quantised so, or None."""
@@ -76,14 +80,19 @@ class Recipe:
         return refuse_linear(linear, scheme)
 
     def make(self, name: str, linear: nn.Linear) -> QuantLinear:
-        """Return the quantised layer."""
+        """Return the quantised layer, the same whether the caller's autocast is on or not."""
+        with torch.autocast(linear.weight.device.type, enabled=False):
+            return self._make(name, linear)
+
+    def _make(self, name: str, linear: nn.Linear) -> QuantLinear:
         scheme, seen = self.schemes[name], self.compensate
-        rows = None if seen is None else seen.inputs.get(name)
-        if rows is None or len(rows) < FEWEST:
+        samples = None if seen is None else _samples(seen, name)
+        if samples is None or not samples.enough:
+            self._few["compensate"] += samples is not None
             return self._rounded(name, linear, scheme)
         literal = self.literal or scheme.smooth
         layer = self._rounded(name, linear, scheme, held_out=self.smooth is seen)
-        layer, *errors = quantize_compensated(linear, layer, rows, literal=literal)
+        layer, *errors = quantize_compensated(linear, layer, samples, literal=literal)
         self._errors.append((errors[1], errors[0]))
         return layer
 
@@ -93,14 +102,31 @@ class Recipe:
         seen = self.smooth
         if seen is None or name not in seen.amax or (self.literal and not scheme.smooth):
             return QuantLinear.from_linear(linear, scheme)
-        rows = seen.inputs[name]
-        rows = fitted(rows) if held_out else rows
-        return quantize_smoothed(linear, scheme, rows, seen.amax[name])
+        samples = _samples(seen, name)
+        assert samples is not None
+        if not samples.enough and not scheme.smooth:
+            self._few["smooth"] += 1
+            return QuantLinear.from_linear(linear, scheme)
+        samples = samples.fitted() if held_out else samples
+        return quantize_smoothed(linear, scheme, samples, seen.amax[name])
+
+    def calibrated(self) -> dict[str, bool]:
+        """Return the notes of a plan that is made of what this makes."""
+        given = {"smoothed": self.smooth, "compensated": self.compensate}
+        return {note: True for note, seen in given.items() if seen is not None}
 
     def notes(self) -> list[str]:
-        """Say what compensation did, for `QuantizedModules.explain`."""
+        """Say what calibration did, for `QuantizedModules.explain`."""
+        few = [
+            f"layers that saw fewer than {FEWEST} different rows, {undone}: {self._few[argument]}"
+            for argument, undone in (
+                ("compensate", "rounded to nearest"),
+                ("smooth", "not smoothed"),
+            )
+            if self._few[argument]
+        ]
         if self.compensate is None:
-            return []
+            return few
         gained = sum(after < before for before, after in self._errors)
         text = f"rounding compensated in {gained} of {len(self._errors)} layers calibrated"
         if self._errors:
@@ -108,7 +134,12 @@ class Recipe:
                 decibels(statistics.median(e)) for e in zip(*self._errors, strict=True)
             )
             text += f": {before:.1f} dB to {after:.1f} dB at the median layer, on rows held out"
-        return [text]
+        return [text, *few]
+
+
+def _samples(seen: Calibration, name: str) -> Samples | None:
+    rows = seen.inputs.get(name)
+    return None if rows is None else Samples.of(rows)
 
 
 def _refuse_seen(seen: Calibration, name: str, linear: nn.Linear) -> str | None:

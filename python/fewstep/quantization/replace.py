@@ -83,6 +83,7 @@ class QuantizedModules:
     _model: nn.Module | None = field(default=None, repr=False)
     _slots: list[Slot] = field(default_factory=list, repr=False)
     _undone: bool = field(default=False, repr=False)
+    _calibrated: dict[str, bool] = field(default_factory=dict, repr=False)  # notes of the plan
     _at_undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def at_undo(self, call: Callable[[], None]) -> None:
@@ -148,7 +149,8 @@ class QuantizedModules:
         """
         if self._undone or self._model is None:
             raise RuntimeError("plan: expected layers that are in the model, got an undone handle")
-        return Plan.of(self._model, {n: layer.scheme for n, layer in self.replaced.items()})
+        layers = {n: layer.scheme for n, layer in self.replaced.items()}
+        return Plan.of(self._model, layers, self._calibrated)
 
     def left_alone(self) -> list[str]:
         """Say what was left alone, one line per reason."""
@@ -387,6 +389,12 @@ def quantize(
         )
     slots = [slot for slot in _slots(model) if slot.name in schemes]
     recipe = Recipe(schemes, *_seen(model, smooth, compensate), literal=plan is not None)
+    handle._calibrated = recipe.calibrated()
+    if plan is not None and plan.notes.get("compensated") and compensate is None:
+        handle.notes.append(
+            "rounded to nearest: the plan was made with rounding compensated, and no compensate= "
+            "was given"
+        )
     for slot in slots:  # what can be seen at once comes before the first singular value
         reason = recipe.refuse(slot.name, slot.linear)
         if reason is not None:

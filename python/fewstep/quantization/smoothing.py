@@ -9,7 +9,8 @@ model is a compromise, and for some layers any is a loss, so each layer tries a 
 quantised exactly as it will be (group scales, branch, rounding of the activations), and takes what
 errs least at its output over its calibration rows, each in units of its own energy. So one token of
 80 times the others' size (MixDQ's first token, arXiv 2405.17873) is one row of many, in the factors
-and in the choice.
+and in the choice. Layers that saw few different rows (`samples.FEWEST`) stay without: a column that
+is small in all of those need not be in others.
 
 With a branch the smoothed weight is what is split (SVDQuant, arXiv 2411.05007). Activations of
 w4a16 are not rounded; there the factors give a group's range to columns that matter, as AWQ does
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from .errors import row_error
 from .linear import QuantLinear
+from .samples import Samples
 from .scheme import Scheme
 
 ALPHAS = (0.2, 0.35, 0.5, 0.65, 0.8)
@@ -47,27 +49,30 @@ def factors(amax_x: Tensor, amax_w: Tensor, alpha: float) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_smoothed(linear: nn.Linear, scheme: Scheme, rows: Tensor, amax: Tensor) -> QuantLinear:
+def quantize_smoothed(
+    linear: nn.Linear, scheme: Scheme, samples: Samples, amax: Tensor
+) -> QuantLinear:
     """Return the quantised layer with the factors that err least, or with none if none help.
 
     Args:
         linear: the layer; left as it is.
         scheme: with `smooth`, to take factors even where they do not help.
-        rows: [R, K], samples of its input.
+        samples: of its input.
         amax: [K], largest magnitudes of its inputs (`Calibration.amax`).
     """
     weight = linear.weight.detach()
-    x = rows.to(weight)
+    samples = samples.to(weight)
+    x, counts = samples.rows, samples.counts
     want = F.linear(x.float(), weight.float(), None if linear.bias is None else linear.bias.float())
     amax, amax_w = amax.to(weight.device), weight.abs().amax(0)
     best, least = None, float("inf")
     if not scheme.smooth:
         best = QuantLinear.from_linear(linear, scheme)
-        least = GAIN * row_error(best(x), want)
+        least = GAIN * row_error(best(x), want, counts)
     for alpha in ALPHAS:
         s = factors(amax, amax_w, alpha)
         layer = QuantLinear.from_linear(linear, replace(scheme, smooth=True), smooth=s)
-        error = row_error(layer(x), want)
+        error = row_error(layer(x), want, counts)
         if best is None or error < least:
             best, least = layer, error
     assert best is not None
