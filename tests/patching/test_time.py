@@ -225,8 +225,8 @@ def test_what_text_enters_is_not_kept():
             for given, expected in zip(inputs, plain, strict=True):
                 assert torch.equal(evaluate(*given), expected)
         report = patch.report()["time"]
-    assert report["evaluated"] == 2 * 2  # time_proj and time_embedding, per guidance
-    assert report["saved"] == 4
+    assert report["evaluated"] == 1 + 2  # time_proj, and time_embedding per guidance
+    assert report["saved"] == 5
 
 
 def test_compiled_models_trace_the_modules_as_they_are():
@@ -287,8 +287,7 @@ def test_copies_and_pickles_have_values_of_their_own():
         assert part.session is not kept(pipe, "digits").__dict__["_fewstep_time"].session
         assert torch.equal(run(other), plain)
         assert torch.equal(run(other), plain)
-        # A pickle names a bound method, and gets the one of the class.
-        assert (part.session.report()["saved"] > 0) == (other is twin)
+        assert part.session.report()["saved"] > 0
         with pytest.raises(PatchError, match="a copy of such a one"):
             fewstep.patch(other, time="cache")
         with torch.no_grad():

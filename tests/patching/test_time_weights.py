@@ -1,4 +1,4 @@
-"""time="cache" while weights, adapters and kept values change: nothing old is used."""
+"""time="cache" while weights, modules, hooks and kept values change: nothing old is used."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 import fewstep
 from patching.timed import kept, run
-from patching.tiny_pipelines import build
+from patching.tiny_pipelines import BUILDERS, build, denoiser
 
 
 def _load(module):
@@ -49,7 +49,7 @@ CHANGES = [_load, _in_place, _data, _new_data, _new_parameters, _round, _replace
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["digits", "pixart"])
+@pytest.mark.parametrize("name", ["digits", "pixart", "sd-unet"])
 def test_other_weights_are_seen(name, change):
     pipe = build(name)
     with fewstep.patch(pipe, time="cache"):
@@ -96,6 +96,117 @@ def test_a_lora_on_the_embedding_loads_scales_fuses_and_goes():
         assert torch.equal(change(lambda model: model.disable_adapters()), plain)
         change(lambda model: model.enable_adapters())
         assert not torch.equal(change(fuse), plain)
+
+
+@pytest.mark.parametrize("targets", [["linear_1", "linear_2"], ["time_emb_proj"]])
+def test_a_lora_on_a_unet_loads_and_scales(targets):
+    """What is behind the embedding sees the embedding of now."""
+    from peft import LoraConfig
+
+    pipe = build("sd-unet")
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    with fewstep.patch(pipe, time="cache"):
+        plain = run(pipe)
+        pipe.unet.add_adapter(config)
+        loaded = run(pipe)
+        pipe.unet.set_adapters("default", 0.3)
+        weak = run(pipe)
+    assert torch.equal(weak, run(pipe))
+    pipe.unet.set_adapters("default", 1.0)
+    assert torch.equal(loaded, run(pipe))
+    assert not torch.equal(loaded, plain)
+    assert not torch.equal(loaded, weak)
+
+
+def _hook_inside(model):
+    model.time_embedding.linear_1.register_forward_hook(lambda _, args, output: output * 0.5)
+
+
+def _hook_behind(model):
+    model.time_embedding.register_forward_hook(lambda _, args, output: output * 0.5)
+
+
+def _hook_before(model):
+    model.time_embedding.register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
+
+
+def _hook_of_a_resnet(model):
+    model.down_blocks[0].resnets[0].register_forward_pre_hook(
+        lambda _, args: (args[0], args[1] * 0.5, *args[2:])
+    )
+
+
+def _activation(model):
+    model.time_embedding.act = nn.Identity().eval()
+
+
+def _activation_of_a_resnet(model):
+    model.down_blocks[0].resnets[0].nonlinearity = nn.Identity().eval()
+
+
+def _flip(model):
+    model.time_proj.flip_sin_to_cos = not model.time_proj.flip_sin_to_cos
+
+
+def _shift(model):
+    model.time_proj.downscale_freq_shift = 1 - model.time_proj.downscale_freq_shift
+
+
+def _scale(model):
+    model.time_proj.scale = 2
+
+
+def _quantize(model):
+    fewstep.quantize(model, "w8a8", skip=lambda name, _: not name.startswith("time_embedding"))
+
+
+MODEL_CHANGES = [
+    _hook_inside,
+    _hook_behind,
+    _hook_before,
+    _hook_of_a_resnet,
+    _activation,
+    _activation_of_a_resnet,
+    _flip,
+    _shift,
+    _scale,
+    _quantize,
+]
+
+
+@pytest.mark.parametrize("change", MODEL_CHANGES)
+def test_other_modules_attributes_and_hooks_are_seen(change, monkeypatch):
+    monkeypatch.setattr("fewstep.quantization.replace.SMALLEST_SIDE", 1)
+    monkeypatch.setattr("fewstep.quantization.replace.SMALLEST_WEIGHT", 1)
+    pipe = build("sd-unet")
+    with fewstep.patch(pipe, time="cache"):
+        before = run(pipe)
+        change(pipe.unet)
+        images = [run(pipe), run(pipe)]
+    plain = run(pipe)
+    assert not torch.equal(plain, before)
+    assert torch.equal(images[0], plain)
+    assert torch.equal(images[1], plain)
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_a_hook_after_the_patch_that_gives_another_time_is_seen(name):
+    pipe = build(name)
+
+    def halve(module, args, kwargs):
+        if "timestep" in kwargs:
+            return args, {**kwargs, "timestep": kwargs["timestep"] * 0.5}
+        return (args[0], args[1] * 0.5, *args[2:]), kwargs
+
+    with fewstep.patch(pipe, time="cache") as patch:
+        before = run(pipe)
+        denoiser(pipe).register_forward_pre_hook(halve, with_kwargs=True)
+        images = [run(pipe), run(pipe)]
+        assert patch.report()["time"]["saved"] > 0
+    plain = run(pipe)
+    assert not torch.equal(plain, before)
+    assert torch.equal(images[0], plain)
+    assert torch.equal(images[1], plain)
 
 
 def test_a_value_that_is_written_to_is_computed_again():

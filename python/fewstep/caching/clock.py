@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["Clock", "Unknown", "form_of", "on_host"]
 
-_MAX_VALUES = 4096  # of a tensor that is told by its bits
+_MAX_VALUES = 65536  # of a tensor that is told by its bits
 _MAX_GRID = 65536
 
 

@@ -8,35 +8,38 @@ forward of its own that asks a `TimeSession`, which holds what they returned.
 
 A value is used again only where the module would compute the same bits:
 
-    time       the arguments of the denoiser that the module depends on, by their bits where they
-               are on the host; a view of the scheduler's grid on another device by its place in a
-               host copy of the grid, read once per grid; other tensors there by being the very same
-               object, unchanged. What none of these knows is computed as ever: nothing ever waits
-               for the device to say which step this is
+    input      the module's own arguments by their bits where they are on the host; on another
+               device a view of the scheduler's grid by its place in a host copy of the grid, read
+               once per grid; what the sincos in front has just returned there, by what that was
+               asked; other conditions by being the very same object, unchanged. What none of these
+               knows is computed as ever: nothing ever waits for the device to say which step it is
     form       shapes, strides, dtypes and device of the module's own arguments, so each batch size
                has rows of its own; autocast, threads, precision of matmuls, stream
-    weights    same tensors, storages and versions at every call. Writes through `.data`, which
-               change no version, are looked for once per image in a sample of the weights
+    module     same children, attributes, tensors, storages and versions at every call. Writes
+               through `.data`, which change no version, are looked for once per image in a sample
+               of the weights
     result     not written to by anybody since
 
 It stays out while gradients are enabled, in inference mode (tensors have no versions there), in
 transforms and modes, in training, where a module inside has hooks or is of a kind not known (a
-LoRA), and out of graphs: compiled, traced or captured.
+LoRA), outside of the denoiser's calls, and out of graphs: compiled, traced or captured. Threads may
+share it: they look and keep in turns, and compute side by side.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-import types
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import clock
 from .clock import Clock, Unknown, form_of
 from .surroundings import refuse_module, refuse_surroundings, surroundings
 from .weights import Weights
@@ -45,7 +48,8 @@ __all__ = ["MAX_BYTES", "TimePart", "TimeSession", "is_time_cached"]
 
 MAX_BYTES = 64 << 20
 _PART = "_fewstep_time"
-_PATIENCE = 1024  # calls of the denoiser after which a step that has not come again may go
+_PATIENCE = 1024  # calls of the denoiser after which a value that was not asked for may go
+_MAX_SEEN = 4096  # times remembered to notice that a grid starts again
 
 
 def is_time_cached(module: nn.Module) -> bool:
@@ -53,45 +57,57 @@ def is_time_cached(module: nn.Module) -> bool:
     return _PART in module.__dict__
 
 
-def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stand for the forward of a module's class: return what is kept, where that is the same."""
-    part = self.__dict__.get(_PART)  # absent where somebody wraps this beyond the patch's end
-    if torch.compiler.is_compiling() or part is None or part.session.closed:
-        return type(self).forward(self, *args, **kwargs)
-    return part.session.run(part, args, kwargs)
-
-
 class TimePart:
-    """A module whose output depends on the time alone.
+    """A module whose output depends on its arguments and on few of them: times, conditions.
+
+    The module is held weakly, or it would be in a cycle through its own `forward`.
 
     Args:
         module: has the forward of its class.
         session: keeps the values.
-        depends: names of the denoiser's arguments that decide the output; none where the module's
-            own arguments do.
+        gives: a name for the output, where another part takes it.
+        takes: the name of the output that is this one's first argument, perhaps in another dtype.
+            On a device its values can't be read: there it is known as that output.
     """
 
-    def __init__(self, module: nn.Module, session: TimeSession, depends: tuple[str, ...]) -> None:
-        self.module, self.session, self.depends = module, session, depends
-        self.weights = Weights(module)
+    def __init__(
+        self, module: nn.Module, session: TimeSession, gives: str = "", takes: str = ""
+    ) -> None:
+        self._module = weakref.ref(module)
+        self.session, self.gives, self.takes = session, gives, takes
+        self.weights = Weights()
         session.parts.append(self)
-        if depends:
-            session.groups.add(depends)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, while it is there."""
+        return self._module()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand for the forward of the module's class: what is kept, where that is the same."""
+        module = self._module()
+        if torch.compiler.is_compiling() or self.session.closed:
+            return type(module).forward(module, *args, **kwargs)
+        return self.session.run(self, module, args, kwargs)
 
     def replacements(self) -> dict[str, Any]:
         """Return the instance attributes to set.
 
-        A method bound to the module rather than an object with a `__call__`: torch.compile guards
-        on the identity of such an object, so that every block would be compiled for itself.
+        A bound method rather than an object with a `__call__`: torch.compile guards on the identity
+        of such an object, so that every block would be compiled for itself.
         """
-        return {_PART: self, "forward": types.MethodType(forward, self.module)}
+        return {_PART: self, "forward": self.forward}
+
+    def is_outermost(self, module: nn.Module) -> bool:
+        """Whether nobody has wrapped the module's forward since."""
+        return getattr(module.__dict__.get("forward"), "__self__", None) is self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TimePart:
         module, session = copy.deepcopy((self.module, self.session), memo)
-        return TimePart(module, session, self.depends)
+        return TimePart(module, session, self.gives, self.takes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TimePart, (self.module, self.session, self.depends)
+        return TimePart, (self.module, self.session, self.gives, self.takes)
 
 
 @dataclass
@@ -99,29 +115,29 @@ class _Kept:
     value: Any
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    bytes: int  # with the arguments it is found by
+    last: int = 0  # number of the denoiser's call that used it
 
     @classmethod
-    def of(cls, value: Any) -> _Kept | None:
+    def of(cls, value: Any, arguments: Any) -> _Kept | None:
         tensors = value if type(value) is tuple else (value,)
         if not all(type(x) is Tensor and not x.requires_grad for x in tensors):
             return None
-        return cls(value, tensors, tuple(x._version for x in tensors))
+        held = (*tensors, *(x for x in arguments if isinstance(x, Tensor)))
+        size = sum(x.numel() * x.element_size() for x in held)
+        return cls(value, tensors, tuple(x._version for x in tensors), size)
 
     def is_untouched(self) -> bool:
         return all(x._version == v for x, v in zip(self.tensors, self.versions, strict=True))
 
-    @property
-    def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in self.tensors)
 
+class _Now(threading.local):
+    """A thread's call of the denoiser."""
 
-@dataclass
-class _Step:
-    """What the parts returned at one time."""
+    is_open = False
 
-    values: dict[Any, _Kept] = field(default_factory=dict)
-    last: int = 0  # number of the denoiser's call that used it
-    look: int = 0  # number of the last look at the weights then
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}  # what parts have just returned, by name
 
 
 class TimeSession:
@@ -135,115 +151,133 @@ class TimeSession:
     def __init__(self, scheduler: Callable[[], Any], max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self.parts: list[TimePart] = []
-        self.groups: set[tuple[str, ...]] = set()  # of arguments that parts depend on
         self.closed = False
         self.hits = self.evaluations = self.bytes = 0
         self.reasons: Counter[str] = Counter()
         self._scheduler = scheduler
-        self._steps: OrderedDict[Any, _Step] = OrderedDict()
-        self._now = threading.local()
+        self._kept: OrderedDict[Any, _Kept] = OrderedDict()
+        self._now = _Now()
+        self._lock = threading.RLock()  # of all that follows; modules compute outside of it
         self._clock = Clock()
-        self._calls = self._looks = 0
-        self._last: dict[tuple[str, ...], Any] = {}
+        self._calls = 0
+        self._seen: set[Any] = set()  # times since the last look at the weights
+        self._last: Any = None
 
     # What time is it?
 
-    def begin(self, given: dict[str, Any], form: Any) -> None:
-        """Open a call of the denoiser, with those of its arguments that parts depend on."""
-        self._calls += 1
-        reason = refuse_surroundings()
-        if reason is not None:  # nothing may be read then, under capture least of all
-            self._now.keys = dict.fromkeys(self.groups, reason)
+    def begin(self, time: Any) -> None:
+        """Open a call of the denoiser at a time, and notice the start of an image."""
+        self._now.is_open = True
+        self._now.given.clear()
+        if refuse_surroundings() is not None:  # nothing may be read then, in capture least of all
             return
-        self._now.keys = {}
-        grid = getattr(self._scheduler(), "timesteps", None)
-        if self._clock.set_grid(grid):
-            self._look()
-        for depends in self.groups:
+        with self._lock:
+            self._calls += 1
+            starts = self._clock.set_grid(getattr(self._scheduler(), "timesteps", None))
             try:
-                bits = tuple(self._clock.identify(given.get(x), x != "timestep") for x in depends)
-            except Unknown as reason:
-                self._now.keys[depends] = str(reason)
-                continue
-            key = (depends, bits, form)
-            step, before = self._steps.get(key), self._last.get(depends)
-            if step is not None:
-                if key != before and step.look == self._looks:  # the grid starts again
-                    self._look()
-                step.look, step.last = self._looks, self._calls
-            self._last[depends] = key
-            self._now.keys[depends] = (key,)
+                now = self._clock.identify(time)
+            except Unknown:
+                now = None
+            again = now is not None and now != self._last and now in self._seen
+            if starts or again or len(self._seen) >= _MAX_SEEN:
+                self._look()
+            self._last = now
+            self._seen.add(now)
 
     def end(self) -> None:
-        """Close it. Outside of a call parts that depend on its arguments know no time."""
-        self._now.keys = {}
+        """Close it. Outside of a call parts run as ever: nobody looks at their weights there."""
+        self._now.is_open = False
+        self._now.given.clear()
 
     # What is known of it?
 
-    def run(self, part: TimePart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the part's forward returns, from what is kept where that is the same."""
-        try:
-            key, slot = self._key(part, args, kwargs)
-            if not part.weights.are_same():
-                self._forget(part)
-                part.weights.remember()
-        except Unknown as reason:
-            self.reasons[str(reason)] += 1
-            return type(part.module).forward(part.module, *args, **kwargs)
-        step = self._steps.get(key)
-        kept = None if step is None else step.values.get(slot)
-        if kept is not None and kept.is_untouched():
-            self.hits += 1
-            self._steps.move_to_end(key)
-            step.last = self._calls
-            return kept.value
-        value = type(part.module).forward(part.module, *args, **kwargs)
-        self.evaluations += 1
-        self._keep(key, slot, _Kept.of(value))
+    def run(
+        self, part: TimePart, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return what the module's forward returns, from what is kept where that is the same."""
+        forward = type(module).forward
+        with self._lock:
+            try:
+                slot = self._slot(part, module, args, kwargs)
+                if not part.weights.are_same(module):
+                    self._forget(part)
+                    part.weights.remember(module)
+            except Unknown as reason:
+                self.reasons[str(reason)] += 1
+                slot = None
+            else:
+                state = part.weights.state
+                if part.gives and not module._forward_hooks and part.is_outermost(module):
+                    self._now.given[part.gives] = (slot, state)
+                kept = self._kept.get(slot)
+                if kept is not None and kept.is_untouched():
+                    self.hits += 1
+                    self._kept.move_to_end(slot)
+                    kept.last = self._calls
+                    return kept.value
+        value = forward(module, *args, **kwargs)
+        if slot is not None:
+            with self._lock:
+                self.evaluations += 1
+                if part.weights.state == state:  # or another thread has seen other weights
+                    self._keep(slot, _Kept.of(value, (*args, *kwargs.values())))
         return value
 
-    def _key(self, part: TimePart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        reason = refuse_surroundings() or refuse_module(part.module)
+    def _slot(
+        self, part: TimePart, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        reason = refuse_surroundings() or refuse_module(module)
+        if reason is None and not self._now.is_open:
+            reason = "outside of the denoiser"
         if reason is not None:
             raise Unknown(reason)
-        if part.depends:
-            key = getattr(self._now, "keys", {}).get(part.depends, "outside of the denoiser")
-            if isinstance(key, str):
-                raise Unknown(key)
-            key = key[0]
-        else:
-            key = ((), tuple(self._clock.identify(x) for x in (*args, *kwargs.values())))
-        tensor = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        values = (*args, *kwargs.values())
+        first = None
+        if part.takes and args and isinstance(args[0], Tensor) and not clock.on_host(args[0]):
+            # Once: what it is asked next is another call's.
+            first = self._now.given.pop(part.takes, None)
+            if module._forward_pre_hooks or not part.is_outermost(module):
+                raise Unknown("hooks between times on a device")
+        bits = tuple(
+            first if first is not None and i == 0 else self._clock.identify(x, lasting=i > 0)
+            for i, x in enumerate(values)
+        )
+        tensor = next((x for x in values if isinstance(x, Tensor)), None)
         device = torch.device("cpu") if tensor is None else tensor.device
-        return key, (id(part), form_of((args, kwargs)), surroundings(device))
+        return id(part), bits, form_of((args, kwargs)), surroundings(device)
 
-    def _keep(self, key: Any, slot: Any, kept: _Kept | None) -> None:
+    def _keep(self, slot: Any, kept: _Kept | None) -> None:
+        self._drop(slot)
         if kept is None or kept.bytes > self.max_bytes:
             return
-        step = self._steps.get(key)
-        if step is not None and (old := step.values.pop(slot, None)) is not None:
-            self.bytes -= old.bytes
         while self.bytes + kept.bytes > self.max_bytes:
-            # Steps that come again and again are not thrown out for each other.
-            oldest = next(iter(self._steps))
-            if oldest == key or self._calls - self._steps[oldest].last < _PATIENCE:
+            # Values that come again and again are not thrown out for each other.
+            oldest = next(iter(self._kept))
+            if self._calls - self._kept[oldest].last < _PATIENCE:
                 self.reasons["max_bytes reached"] += 1
                 return
-            self.bytes -= sum(x.bytes for x in self._steps.pop(oldest).values.values())
-        step = self._steps.setdefault(key, _Step())
-        step.last, step.look = self._calls, self._looks
-        step.values[slot] = kept
+            self._drop(oldest)
+        kept.last = self._calls
+        self._kept[slot] = kept
         self.bytes += kept.bytes
 
+    def _drop(self, slot: Any) -> None:
+        if (old := self._kept.pop(slot, None)) is not None:
+            self.bytes -= old.bytes
+
     def _forget(self, part: TimePart) -> None:
-        for step in self._steps.values():
-            for slot in [slot for slot in step.values if slot[0] == id(part)]:
-                self.bytes -= step.values.pop(slot).bytes
+        for slot in [slot for slot in self._kept if slot[0] == id(part)]:
+            self._drop(slot)
 
     def _look(self) -> None:
         """Drop everything if the weights are others than their versions say."""
-        self._looks += 1
-        pairs = [pair for part in self.parts for pair in part.weights.samples()]
+        self._seen.clear()
+        pairs = [
+            pair
+            for part in self.parts
+            if (module := part.module) is not None
+            for pair in part.weights.samples(module)
+        ]
         for device in {now.device for _, now in pairs}:  # one answer to wait for
             here = [pair for pair in pairs if pair[1].device == device]
             before, now = (torch.cat(some) for some in zip(*here, strict=True))
@@ -252,10 +286,11 @@ class TimeSession:
 
     def forget(self) -> None:
         """Drop all values."""
-        self._steps.clear()
-        self.bytes = 0
-        for part in self.parts:
-            part.weights.forget()
+        with self._lock:
+            self._kept.clear()
+            self.bytes = 0
+            for part in self.parts:
+                part.weights.forget()
 
     def close(self) -> None:
         """Stay out of every call from now on, and drop the values."""
@@ -264,13 +299,14 @@ class TimeSession:
 
     def report(self) -> dict[str, Any]:
         """Evaluations done and saved so far, what is kept, and why modules were left to run."""
-        return {
-            "saved": self.hits,
-            "evaluated": self.evaluations,
-            "times": len(self._steps),
-            "bytes": self.bytes,
-            "not_kept": dict(self.reasons),
-        }
+        with self._lock:
+            return {
+                "saved": self.hits,
+                "evaluated": self.evaluations,
+                "values": len(self._kept),
+                "bytes": self.bytes,
+                "not_kept": dict(self.reasons),
+            }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TimeSession:
         """A session of its own for a copy of the model, without this one's values."""

@@ -1,14 +1,15 @@
-"""Whether a module's weights are those of before.
+"""Whether a module is the one of before: what is in it, its attributes and its weights.
 
-At every call by identity, storage, layout and version, which every ordinary write changes. Writes
-through `.data` (peft's merges, averages of weights) change none of these: they are looked for less
-often, in a sample of the values.
+At every call by identity of modules, value of attributes, and identity, storage, layout and version
+of tensors, which every ordinary write changes. Writes through `.data` (peft's merges, averages of
+weights) change none of these: they are looked for less often, in a sample of the values.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,52 @@ __all__ = ["Weights"]
 _SAMPLE = 512  # elements of a tensor
 
 
+# What every module has: children, tensors and hooks, which are followed apart. Parts that stand for
+# a forward set the last two.
+_OWN = frozenset(vars(nn.Module())) | {"forward", "_fewstep_time"}
+_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+
+
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     for held in (module._parameters, module._buffers):
         for tensor in held.values():
             if tensor is not None:
                 yield tensor
+    for name, value in module.__dict__.items():
+        if name not in _OWN and isinstance(value, Tensor):
+            yield value
     for child in module._modules.values():
         if child is not None:
             yield from _tensors(child)
+
+
+def _form(value: Any) -> Any:
+    """Return what two values of an attribute share only if a module does the same with both."""
+    if isinstance(value, _PLAIN):
+        return type(value), repr(value) if isinstance(value, float) else value
+    if isinstance(value, Tensor):  # followed as a weight
+        return Tensor
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_form, value))
+    if isinstance(value, dict):
+        return type(value), tuple((name, _form(x)) for name, x in value.items())
+    try:
+        return id(value), weakref.ref(value)  # other objects are not asked whether they equal
+    except TypeError:
+        raise Unknown(f"an attribute of type {type(value).__name__}") from None
+
+
+def _structure(module: nn.Module) -> Iterator[Any]:
+    """Yield the module, its attributes, and the same of all in it."""
+    yield weakref.ref(module)
+    yield type(module)
+    for name, value in module.__dict__.items():
+        if name not in _OWN:
+            yield name, _form(value)
+    for name, child in module._modules.items():
+        yield name
+        if child is not None:
+            yield from _structure(child)
 
 
 class _Weight:
@@ -63,37 +102,56 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 class Weights:
-    """The parameters and buffers of a module and what is in it, as they were."""
+    """A module and what is in it as they were. Nothing of it is held strongly.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    Attributes:
+        state: a number that belongs to what was remembered last.
+    """
+
+    def __init__(self) -> None:
+        self.state = 0
+        self._structure: list[Any] = []
         self._held: list[_Weight] = []
         self._samples: list[Tensor] = []
 
-    def are_same(self) -> bool:
-        """Whether the tensors are those of `remember`, unchanged as far as versions tell."""
-        tensors = list(_tensors(self._module))
-        return len(tensors) == len(self._held) and all(map(_Weight.is_same, self._held, tensors))
+    def are_same(self, module: nn.Module) -> bool:
+        """Whether all is as in `remember`, tensors unchanged as far as versions tell.
 
-    def remember(self) -> None:
+        Raises:
+            Unknown: attributes that can't be followed.
+        """
+        tensors = list(_tensors(module))
+        return (
+            len(tensors) == len(self._held)
+            and all(map(_Weight.is_same, self._held, tensors))
+            and self._structure == list(_structure(module))
+        )
+
+    def remember(self, module: nn.Module) -> None:
         """Take what is there now for what later calls are compared with.
 
         Raises:
-            Unknown: tensors that can't be followed.
+            Unknown: tensors or attributes that can't be followed.
         """
         self.forget()
-        tensors = list(_tensors(self._module))
+        tensors = list(_tensors(module))
         held = [_Weight(tensor) for tensor in tensors]
+        structure = list(_structure(module))
         self._samples = [_sample(tensor) for tensor in tensors if tensor.numel()]
-        self._held = held
+        self._structure, self._held = structure, held
 
     def forget(self) -> None:
-        """Hold nothing: no module with weights has the same then."""
-        self._held, self._samples = [], []
+        """Hold nothing: no module is the same then."""
+        self.state += 1
+        self._structure, self._held, self._samples = [], [], []
 
-    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def samples(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield some bytes of each tensor, as they were and as they are; none where others are."""
-        if self._held and self.are_same():
-            tensors = (tensor for tensor in _tensors(self._module) if tensor.numel())
+        try:
+            same = self._held and self.are_same(module)
+        except Unknown:
+            same = False
+        if same:
+            tensors = (tensor for tensor in _tensors(module) if tensor.numel())
             for before, tensor in zip(self._samples, tensors, strict=True):
                 yield before, _sample(tensor)

@@ -169,8 +169,8 @@ def _seen(numbers: dict[str, Any]) -> list[str]:
         lines.append(f"in full because of: {why}")
     if "saved" in numbers:
         lines.append(
-            f"{numbers['evaluated']} evaluations, {numbers['saved']} saved; values of "
-            f"{numbers['times']} times, {numbers['bytes'] / 2**20:.2f} MiB"
+            f"{numbers['evaluated']} evaluations, {numbers['saved']} saved; "
+            f"{numbers['values']} values, {numbers['bytes'] / 2**20:.2f} MiB"
         )
     if numbers.get("not_kept"):
         why = ", ".join(f"{reason} {count}" for reason, count in numbers["not_kept"].items())

@@ -3,7 +3,8 @@
 Which modules these are is read off diffusers' models, for the families that the tests run. Where
 the time is summed with a condition (DiT's label, FLUX's and Stable Diffusion 3's pooled text, what
 SDXL's UNet adds) its own part is kept and the sum goes on; where nothing else comes in (SANA and
-PixArt's modulation for all blocks, each ResNet's `time_emb_proj`) that is kept too.
+PixArt's modulation for all blocks) that is kept too. The small projections of a UNet's ResNets are
+left: to know their input takes as long as to project it.
 """
 
 from __future__ import annotations
@@ -23,76 +24,59 @@ from .undo import Change, Hook, PatchError, Slot
 __all__ = ["plan_time"]
 
 _VALUES = ("cache",)
-_STATE = ("hidden_states", "sample")  # the denoiser's first argument
 
 
 class _Place(NamedTuple):
-    """A module, by its path, and the denoiser's arguments that decide what it returns."""
+    """A module, by its path, with the names of what it hands on and what it is handed."""
 
     path: str
-    depends: tuple[str, ...] = ()
+    gives: str = ""
+    takes: str = ""
+
+
+def _embedding(proj: str, *mlps: str) -> Iterator[_Place]:
+    """Yield sine and cosine, and the layers that each of their outputs goes into."""
+    yield _Place(proj, gives=proj)
+    for mlp in mlps:
+        yield _Place(mlp, takes=proj)
 
 
 def _dit(model: nn.Module) -> Iterator[_Place]:
     for index in range(len(model.transformer_blocks)):  # every block has embeddings of its own
         where = f"transformer_blocks.{index}.norm1.emb"
-        yield _Place(f"{where}.time_proj", ("timestep",))
-        yield _Place(f"{where}.timestep_embedder", ("timestep",))
+        yield from _embedding(f"{where}.time_proj", f"{where}.timestep_embedder")
 
 
-def _flux(model: nn.Module) -> Iterator[_Place]:
-    yield _Place("time_text_embed.time_proj")  # of the time and of the guidance
-    yield _Place("time_text_embed.timestep_embedder", ("timestep",))
+def _text_and_time(model: nn.Module) -> Iterator[_Place]:
+    where = "time_text_embed"
+    mlps = [f"{where}.timestep_embedder"]
     if hasattr(model.time_text_embed, "guidance_embedder"):
-        yield _Place("time_text_embed.guidance_embedder", ("guidance",))
-
-
-def _sd3(model: nn.Module) -> Iterator[_Place]:
-    yield _Place("time_text_embed.time_proj", ("timestep",))
-    yield _Place("time_text_embed.timestep_embedder", ("timestep",))
-
-
-def _unet(model: nn.Module) -> Iterator[_Place]:
-    depends = ("timestep", "timestep_cond")
-    yield _Place("time_proj", depends)
-    yield _Place("time_embedding", depends)
-    if model.class_embedding is None and model.config.addition_embed_type is None:
-        for name, module in model.named_modules():
-            if type(module).__name__ == "ResnetBlock2D" and module.time_emb_proj is not None:
-                yield _Place(f"{name}.time_emb_proj", depends)
+        mlps.append(f"{where}.guidance_embedder")
+    yield from _embedding(f"{where}.time_proj", *mlps)
 
 
 _PLACES: dict[str, Callable[[nn.Module], Iterator[_Place]]] = {
     "DiT": _dit,
-    "FLUX": _flux,
-    "PixArt": lambda model: iter([_Place("adaln_single", ("timestep", "added_cond_kwargs"))]),
-    "SANA": lambda model: iter([_Place("time_embed", ("timestep", "guidance"))]),
-    "Stable Diffusion 3": _sd3,
-    "Stable Diffusion UNet": _unet,
+    "FLUX": _text_and_time,
+    "PixArt": lambda model: iter([_Place("adaln_single")]),
+    "SANA": lambda model: iter([_Place("time_embed")]),
+    "Stable Diffusion 3": _text_and_time,
+    "Stable Diffusion UNet": lambda model: _embedding("time_proj", "time_embedding"),
 }
 
 
 class _Begin:
-    """Forward pre-hook of the denoiser: what it is called with. torch.compile sees an empty one."""
+    """Forward pre-hook of the denoiser: at which time. torch.compile sees an empty one."""
 
     def __init__(self, session: TimeSession, forward: Callable[..., Any]) -> None:
         self.session = session
-        names = list(inspect.signature(forward).parameters)
-        wanted = {name for group in session.groups for name in group}
-        self.positions = {name: names.index(name) for name in (*sorted(wanted), names[0])}
-        self.state = names[0]
+        self.position = list(inspect.signature(forward).parameters).index("timestep")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or self.session.closed:
             return
-        given = {
-            name: args[index] if index < len(args) else kwargs.get(name)
-            for name, index in self.positions.items()
-        }
-        # Models scale and round the time in the dtype of the state.
-        state = given.pop(self.state)
-        form = (state.dtype, state.device) if isinstance(state, torch.Tensor) else None
-        self.session.begin(given, form)
+        at = self.position
+        self.session.begin(args[at] if at < len(args) else kwargs.get("timestep"))
 
 
 class _End:
@@ -150,7 +134,7 @@ def plan_time(pipe: Any, target: Target, time: Any) -> Change:
         if "forward" in module.__dict__:
             change.left.append(f"{place.path}: something else has replaced its forward")
             continue
-        part = TimePart(module, session, place.depends)
+        part = TimePart(module, session, place.gives, place.takes)
         for name, value in part.replacements().items():
             change.slots.append(Slot(module, name, value, f"{where}.{name}"))
     where = f"pipe.{target.component}"
