@@ -86,15 +86,20 @@ def _refuse_dtype(x: Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
     return f"expected one of {expected}, got {str(x.dtype).removeprefix('torch.')}"
 
 
-def _refuse_auto(op: str, candidate: Implementation, x: Tensor) -> str | None:
-    """Return why `auto` may not use an implementation that could run."""
-    if candidate.name == "triton" and x.device.type != "cuda":
+def _held_back(candidate: Implementation, x: Tensor) -> str | None:
+    """Return why `auto` leaves an implementation alone whatever else the arguments are."""
+    if x.device.type == "cuda":
+        return candidate.held_back
+    if candidate.name == "triton":
         return "the Triton interpreter is for tests; ask for impl='triton' to use it"
-    if candidate.name != "reference" and x.device.type == "cuda":
-        if candidate.held_back is not None:
-            return candidate.held_back
-        return _gate.refusal(op, candidate.name, x.device)
     return None
+
+
+def _refuse_gate(op: str, candidate: Implementation, x: Tensor) -> str | None:
+    """Return why a kernel that could run may not be trusted on this device."""
+    if candidate.name == "reference" or x.device.type != "cuda":
+        return None
+    return _gate.refusal(op, candidate.name, x.device)
 
 
 def explain_choice(
@@ -107,7 +112,7 @@ def explain_choice(
     for candidate in implementations:
         reason = candidate.refuse(*args, **kwargs)
         if reason is None:
-            reason = _refuse_auto(op, candidate, x)
+            reason = _held_back(candidate, x) or _refuse_gate(op, candidate, x)
         if reason is not None:
             reasons[candidate.name] = reason
         elif choice is None:
@@ -131,7 +136,12 @@ def select(
     if impl == "auto":
         x = first_tensor(args)
         for candidate in implementations:
-            if candidate.refuse(*args, **kwargs) is None and _refuse_auto(op, candidate, x) is None:
+            # What costs least is asked first.
+            if (
+                _held_back(candidate, x) is None
+                and candidate.refuse(*args, **kwargs) is None
+                and _refuse_gate(op, candidate, x) is None
+            ):
                 return candidate.name
         explanation = explain_choice(op, implementations, args, kwargs)
         raise UnsupportedError(f"{op}: no implementation can run: {explanation}")
