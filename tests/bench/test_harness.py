@@ -1,5 +1,6 @@
 """The benchmark harness on a fake op with known times: gate, rotation, arithmetic, records."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -110,6 +111,32 @@ def test_providers_of_other_devices_leave_no_line(small_cache):
 
     providers = [bench.Provider("a GPU's", never, devices=("cuda",)), bench.baseline("torch", abs)]
     assert [r.provider for r in run_case(fake(providers), CASE, SETTINGS, {})] == ["torch"]
+
+
+def test_a_state_holds_in_gate_and_call_and_is_not_timed(small_cache, monkeypatch):
+    entered, seen = [], []
+
+    @contextlib.contextmanager
+    def state(name):
+        entered.append(name)
+        time.sleep(0.02)
+        yield
+        entered.pop()
+
+    def look(*inputs):
+        seen.append(tuple(entered))
+
+    monkeypatch.setattr(_gate, "check", look)
+    make = lambda case, *x: functools.partial(look, *x)  # noqa: E731
+    providers = [
+        bench.Provider(name, make, "op", "native", state=functools.partial(state, name))
+        for name in ("first", "second")
+    ]
+    found = by_provider(run_case(fake([*providers, op_provider(look)]), CASE, SETTINGS, {}))
+    gates = [seen.index(x) for x in (("first",), ("second",), ())]
+    assert gates == sorted(gates)  # each by itself, none within another
+    assert set(seen) == {("first",), ("second",), ()}
+    assert found["first"].median_s < 0.02
 
 
 def test_the_gate_runs_once_per_implementation(small_cache, passing_gate):

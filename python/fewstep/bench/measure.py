@@ -12,9 +12,11 @@ import functools
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +52,32 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes) or _DEFAULT_CACHE
 
 
+@dataclass(frozen=True)
+class Within:
+    """A call that needs a state of the process, which is set up and undone outside of its sample.
+
+    Called by itself, as while warming up, it does both.
+    """
+
+    state: Callable[[], AbstractContextManager[Any]]
+    call: Thunk
+
+    def __call__(self) -> Any:
+        """Call in the state."""
+        with self.state():
+            return self.call()
+
+
+@contextmanager
+def _timed(call: Thunk) -> Iterator[Thunk]:
+    """Give what of a call its sample is of."""
+    if not isinstance(call, Within):
+        yield call
+        return
+    with call.state():
+        yield call.call
+
+
 class HostClock:
     """Samples on the host clock."""
 
@@ -57,9 +85,10 @@ class HostClock:
         """Return the seconds of each call, run in this order."""
         seconds = []
         for call in calls:
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
+            with _timed(call) as timed:
+                start = time.perf_counter()
+                timed()
+                seconds.append(time.perf_counter() - start)
         return seconds
 
 
@@ -76,11 +105,12 @@ class DeviceClock:
         with torch.cuda.device(self.device):
             for call in calls:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.evict.sum()
-                torch.cuda._sleep(_SLEEP_CYCLES)
-                start.record()
-                call()
-                end.record()
+                with _timed(call) as timed:
+                    self.evict.sum()
+                    torch.cuda._sleep(_SLEEP_CYCLES)
+                    start.record()
+                    timed()
+                    end.record()
                 pairs.append((start, end))
             torch.cuda.synchronize(self.device)
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]

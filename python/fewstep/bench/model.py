@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,7 @@ class Provider:
     `unless(case, *inputs)` is asked before `make` and says why it can't run, or returns None.
     `package` names the other package that a peer runs: a record carries its version, and on the CPU
     it is timed in a process of its own (apart.py). On devices other than `devices` it is left out.
+    `state` makes a context in which it passes its gate and is called; a sample leaves out entering.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Provider:
     unless: Callable[..., str | None] | None = None
     package: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    state: Callable[[], AbstractContextManager[Any]] | None = None
 
 
 @dataclass(frozen=True)

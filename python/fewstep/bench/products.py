@@ -6,9 +6,10 @@ are not requirements are imported when a peer is made; see `providers.needs`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -122,14 +123,30 @@ HOPPER_TILES = {
 }
 
 
+@contextlib.contextmanager
+def asked_tiling(tiling: int) -> Iterator[None]:
+    """Have the Hopper kernel of 8-bit rows take one of its tilings; -1 leaves it to the kernel."""
+    name = "FEWSTEP_GEMM8_TILING"
+    before = os.environ.get(name)
+    os.environ[name] = "" if tiling < 0 else str(tiling)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def hopper_tilings(op: str, operands: Callable[..., tuple[Any, ...]]) -> list[Provider]:
     """Return the Hopper kernel with each of its tiles, into an output that is there already.
 
-    `operands(case, x, w, bias)` are those of the op, then out_dtype and perhaps the activation. The
-    fastest of each shape is what the kernel's own choice of tiles is to become.
+    `operands(case, x, w, bias)` are those of the op, then out_dtype and perhaps the activation.
+    Each tiling passes the gate by itself. The fastest of each shape is what the kernel's own choice
+    of tiles is to become.
     """
 
-    def make(tiling: int, case: Case, *tensors: Tensor) -> Callable[[], Any] | str:
+    def make(case: Case, *tensors: Tensor) -> Callable[[], Any] | str:
         device = tensors[0].device
         if (reason := _native.unavailable(op, device)) is not None:
             return reason
@@ -137,23 +154,16 @@ def hopper_tilings(op: str, operands: Callable[..., tuple[Any, ...]]) -> list[Pr
         out = torch.empty((case["M"], output_width(case)), dtype=dtype, device=device)
         given = (bits(a), a_scale, bits(w), w_scale, bias, None, None, None, 0)
         end = (activation_of(case) or "", None, None, None, out)
-
-        def run() -> None:
-            os.environ["FEWSTEP_GEMM8_TILING"] = str(tiling)
-            try:
-                _native.call(op, *given, *end)
-            finally:
-                del os.environ["FEWSTEP_GEMM8_TILING"]
-
-        return run
+        return functools.partial(_native.call, op, *given, *end)
 
     return [
         Provider(
             f"fewstep native, tiles {name}",
-            functools.partial(make, i),
+            make,
             "op",
             "native",
             devices=("cuda",),
+            state=functools.partial(asked_tiling, i),
         )
         for i, name in enumerate(HOPPER_TILES[op])
     ]

@@ -18,7 +18,7 @@ from ..ops._select import UnsupportedError
 from .apart import PeerError, TurnClock, Workers, turns
 from .environment import package_version
 from .inputs import input_sets, nbytes
-from .measure import Budget, cache_bytes, clock, forget_compiled, interleave, warm_up
+from .measure import Budget, Within, cache_bytes, clock, forget_compiled, interleave, warm_up
 from .model import Benchmark, Case, Provider, Thunk
 
 SCHEMA = 1
@@ -98,16 +98,19 @@ def gate(
     """Return why an implementation may not be timed: its correctness gate failed. Runs it once."""
     if provider.role != "op" or provider.impl is None:
         return None
-    if provider.impl not in gates:
+    # One kernel in another state is another kernel.
+    key = provider.impl if provider.state is None else provider.name
+    if key not in gates:
         try:
-            _gate.check(op, provider.impl, device)
-            gates[provider.impl] = None
+            with provider.state() if provider.state else contextlib.nullcontext():
+                _gate.check(op, provider.impl, device)
+            gates[key] = None
         except UnsupportedError as error:
-            gates[provider.impl] = str(error)
+            gates[key] = str(error)
         except Exception as error:  # whatever went wrong, the answer is the same: no number
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            gates[provider.impl] = f"refused: its correctness gate failed: {first}"
-    return gates[provider.impl]
+            gates[key] = f"refused: its correctness gate failed: {first}"
+    return gates[key]
 
 
 def _reason(provider: Provider, case: Case, inputs: tuple[Any, ...]) -> str | None:
@@ -132,7 +135,7 @@ def _thunks(
         reason = None if thunks else check()
         if reason is not None:
             return reason
-        thunks.append(made)
+        thunks.append(made if provider.state is None else Within(provider.state, made))
     try:
         warm_up(thunks[0], settings.device, settings.budget.warmup_seconds)
     except UnsupportedError as error:
