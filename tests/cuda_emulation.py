@@ -1,6 +1,7 @@
 """Hopper kernels on the host: compiles them against tests/cuda/emulation and calls them."""
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -95,7 +96,7 @@ def build(op, folder, *flags):
 
 
 def compile_for_host(source, folder, *flags):
-    """Compile a file of tests/cuda with the emulation; its `run` returns an error or nothing."""
+    """Compile and load a file of tests/cuda with the emulation."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -103,6 +104,22 @@ def compile_for_host(source, folder, *flags):
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-x", "c++"]
     command += [f"-I{HERE / 'emulation'}", f"-I{ROOT / 'csrc' / 'include'}"]
     subprocess.run([*command, *flags, str(HERE / source), "-o", str(target)], check=True)
+    return load(target)
+
+
+def compile_once(source, tmp_path_factory):
+    """As `compile_for_host`, by the first of a run's processes that asks; others wait for it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has its own in the run's
+        folder = folder.parent
+    target = (folder / source).with_suffix(".so")
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return load(target) if target.exists() else compile_for_host(source, folder)
+
+
+def load(target):
+    """Return a compiled library; its `run` returns an error or nothing."""
     library = ctypes.CDLL(str(target))
     library.run.restype = ctypes.c_char_p
     return library

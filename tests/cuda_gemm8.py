@@ -2,16 +2,27 @@
 
 import ctypes
 
+import pytest
 import torch
 
-from cuda_emulation import View, to_device
+from cuda_emulation import View, targets, to_device
 from epilogue_rules import finished, sums
 from fewstep import _native, ops
+from fewstep.bench.products import asked_tiling
 from helpers import padded, padding_intact
 from product_rules import within
 
 TILINGS = range(3)
+# On GPUs only: every multiprocessor and many tiles each; less than one each; many slabs.
+AT_SIZE = [(4096, 3072, 3072), (2048, 1280, 1280), (512, 640, 131056)]
 NAMES = ["a", "a_scale", "w", "w_scale", "bias", "low", "up", "gate", "residual", "out"]
+
+
+def needs_hopper(test):
+    """Mark a test of what only a Hopper GPU runs."""
+    there = "device" in str(targets())
+    skip = pytest.mark.skipif(not there, reason="needs a GPU of capability 9.0")
+    return pytest.mark.gpu(skip(test))
 
 
 def call_on_host(library, tensors, activation, tiling):
@@ -24,13 +35,14 @@ def call_on_host(library, tensors, activation, tiling):
         raise ValueError(error.decode())
 
 
-def call_on_device(op, tensors, activation):
-    """Run the kernel on a Hopper GPU."""
+def call_on_device(op, tensors, activation, tiling):
+    """Run the kernel on a Hopper GPU; -1 leaves the tiling to it."""
     moved, copy_back = to_device([tensors.get(name) for name in NAMES])
     *start, gate, residual, out = moved
     stream = torch.cuda.current_stream().cuda_stream
     kernel = getattr(_native._C.cuda, f"{op}_sm90")
-    kernel(*start, None, 0, activation, gate, residual, None, out, stream)
+    with asked_tiling(tiling):
+        kernel(*start, None, 0, activation, gate, residual, None, out, stream)
     copy_back()
 
 
@@ -52,7 +64,7 @@ def run(target, op, tensors, *, activation="", out_dtype=torch.float32, tiling=-
     given = {name: x.view(torch.uint8) if is_e4m3(x) else x for name, x in tensors.items()}
     given = {**given, "out": out}
     if target is None:
-        call_on_device(op, given, activation)
+        call_on_device(op, given, activation, tiling)
     else:
         call_on_host(target, given, activation, tiling)
     assert padding_intact(out, 64)

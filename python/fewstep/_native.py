@@ -61,6 +61,11 @@ def unavailable(op: str, device: torch.device) -> str | None:
     return f"there is no native {device.type} kernel for this op"
 
 
+def aligned(x: Tensor | None, unit: int = 16) -> Tensor | None:
+    """Return x if its memory starts at a multiple of `unit` bytes, else a copy; None for None."""
+    return x if x is None or x.data_ptr() % unit == 0 else x.clone()
+
+
 def call(op: str, *args: Any) -> None:
     """Run the native kernel `op` on the device of its first tensor.
 

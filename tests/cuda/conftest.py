@@ -2,13 +2,13 @@
 
 import pytest
 
-from cuda_emulation import compile_for_host, targets
+from cuda_emulation import compile_once, targets
 
 
 @pytest.fixture(scope="session")
 def gemm8_on_host(tmp_path_factory):
     """Return the emulated kernel: the functions of gemm8_sm90_emulated.cpp."""
-    return compile_for_host("gemm8_sm90_emulated.cpp", tmp_path_factory.mktemp("gemm8"))
+    return compile_once("gemm8_sm90_emulated.cpp", tmp_path_factory)
 
 
 @pytest.fixture(params=targets())

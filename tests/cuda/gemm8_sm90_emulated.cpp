@@ -1,4 +1,4 @@
-// gemm_w8a8's and gemm_fp8's Hopper kernel on the host, for tests/cuda/test_gemm8_sm90.py (ctypes).
+// gemm_w8a8's and gemm_fp8's Hopper kernel on the host, for tests/cuda_gemm8.py (ctypes).
 #include "fewstep/cuda/gemm8_launch_sm90.cuh"
 
 namespace gemm8 = fewstep::cuda::gemm8;
@@ -28,6 +28,14 @@ extern "C" const char* run(const fewstep::TensorView* views, const bool* present
 // gemm8_plan.h, for the tests of it.
 extern "C" int choose_tiling(bool is_float, int M, int N, int slabs, int multiprocessors) {
     return gemm8::choose_tiling(is_float, M, N, slabs, multiprocessors);
+}
+// -2 for an error.
+extern "C" int asked_tiling() {
+    try {
+        return gemm8::asked_tiling();
+    } catch (const std::exception&) {
+        return -2;
+    }
 }
 // Rows, columns, slots, bytes of shared memory.
 extern "C" void describe(bool is_float, int tiling, int* facts) {

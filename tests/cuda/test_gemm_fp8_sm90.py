@@ -6,7 +6,7 @@ Tiles, ends and the branch are test_gemm_w8a8_sm90.py's.
 import pytest
 import torch
 
-from cuda_gemm8 import TILINGS, check, operands, run
+from cuda_gemm8 import AT_SIZE, TILINGS, check, needs_hopper, operands, run
 
 OP = "gemm_fp8"
 # By tiling: more than one each way; in turns several tiles each, of more slabs than slots.
@@ -49,3 +49,18 @@ def test_nan_reaches_its_row_and_column(gemm8):
     want = torch.zeros(5, 7, dtype=torch.bool)
     want[2], want[:, 6] = True, True
     assert torch.equal(nan, want)
+
+
+@needs_hopper
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("shape", AT_SIZE)
+def test_sums_are_exact_at_size(shape, tiling):
+    """Integers up to 3: a slab's sums are below 2^11, which the tensor cores keep whole."""
+    M, N, K = shape
+    given = operands(OP, *shape)
+    given["a_scale"], given["w_scale"] = torch.ones(M), torch.ones(N)
+    for name, rows in (("a", M), ("w", N)):
+        given[name] = torch.randint(-3, 4, (rows, K)).to(torch.float8_e4m3fn)
+    a, w = (given[name].cuda().double() for name in "aw")
+    want = (a @ w.mT).float()  # below 2^24
+    assert torch.equal(run(None, OP, given, tiling=tiling), want.cpu())

@@ -9,9 +9,10 @@ import ctypes
 import pytest
 import torch
 
-from cuda_emulation import targets
-from cuda_gemm8 import NAMES, TILINGS, call_on_host, check, operands, run
+from cuda_gemm8 import AT_SIZE, NAMES, TILINGS, call_on_host, check, needs_hopper, operands, run
 from fewstep import _native, ops
+from fewstep.bench.products import asked_tiling
+from fewstep.ops import _gemm, _select
 from fewstep.ops._gemm_hopper import refuse_hopper
 from helpers import padded
 
@@ -124,15 +125,26 @@ def test_what_the_kernel_refuses(gemm8_on_host, change, message):
         run(gemm8_on_host, OP, given, tiling=SMALL)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif("device" not in str(targets()), reason="needs a GPU of capability 9.0")
-@pytest.mark.parametrize("shape", [(4096, 3072, 3072), (2048, 1280, 1280), (512, 640, 131056)])
-def test_sums_are_exact_at_size(shape):
-    """Bit-exact against int64 sums, over every SM and many tiles each."""
+@needs_hopper
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("shape", AT_SIZE)
+def test_sums_are_exact_at_size(shape, tiling):
+    """Bit-exact against sums in float64, with every tiling."""
     given = operands(OP, *shape)
     given["a_scale"], given["w_scale"] = torch.ones(shape[0]), torch.ones(shape[1])
     want = (given["a"].cuda().double() @ given["w"].cuda().double().mT).float()  # below 2^53
-    assert torch.equal(run(None, OP, given), want.cpu())
+    assert torch.equal(run(None, OP, given, tiling=tiling), want.cpu())
+
+
+@needs_hopper
+def test_rows_that_start_anywhere():
+    """One row has no stride to refuse; the op copies what the copy engine can't read."""
+    given = operands(OP, 1, 24, 256)
+    a = torch.zeros(259, dtype=torch.int8, device="cuda")[3:].copy_(given["a"][0])
+    args = a, *(given[name].cuda() for name in NAMES[1:4])
+    args = a, args[1][0], *args[2:]
+    out, want = (ops.gemm_w8a8(*args, impl=impl) for impl in ("native", "reference"))
+    torch.testing.assert_close(out, want, rtol=2.0**-22, atol=0)
 
 
 @pytest.mark.parametrize("is_float", [False, True])
@@ -186,6 +198,40 @@ def test_choice_of_tiles(gemm8_on_host, shape, tiling):
     assert gemm8_on_host.choose_tiling(False, M, N, K // 128, 132) == tiling
 
 
+@pytest.mark.parametrize("is_float", [False, True])
+@pytest.mark.parametrize("multiprocessors", [114, 132])
+def test_the_gate_runs_every_tiling(gemm8_on_host, is_float, multiprocessors, monkeypatch):
+    """On H100s of either size; the gate's other cases are of 600 x 96 x 192 and about that."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    chosen = [
+        gemm8_on_host.choose_tiling(is_float, M, N, -(-K // 128), multiprocessors)
+        for M, N, K in (*_gemm.TILED_SHAPES, (600, 96, 192))
+    ]
+    assert chosen == [0, 1, 2]
+    op = ops.module("gemm_fp8" if is_float else OP)
+    cases = op.gate_cases(torch.device("cpu"))
+    large = [(args, options) for args, options, *_ in cases if args[0].shape[0] > 1000]
+    assert [(*a.shape, w.shape[0]) for (a, _, w, _), _ in large] == [
+        (M, K, N) for M, N, K in _gemm.TILED_SHAPES
+    ]
+    for args, options in large:
+        assert options["activation"] == "geglu"
+        assert options["up"] is not None
+        assert refuse_hopper(*args, **options) is None
+
+
+def test_a_tiling_is_asked_for_by_the_environment(gemm8_on_host, monkeypatch):
+    monkeypatch.delenv("FEWSTEP_GEMM8_TILING", raising=False)
+    assert gemm8_on_host.asked_tiling() == -1
+    for tiling in (*TILINGS, -1):
+        with asked_tiling(tiling):
+            assert gemm8_on_host.asked_tiling() == tiling
+    assert gemm8_on_host.asked_tiling() == -1
+    for wrong in ("3", "x", "00"):
+        monkeypatch.setenv("FEWSTEP_GEMM8_TILING", wrong)
+        assert gemm8_on_host.asked_tiling() == -2
+
+
 def test_the_op_reaches_the_kernel(gemm8_on_host, monkeypatch):
     """What the op hands over, in the kernel's order; the CPU's takes the same of integer rows."""
     given = operands(OP, 12, 40, 48)
@@ -234,3 +280,39 @@ def test_the_op_reaches_the_kernel(gemm8_on_host, monkeypatch):
 def test_operands_that_the_op_leaves_to_others(change, message):
     reason = refuse_hopper(**operands(OP, 6, 20, 32) | change)
     assert reason == message if message is None else message in reason
+
+
+def test_int8_outputs_need_triton(monkeypatch):
+    given = operands(OP, 6, 20, 32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert refuse_hopper(**given, out_dtype=torch.int8) is None
+    monkeypatch.setattr(_select, "_HAS_TRITON", False)
+    reason = refuse_hopper(**given, out_dtype=torch.int8)
+    assert reason == "the Hopper kernel: Triton is not installed"
+    assert refuse_hopper(**given, out_dtype=torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("op", ["gemm_w8a8", "gemm_fp8"])
+def test_refusals_are_asked_about_the_outputs_too(op, monkeypatch):
+    """What is rounded to before int8 is not what is asked for."""
+    module, asked = ops.module(op), []
+
+    def select(name, impl, implementations, *args):
+        asked.append(args)
+        return "reference"
+
+    monkeypatch.setattr(module, "select", select)
+    args = operands(op, 6, 20, 32).values()
+    getattr(ops, op)(*args, out_dtype=torch.int8)
+    assert _gemm.Operands(*asked[0]).out_dtype == torch.int8
+
+
+def test_memory_that_starts_elsewhere_is_copied():
+    base = torch.arange(259).to(torch.int8)
+    base = base[-base.data_ptr() % 16 :]  # base[0] is at a multiple
+    whole, part = base[:240], base[3:243]
+    assert _native.aligned(whole) is whole
+    copy = _native.aligned(part)
+    assert copy.data_ptr() % 16 == 0
+    assert torch.equal(copy, part)
+    assert _native.aligned(None) is None

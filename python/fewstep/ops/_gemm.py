@@ -260,7 +260,8 @@ def register_product(
     def launch_native(p: Operands, scale: Tensor | None, out: Tensor) -> None:
         if not out.numel():
             return
-        if p.a.device.type == "cuda":
+        on_gpu = p.a.device.type == "cuda"
+        if on_gpu:
             p = quantised(p)
         # With integers the kernel rounds to bfloat16 before it quantises.
         alike = scale is None or p.a.dtype == torch.bfloat16
@@ -268,9 +269,12 @@ def register_product(
             q, a_scale, low = quantize_native(p.a, p.smooth, p.rotate, p.down)
             p = p._replace(a=q, a_scale=a_scale, smooth=None, rotate=0, down=None, low=low)
         a, a_scale = p.flat()
-        weight = (bits(unit_stride(p.w)), p.w_scale.contiguous(), contiguous(p.bias))
+        w, branch = bits(unit_stride(p.w)), p.branch()
+        if on_gpu:  # for the copy engine; they mostly are
+            a, w, *branch = map(_native.aligned, (a, w, *branch))
+        weight = (w, p.w_scale.contiguous(), contiguous(p.bias))
         activation, *blended = p.epilogue()
-        start = (a, a_scale, *weight, *p.branch(), contiguous(p.smooth), p.rotate)
+        start = (a, a_scale, *weight, *branch, contiguous(p.smooth), p.rotate)
         _native.call(name, *start, activation or "", *blended, scale, matrix(out))
 
     def run_native(*args: Any) -> Tensor:
@@ -367,4 +371,32 @@ def gate_layers(
         prologue = {"smooth": draw(K).abs() + 0.5, "rotate": 64}
         args = (draw(M, K), None, w, w_scale)
         cases.append((args, {"bias": draw(N), **prologue, **branch}, unit, 5 * unit))
+    return cases
+
+
+# (M, N, K) that the Hopper kernel takes with its tilings 0 and 1 (csrc/include/fewstep/cuda/
+# gemm8_plan.h), on 114 and on 132 multiprocessors; the cases above are small enough for 2.
+TILED_SHAPES = ((1490, 1492, 496), (1094, 1096, 208))
+
+
+def gate_tilings(
+    device: torch.device, weight: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
+) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
+    """Return gate cases with a branch and all of an end, for the large tiles; as `gate_layers`."""
+    generator = torch.Generator().manual_seed(2)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    R = 72  # more than one slab
+    for M, N, K in TILED_SHAPES:
+        w, w_scale = (x.to(device) for x in weight(N, K, generator))
+
+        def draw(*shape: int, size: float = 1.0) -> Tensor:
+            return (size * torch.randn(shape, generator=generator)).to(device, torch.bfloat16)
+
+        options = {"bias": draw(N), "low": draw(M, R), "up": draw(N, R, size=R**-0.5)}
+        options |= {"residual": draw(M, N // 2), "gate": draw(N // 2).sigmoid()}
+        # As gate_layers' with an activation: low is given, so its products add float32's errors
+        # alone. What is not where it belongs is off by one and more.
+        unit = torch.finfo(torch.bfloat16).eps
+        args = draw(M, K), None, w, w_scale
+        cases.append((args, {**options, "activation": "geglu"}, unit, 20 * unit))
     return cases

@@ -2,6 +2,8 @@
 
 The copy engine reads rows in units of 16 bytes: of a, w, and of low and up, which are multiplied in
 their one 16-bit dtype. Floating rows are quantised by Triton's kernel, and so are int8 outputs.
+What is refused here is known from shapes, strides and offsets, which a trace has too; memory that
+starts elsewhere all the same is copied at the launch (`_native.aligned`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def refuse_hopper(
     down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
-    *rest: Any,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     **others: Any,
 ) -> str | None:
@@ -43,6 +47,8 @@ def refuse_hopper(
         reason = refuse_triton([a], FLOATS)  # quantises the rows
     elif a.dim() > 1:
         reason = refuse_rows("a", a)
+    if reason is None and out_dtype == torch.int8:
+        reason = refuse_triton([a], (a.dtype,))  # quantises the output
     if reason is None and w is not None:
         reason = refuse_rows("w", w)
     if reason is None and up is not None:

@@ -57,6 +57,7 @@ from ._gemm import (
     expect,
     expect_operands,
     gate_layers,
+    gate_tilings,
     register_product,
     rounding_dtype,
 )
@@ -156,7 +157,7 @@ def gemm_fp8(
     operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     _validate(operands)
     op = _op_int8 if out_dtype == torch.int8 else _op
-    return op(*operands, select("gemm_fp8", impl, IMPLEMENTATIONS, *operands))
+    return op(*operands, select("gemm_fp8", impl, IMPLEMENTATIONS, *operands[:-1], out_dtype))
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
@@ -178,4 +179,4 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         w = (64 * torch.randn((N, K), generator=generator)).to(E4M3.dtype)
         return w, torch.full((N,), K**-0.5 / 64)
 
-    return cases + gate_layers(device, weight)
+    return cases + gate_layers(device, weight) + gate_tilings(device, weight)

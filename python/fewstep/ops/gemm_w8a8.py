@@ -37,6 +37,7 @@ from ._gemm import (
     expect,
     expect_operands,
     gate_layers,
+    gate_tilings,
     register_product,
     rounding_dtype,
 )
@@ -130,7 +131,7 @@ def gemm_w8a8(
     operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     _validate(operands)
     op = _op_int8 if out_dtype == torch.int8 else _op
-    return op(*operands, select("gemm_w8a8", impl, IMPLEMENTATIONS, *operands))
+    return op(*operands, select("gemm_w8a8", impl, IMPLEMENTATIONS, *operands[:-1], out_dtype))
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
@@ -150,4 +151,4 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         w = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
         return w, torch.full((N,), K**-0.5 / 128)
 
-    return cases + gate_layers(device, weight)
+    return cases + gate_layers(device, weight) + gate_tilings(device, weight)

@@ -125,10 +125,11 @@ void launch(const Arguments& given, Params& p, int multiprocessors, cudaStream_t
                   stream, p);
 }
 
-// The tiling that FEWSTEP_GEMM8_TILING asks for, for measurements; -1 without it.
+// The tiling that FEWSTEP_GEMM8_TILING asks for, for measurements; -1 without it or where it
+// is empty.
 inline int asked_tiling() {
     const char* const text = std::getenv("FEWSTEP_GEMM8_TILING");
-    if (text == nullptr) return -1;
+    if (text == nullptr || text[0] == 0) return -1;
     const int tiling = text[0] - '0';
     FEWSTEP_CHECK(tiling >= 0 && tiling < kTilings && text[1] == 0,
                   "FEWSTEP_GEMM8_TILING: expected 0 to ", kTilings - 1, ", got ", text);
