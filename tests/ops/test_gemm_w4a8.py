@@ -309,3 +309,12 @@ def test_bad_input_names_the_argument(change, message):
     kwargs = {"a": a, "a_scale": a_scale, "w": w, "w_scale": w_scale} | change
     with pytest.raises(ValueError, match=message):
         ops.gemm_w4a8(**kwargs)
+
+
+def test_the_missing_cuda_kernel_is_said_in_words():
+    if not _native.build_info().get("cuda"):
+        reason = _native.unavailable("gemm_w4a8", torch.device("cuda"))
+        assert "built without CUDA kernels" in reason
+        return
+    reason = _native.unavailable("gemm_w4a8", torch.device("cuda"))
+    assert reason == "there is no native cuda kernel for this op"

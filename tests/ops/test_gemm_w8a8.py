@@ -337,12 +337,3 @@ def test_k_too_large_for_exact_sums_is_refused():
     a, w = torch.zeros(1, 1 << 17, dtype=torch.int8), torch.zeros(1, 1 << 17, dtype=torch.int8)
     with pytest.raises(ValueError, match="a: expected K below 131072"):
         ops.gemm_w8a8(a, torch.ones(1), w, torch.ones(1))
-
-
-def test_the_missing_cuda_kernel_is_said_in_words():
-    if not _native.build_info().get("cuda"):
-        reason = _native.unavailable("gemm_w8a8", torch.device("cuda"))
-        assert "built without CUDA kernels" in reason
-        return
-    reason = _native.unavailable("gemm_w8a8", torch.device("cuda"))
-    assert reason == "there is no native cuda kernel for this op"
