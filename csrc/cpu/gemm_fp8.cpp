@@ -255,7 +255,7 @@ auto choose_quantize(Isa isa) {
 }
 
 template <typename T>
-void multiply_floats(Operands& p, const product::Arguments& given, std::uint32_t* words,
+void multiply_floats(Operands& p, const ProductArguments& given, std::uint32_t* words,
                      const product::Destination& to) {
     const TensorView& a = given.a;
     const std::int64_t count = std::max<std::int64_t>(p.blocks, 1);
@@ -296,8 +296,8 @@ void gemm_fp8(const TensorView& a, const TensorView* a_scale, const TensorView& 
               const TensorView* up, const TensorView* smooth, std::int64_t rotate,
               const std::string& activation, const TensorView* gate, const TensorView* residual,
               const TensorView* scale, const TensorView& out) {
-    const product::Arguments given{a,      a_scale,    bias, low,      up,    smooth,
-                                   rotate, activation, gate, residual, scale, out};
+    const ProductArguments given{a,      a_scale, w,          w_scale, bias,     low,   up,
+                                 smooth, rotate,  activation, gate,    residual, scale, out};
     Operands p{};
     p.M = out.size(0);
     p.N = w.size(0);

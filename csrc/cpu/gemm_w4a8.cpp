@@ -256,9 +256,9 @@ void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView&
         const Weight<Scale> weight{
             w.ptr<std::uint8_t>(),      w.stride(0), w_scale.ptr<Scale>(), K, groups,
             choose_expand<Scale>(group)};
-        int8::multiply(
-            weight, N,
-            {a, a_scale, bias, low, up, smooth, rotate, activation, gate, residual, scale, out});
+        int8::multiply(weight, N,
+                       {a, a_scale, w, w_scale, bias, low, up, smooth, rotate, activation, gate,
+                        residual, scale, out});
     };
     switch (w_scale.dtype) {
         case DType::kBFloat16: return run(bfloat16{});

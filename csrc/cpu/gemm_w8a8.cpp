@@ -48,9 +48,9 @@ void gemm_w8a8(const TensorView& a, const TensorView* a_scale, const TensorView&
     expect_contiguous(w_scale, "w_scale", DType::kFloat32, {N});
     const Weight weight{w.ptr<std::int8_t>(), w.stride(0), K, w_scale.ptr<float>(),
                         int8::choose_arrange(isa())};
-    int8::multiply(
-        weight, N,
-        {a, a_scale, bias, low, up, smooth, rotate, activation, gate, residual, scale, out});
+    int8::multiply(weight, N,
+                   {a, a_scale, w, w_scale, bias, low, up, smooth, rotate, activation, gate,
+                    residual, scale, out});
 }
 
 }  // namespace fewstep::cpu

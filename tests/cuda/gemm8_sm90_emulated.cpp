@@ -10,9 +10,9 @@ extern "C" const char* run(const fewstep::TensorView* views, const bool* present
     const auto optional = [&](int i) { return present[i] ? &views[i] : nullptr; };
     try {
         const std::string name = activation;
-        const gemm8::Arguments given{views[0],    optional(1), views[2], views[3], optional(4),
-                                     optional(5), optional(6), nullptr,  0,        name,
-                                     optional(7), optional(8), nullptr,  views[9]};
+        const fewstep::ProductArguments given{
+            views[0], optional(1), views[2], views[3],    optional(4), optional(5), optional(6),
+            nullptr,  0,           name,     optional(7), optional(8), nullptr,     views[9]};
         if (views[0].dtype == fewstep::DType::kInt8) {
             gemm8::run<std::int8_t>(given, 0, tiling);
         } else {

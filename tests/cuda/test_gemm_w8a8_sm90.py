@@ -13,7 +13,7 @@ from cuda_gemm8 import AT_SIZE, NAMES, TILINGS, call_on_host, check, needs_hoppe
 from fewstep import _native, ops
 from fewstep.bench.products import asked_tiling
 from fewstep.ops import _gemm, _select
-from fewstep.ops._gemm_hopper import refuse_hopper
+from fewstep.ops._gemm_hopper import loadable, refuse_hopper
 from helpers import padded
 
 OP = "gemm_w8a8"
@@ -74,10 +74,14 @@ def test_columns_that_are_no_fours(gemm8, tiling, activation, N):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("tiling", "R"), [(SMALL, 8), (SMALL, 32), (SMALL, 40), (1, 72), (0, 136)])
+@pytest.mark.parametrize(
+    ("tiling", "R"), [(SMALL, 8), (SMALL, 32), (SMALL, 40), (1, 72), (0, 136), (2, 1), (2, 33)]
+)
 def test_low_rank_branch(gemm8, tiling, R, dtype):
     given = operands(OP, 70, 70, 32)
-    given["low"], given["up"] = torch.randn(70, R).to(dtype), torch.randn(70, R).to(dtype)
+    for name in ("low", "up"):  # what lies between rows is not read
+        wide = torch.full((70, R + -R % 8), torch.nan, dtype=dtype)
+        given[name] = wide[:, :R].copy_(torch.randn(70, R))
     given["residual"] = torch.randn(70, 70)
     check(gemm8, OP, given, tiling=tiling)
 
@@ -107,14 +111,14 @@ def test_rows_of_wider_matrices(gemm8):
         ({"low": torch.zeros(6, 8).bfloat16()}, "low, up: expected both or none"),
         (
             {"low": torch.zeros(6, 4).bfloat16(), "up": torch.zeros(20, 4).bfloat16()},
-            "low: expected rows of multiples of 16 bytes",
+            "low: expected rows that start at multiples of 16 bytes, got stride 4",
         ),
         (
             {"low": torch.zeros(6, 8), "up": torch.zeros(20, 8)},
             "low: expected bfloat16 or float16, got float32",
         ),
         ({"gate": torch.zeros(4, 20)}, "gate: expected rows that divide 6, got 4"),
-        ({"a": torch.zeros(6, 40, dtype=torch.int8)[:, 3:35]}, "a: expected rows of multiples"),
+        ({"a": torch.zeros(6, 40, dtype=torch.int8)[:, 3:35]}, "a: expected rows that start"),
     ],
 )
 def test_what_the_kernel_refuses(gemm8_on_host, change, message):
@@ -217,7 +221,7 @@ def test_the_gate_runs_every_tiling(gemm8_on_host, is_float, multiprocessors, mo
     for args, options in large:
         assert options["activation"] == "geglu"
         assert options["up"] is not None
-        assert refuse_hopper(*args, **options) is None
+        assert refuse_hopper(**dict(zip(NAMES, args, strict=False)), **options) is None
 
 
 def test_a_tiling_is_asked_for_by_the_environment(gemm8_on_host, monkeypatch):
@@ -232,14 +236,15 @@ def test_a_tiling_is_asked_for_by_the_environment(gemm8_on_host, monkeypatch):
         assert gemm8_on_host.asked_tiling() == -2
 
 
-def test_the_op_reaches_the_kernel(gemm8_on_host, monkeypatch):
+@pytest.mark.parametrize("R", [8, 5])
+def test_the_op_reaches_the_kernel(gemm8_on_host, monkeypatch, R):
     """What the op hands over, in the kernel's order; the CPU's takes the same of integer rows."""
     given = operands(OP, 12, 40, 48)
     a, a_scale = given["a"].view(3, 4, 48), given["a_scale"].view(3, 4)
     options = {
         "bias": torch.randn(40).bfloat16(),
-        "low": torch.randn(3, 4, 8).bfloat16(),
-        "up": torch.randn(40, 8).bfloat16(),
+        "low": torch.randn(3, 4, R).bfloat16(),
+        "up": torch.randn(40, R).bfloat16(),
         "gate": torch.randn(3, 1, 20),
         "residual": torch.randn(3, 4, 20),
         "activation": "swiglu",
@@ -255,6 +260,7 @@ def test_the_op_reaches_the_kernel(gemm8_on_host, monkeypatch):
         called.append(op)
         *first, smooth, rotate, activation, gate, residual, scale, out = args
         assert (smooth, rotate, scale) == (None, 0, None)
+        first[5:] = map(loadable, first[5:])  # low and up, as for a GPU
         tensors = dict(zip(NAMES, (*first, gate, residual, out), strict=True))
         call_on_host(gemm8_on_host, tensors, activation, -1)
 
@@ -273,7 +279,8 @@ def test_the_op_reaches_the_kernel(gemm8_on_host, monkeypatch):
         ({"w_scale": torch.ones(1, 1)}, "w_scale: expected one scale per column, got scales of"),
         ({"w": torch.zeros(1, 32, dtype=torch.int8).expand(20, 32)}, "w: expected rows of their"),
         ({"up": torch.zeros(20, 8), "low": torch.zeros(6, 8)}, "both the same, got torch.float32"),
-        ({"up": torch.zeros(20, 4).half(), "low": torch.zeros(6, 4).half()}, "a rank above 0"),
+        ({"up": torch.zeros(20, 0).half(), "low": torch.zeros(6, 0).half()}, "a rank above 0"),
+        ({"up": torch.zeros(20, 3).half(), "low": torch.zeros(6, 3).half()}, None),
         ({"up": torch.zeros(20, 8).half(), "low": torch.zeros(6, 8).half()}, None),
     ],
 )

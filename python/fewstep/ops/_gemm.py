@@ -40,7 +40,7 @@ from . import _prologue
 from ._epilogue import expect_epilogue, gate_rows, width
 from ._expect import expect_tensors
 from ._gemm_autograd import differentiate
-from ._gemm_hopper import refuse_hopper
+from ._gemm_hopper import loadable, refuse_hopper
 from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._register import register
 from ._select import NO_RUN_YET, Implementation, refuse_native, refuse_triton
@@ -271,7 +271,7 @@ def register_product(
         a, a_scale = p.flat()
         w, branch = bits(unit_stride(p.w)), p.branch()
         if on_gpu:  # for the copy engine; they mostly are
-            a, w, *branch = map(_native.aligned, (a, w, *branch))
+            a, w, *branch = *map(_native.aligned, (a, w)), *map(loadable, branch)
         weight = (w, p.w_scale.contiguous(), contiguous(p.bias))
         activation, *blended = p.epilogue()
         start = (a, a_scale, *weight, *branch, contiguous(p.smooth), p.rotate)
@@ -322,7 +322,7 @@ def register_product(
         reason = refuse_native(name, [a], inputs)
         if reason is not None or a.device.type != "cuda":
             return reason
-        return refuse_hopper(a, *rest, **options)
+        return refuse_hopper(**dict(zip(Operands._fields, (a, *rest), strict=False)), **options)
 
     ways = (
         Implementation("native", run_native, refuse, held_back=NO_RUN_YET),
@@ -350,7 +350,7 @@ def gate_layers(
     """
     generator = torch.Generator().manual_seed(1)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
-    M, N, K, R = 600, 96, 192, 16
+    M, N, K, R = 600, 96, 192, 20  # a rank that is no multiple of 8
     for dtype in FLOATS[1:]:
         w, w_scale = (x.to(device) for x in weight(N, K, generator))
 

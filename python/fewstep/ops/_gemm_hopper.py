@@ -1,7 +1,8 @@
 """What the Hopper kernel of products with 8-bit rows takes (csrc/include/fewstep/cuda/gemm8_*.cuh).
 
-The copy engine reads rows in units of 16 bytes: of a, w, and of low and up, which are multiplied in
-their one 16-bit dtype. Floating rows are quantised by Triton's kernel, and so are int8 outputs.
+The copy engine reads rows that start at multiples of 16 bytes: of a, w, and of low and up, which
+are multiplied in their one 16-bit dtype and copied where their rank is no multiple of 8. Floating
+rows are quantised by Triton's kernel, and so are int8 outputs.
 What is refused here is known from shapes, strides and offsets, which a trace has too; memory that
 starts elsewhere all the same is copied at the launch (`_native.aligned`).
 """
@@ -13,28 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _native
 from ._layout import FLOATS, refuse_rows
 from ._select import refuse_triton
 
+_CHUNK = 8  # 16-bit values
+
 
 def refuse_hopper(
+    *,
     a: Tensor,
     a_scale: Tensor | None = None,
     w: Tensor | None = None,
     w_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    smooth: Tensor | None = None,
-    rotate: int = 0,
-    down: Tensor | None = None,
     up: Tensor | None = None,
     low: Tensor | None = None,
-    activation: str | None = None,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     **others: Any,
 ) -> str | None:
-    """Return why the kernel can't take these operands of a product, or None."""
+    """Return why the kernel can't take a product of these operands, by their names, or None."""
     K = a.shape[-1] if a.dim() else 0
     reason = None
     if K == 0 or K % 16:
@@ -59,7 +57,14 @@ def refuse_hopper(
 def _refuse_branch(low: Tensor, up: Tensor) -> str | None:
     if low.dtype not in FLOATS[1:] or up.dtype != low.dtype:
         return f"low, up: expected bfloat16 or float16, both the same, got {low.dtype}, {up.dtype}"
-    R = up.shape[-1]
-    if R == 0 or R % 8:
-        return f"up: expected a rank above 0 that is a multiple of 8, got {R}"
-    return refuse_rows("up", up)
+    return None if up.shape[-1] else "up: expected a rank above 0, got 0"
+
+
+def loadable(x: Tensor | None) -> Tensor | None:
+    """Return low or up, contiguous, as the copy engine can read it: a rank of no whole chunks of 16
+    bytes is copied to rows that are longer; what lies behind the rank there is not read.
+    """
+    if x is None or x.shape[1] % _CHUNK == 0:
+        return _native.aligned(x)
+    rows, R = x.shape
+    return x.new_empty(rows, R + -R % _CHUNK)[:, :R].copy_(x)

@@ -374,7 +374,7 @@ void multiply_floats(Operands& p, const Source& source, const TensorView& a,
 // The whole op, from checked views of the weight (in `source`, with N columns) and unchecked ones
 // of the rest.
 template <typename Source>
-void multiply(const Source& source, std::int64_t N, const product::Arguments& given) {
+void multiply(const Source& source, std::int64_t N, const ProductArguments& given) {
     const TensorView& a = given.a;
     Operands p;
     p.M = given.out.size(0);

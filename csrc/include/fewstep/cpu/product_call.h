@@ -12,24 +12,9 @@
 #include "fewstep/cpu/low_rank.h"
 #include "fewstep/cpu/quantize_row.h"
 #include "fewstep/dispatch.h"
+#include "fewstep/product_arguments.h"
 
 namespace fewstep::cpu::product {
-
-// An op's arguments beside its weight.
-struct Arguments {
-    const TensorView& a;
-    const TensorView* a_scale;
-    const TensorView* bias;
-    const TensorView* low;
-    const TensorView* up;
-    const TensorView* smooth;
-    std::int64_t rotate;
-    const std::string& activation;
-    const TensorView* gate;
-    const TensorView* residual;
-    const TensorView* scale;
-    const TensorView& out;
-};
 
 // Where the product goes: out, or with a scale per row int8 of what out would be in `rounded`.
 struct Destination {
@@ -38,9 +23,9 @@ struct Destination {
     DType rounded;
 };
 
-// Checks all but the scales of a, the branch and what follows the sums, which leaves `width` of the
-// N columns. `stored` is the dtype of activations that are quantised already.
-inline Destination expect_arguments(const Arguments& given, DType stored, std::int64_t N,
+// Checks all but the weight, the scales of a, the branch and what follows the sums, which leaves
+// `width` of the N columns. `stored` is the dtype of activations that are quantised already.
+inline Destination expect_arguments(const ProductArguments& given, DType stored, std::int64_t N,
                                     std::int64_t width) {
     const TensorView &a = given.a, &out = given.out;
     const std::int64_t M = out.size(0), K = a.size(1);

@@ -6,26 +6,9 @@
 
 #include "fewstep/check.h"
 #include "fewstep/cuda/gemm8_sm90.cuh"
+#include "fewstep/product_arguments.h"
 
 namespace fewstep::cuda::gemm8 {
-
-// An op's arguments, in the order of its contract.
-struct Arguments {
-    const TensorView& a;
-    const TensorView* a_scale;
-    const TensorView& w;
-    const TensorView& w_scale;
-    const TensorView* bias;
-    const TensorView* low;
-    const TensorView* up;
-    const TensorView* smooth;
-    std::int64_t rotate;
-    const std::string& activation;
-    const TensorView* gate;
-    const TensorView* residual;
-    const TensorView* scale;
-    const TensorView& out;
-};
 
 inline void expect_float(const TensorView& x, const char* argument) {
     FEWSTEP_CHECK(
@@ -40,10 +23,9 @@ inline TensorMap map_rows(const TensorView& x, const char* argument, std::int64_
     TensorView view{x.data, DType::kBFloat16, 4, {}, {}};
     view.sizes = {1, 1, x.size(0), columns};
     view.strides = {0, 0, x.stride(0) * columns / x.size(1), 1};
-    FEWSTEP_CHECK(x.size(1) % values_of_chunk == 0 && x.data % 16 == 0 &&
-                      (x.size(0) <= 1 || x.stride(0) % values_of_chunk == 0),
-                  argument, ": expected rows of multiples of 16 bytes that start at such, got ",
-                  x.size(1), " columns, stride ", x.stride(0));
+    FEWSTEP_CHECK(x.data % 16 == 0 && (x.size(0) <= 1 || x.stride(0) % values_of_chunk == 0),
+                  argument, ": expected rows that start at multiples of 16 bytes, got stride ",
+                  x.stride(0));
     FEWSTEP_CHECK(is_loadable(view), argument, ": expected rows that are not repeated");
     return make_tensor_map(view, box_rows);
 }
@@ -77,7 +59,7 @@ inline NamedActivation find_activation(const std::string& name) {
     return kAll[0];
 }
 
-inline End make_end(const Arguments& given, int M, int N) {
+inline End make_end(const ProductArguments& given, int M, int N) {
     const NamedActivation activation = find_activation(given.activation);
     FEWSTEP_CHECK(!activation.is_glu || N % 2 == 0, "w: expected an even N for ", given.activation,
                   ", got ", N);
@@ -107,7 +89,7 @@ inline End make_end(const Arguments& given, int M, int N) {
 }
 
 template <class C>
-void launch(const Arguments& given, Params& p, int multiprocessors, cudaStream_t stream) {
+void launch(const ProductArguments& given, Params& p, int multiprocessors, cudaStream_t stream) {
     constexpr int kHalf = C::kN / 2;
     p.a = map_rows(given.a, "a", given.a.size(1) / 2, C::kRows);
     p.w = map_rows(given.w, "w", given.w.size(1) / 2, kHalf);
@@ -138,7 +120,7 @@ inline int asked_tiling() {
 
 // `tiling`: one of gemm8_plan.h's, or -1 for the one that it finds best.
 template <typename In>
-void run(const Arguments& given, cudaStream_t stream, int tiling = asked_tiling()) {
+void run(const ProductArguments& given, cudaStream_t stream, int tiling = asked_tiling()) {
     constexpr bool kIsFloat = !std::is_same_v<In, std::int8_t>;
     constexpr DType kType = kIsFloat ? DType::kUInt8 : DType::kInt8;
     constexpr std::int64_t kMost = std::int64_t{1} << 30;

@@ -40,8 +40,8 @@ void gemm_fp8(const TensorView& a, const TensorView* a_scale, const TensorView& 
 namespace cuda {
 // The same for GPUs of capability 9.0, of rows that are quantised already: a_scale [M] and w_scale
 // [N] are given, smooth and scale are null, rotate 0; K and both row strides are multiples of 16,
-// as are the addresses of a and w; low and up are both bfloat16 or both float16, with a multiple of
-// 8 columns.
+// as are the addresses of a and w; low and up are both bfloat16 or both float16, in rows that start
+// at multiples of 16 bytes, of any rank.
 void gemm_fp8_sm90(const TensorView& a, const TensorView* a_scale, const TensorView& w,
                    const TensorView& w_scale, const TensorView* bias, const TensorView* low,
                    const TensorView* up, const TensorView* smooth, std::int64_t rotate,
