@@ -163,40 +163,47 @@ __device__ __forceinline__ void fetch_four(const std::uint8_t* scratch, float (&
     std::memcpy(values, &all, sizeof values);
 }
 
-// The warp's 16 rows of y, of a tile's kN columns, from (row, column) of out on.
-template <int kN>
-__device__ __forceinline__ void finish_rows(const End& end, const float (&y)[kN / 2], int row,
-                                            int column, std::uint8_t* scratch) {
-    constexpr int kChunks = kN / kChunk;
+// Where a chunk of y that lies in a warp's scratch begins in out.
+struct ChunkPlace {
+    int row, column;
+};
+
+// `chunks` chunks of y: stage(i) puts the i-th into scratch, 16 rows x 32 columns, or for a gated
+// activation 16 columns and 16 of what is activated; place(i) is where it goes; sync() lets those
+// who stage and those who read meet.
+template <typename Place, typename Stage, typename Sync>
+__device__ __forceinline__ void finish_chunks(const End& end, int chunks, std::uint8_t* scratch,
+                                              const Place& place, const Stage& stage,
+                                              const Sync& sync) {
     constexpr int kMost = kWarpRows * kChunk / 4 / 32;  // rows of a chunk that a thread finishes
     const int lane = threadIdx.x % 32, lanes = lanes_of_row(end.is_glu);
     const int step = 32 / lanes, first = lane / lanes, offset = lane % lanes * 4;
-    // What of row `i` of this thread's, in a chunk from column `at` on, is there.
-    const auto count = [&](int i, int at) {
-        const bool exists = first + i * step < kWarpRows && row + first + i * step < end.M;
-        return exists ? end.width - at - offset : 0;
+    // What of row `i` of this thread's, in a chunk at `at`, is there.
+    const auto count = [&](int i, ChunkPlace at) {
+        const bool exists = first + i * step < kWarpRows && at.row + first + i * step < end.M;
+        return exists ? end.width - at.column - offset : 0;
     };
-    const auto load_rows = [&](const Rows& x, int at, bool repeats, Four(&into)[kMost]) {
+    const auto load_rows = [&](const Rows& x, ChunkPlace at, bool repeats, Four(&into)[kMost]) {
         if (x.data == nullptr) return;
 #pragma unroll
         for (int i = 0; i < kMost; ++i) {
-            const int m = row + first + i * step;
+            const int m = at.row + first + i * step;
             const std::int64_t start = (repeats ? m / end.rows_of_gate : m) * x.stride;
-            into[i] = load_four(x, start + at + offset, count(i, at), end.in_fours);
+            into[i] = load_four(x, start + at.column + offset, count(i, at), end.in_fours);
         }
     };
     Four next[kMost] = {};
-    load_rows(end.residual, column, false, next);
+    load_rows(end.residual, place(0), false, next);
 #pragma unroll 1
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const int width = 4 * lanes, at = column + chunk * width;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const ChunkPlace at = place(chunk);
         Four residual[kMost], gate[kMost] = {};
 #pragma unroll
         for (int i = 0; i < kMost; ++i) residual[i] = next[i];
         load_rows(end.gate, at, true, gate);
-        if (chunk + 1 < kChunks) load_rows(end.residual, at + width, false, next);
-        stage_chunk<kN>(y, chunk, end.is_glu, scratch);
-        __syncwarp();
+        if (chunk + 1 < chunks) load_rows(end.residual, place(chunk + 1), false, next);
+        stage(chunk);
+        sync();
 #pragma unroll
         for (int i = 0; i < kMost; ++i) {
             const int left = count(i, at), line = first + i * step;
@@ -217,11 +224,22 @@ __device__ __forceinline__ void finish_rows(const End& end, const float (&y)[kN 
             if (end.residual.data != nullptr) widen_four(residual[i], end.residual.type, sum);
 #pragma unroll
             for (int j = 0; j < 4; ++j) values[j] = fmaf(factor[j], values[j], sum[j]);
-            store_four(end.out, (row + line) * end.out.stride + at + offset, left, end.in_fours,
-                       values);
+            store_four(end.out, (at.row + line) * end.out.stride + at.column + offset, left,
+                       end.in_fours, values);
         }
-        __syncwarp();
+        sync();
     }
+}
+
+// The warp's 16 rows of y, of a tile's kN columns, from (row, column) of out on.
+template <int kN>
+__device__ __forceinline__ void finish_rows(const End& end, const float (&y)[kN / 2], int row,
+                                            int column, std::uint8_t* scratch) {
+    const int width = 4 * lanes_of_row(end.is_glu);
+    finish_chunks(
+        end, kN / kChunk, scratch,
+        [&](int chunk) { return ChunkPlace{row, column + chunk * width}; },
+        [&](int chunk) { stage_chunk<kN>(y, chunk, end.is_glu, scratch); }, [] { __syncwarp(); });
 }
 
 }  // namespace fewstep::cuda::gemm8

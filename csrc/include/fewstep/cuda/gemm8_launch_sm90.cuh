@@ -118,29 +118,25 @@ inline int asked_tiling() {
     return tiling;
 }
 
-// `tiling`: one of gemm8_plan.h's, or -1 for the one that it finds best.
-template <typename In>
-void run(const ProductArguments& given, cudaStream_t stream, int tiling = asked_tiling()) {
-    constexpr bool kIsFloat = !std::is_same_v<In, std::int8_t>;
-    constexpr DType kType = kIsFloat ? DType::kUInt8 : DType::kInt8;
+// Checks all but the weight's scales and fills what does not depend on tiles; false where there is
+// nothing to do. Rows of w have `w_columns` elements of memory.
+inline bool prepare(const ProductArguments& given, DType a_type, DType w_type,
+                    std::int64_t w_columns, Params& p) {
     constexpr std::int64_t kMost = std::int64_t{1} << 30;
     const std::int64_t M = given.out.size(0), N = given.w.size(0), K = given.a.size(1);
     FEWSTEP_CHECK(given.a_scale != nullptr, "a_scale: expected one per row, got none");
     FEWSTEP_CHECK(given.smooth == nullptr && given.rotate == 0,
                   "smooth, rotate: expected rows that are quantised already, got one");
     FEWSTEP_CHECK(given.scale == nullptr, "scale: expected floating outputs, got int8 ones");
-    expect_rows(given.a, "a", kType, {M, K});
-    expect_rows(given.w, "w", kType, {N, K});
+    expect_rows(given.a, "a", a_type, {M, K});
+    expect_rows(given.w, "w", w_type, {N, w_columns});
     expect_contiguous(*given.a_scale, "a_scale", DType::kFloat32, {M});
-    expect_contiguous(given.w_scale, "w_scale", DType::kFloat32, {N});
-    if (M == 0 || N == 0) return;
+    if (M == 0 || N == 0) return false;
     FEWSTEP_CHECK(K > 0 && K % 16 == 0, "a: expected a multiple of 16 columns, got ", K);
     FEWSTEP_CHECK(M < kMost && N < kMost, "a, w: expected fewer than 2^30 rows, got ", M, ", ", N);
-    Params p{};
     p.N = static_cast<int>(N);
     p.slabs = tiles_of(static_cast<int>(K), kSlab);
     p.a_scale = given.a_scale->ptr<float>();
-    p.w_scale = given.w_scale.ptr<float>();
     if (given.bias != nullptr) {
         expect_float(*given.bias, "bias");
         expect_contiguous(*given.bias, "bias", given.bias->dtype, {N});
@@ -162,6 +158,18 @@ void run(const ProductArguments& given, cudaStream_t stream, int tiling = asked_
         p.branch_slabs = tiles_of(p.rank, kBlockColumns);
     }
     p.end = make_end(given, static_cast<int>(M), p.N);
+    return true;
+}
+
+// `tiling`: one of gemm8_plan.h's, or -1 for the one that it finds best.
+template <typename In>
+void run(const ProductArguments& given, cudaStream_t stream, int tiling = asked_tiling()) {
+    constexpr bool kIsFloat = !std::is_same_v<In, std::int8_t>;
+    constexpr DType kType = kIsFloat ? DType::kUInt8 : DType::kInt8;
+    expect_contiguous(given.w_scale, "w_scale", DType::kFloat32, {given.w.size(0)});
+    Params p{};
+    if (!prepare(given, kType, kType, given.a.size(1), p)) return;
+    p.w_scale = given.w_scale.ptr<float>();
     const int multiprocessors = count_multiprocessors();
     if (tiling < 0) {
         tiling = choose_tiling(kIsFloat, p.end.M, p.N, p.slabs, multiprocessors);
