@@ -204,14 +204,15 @@ shape = 1, 24, 4608, int(sys.argv[1])
 x = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(6)]
 ops.attention_jvp(*x, impl="native")' "$dim"
 done
-for op in gemm_w8a8 gemm_fp8; do
-    counters "$op" gemm8_sm90 '
+for op in gemm_w8a8 gemm_fp8 gemm_w4a8; do
+    counters "$op" 'gemm[48]_sm90' '
 import sys, torch
 from fewstep import ops
 x, w = (torch.randn(n, 3072, device="cuda", dtype=torch.bfloat16) for n in (4096, 12288))
 product = getattr(ops, sys.argv[1])
-quantize = ops.quantize_int8 if sys.argv[1] == "gemm_w8a8" else ops.quantize_fp8
-product(*quantize(x), *quantize(w), out_dtype=x.dtype, impl="native")' "$op"
+int8, int4, fp8 = ops.quantize_int8, ops.quantize_int4, ops.quantize_fp8
+rows, weight = {"gemm_w8a8": (int8, int8), "gemm_w4a8": (int8, int4)}.get(sys.argv[1], (fp8, fp8))
+product(*rows(x), *weight(w), out_dtype=x.dtype, impl="native")' "$op"
 done
 if [[ " ${ops[*]} " == *" attention_jvp "* ]] && has diffusers; then
     models=("$PYTHON" benchmarks/pipelines/forward_mode_models.py --device "$device")

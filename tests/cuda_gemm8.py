@@ -46,7 +46,7 @@ def call_on_device(op, tensors, activation, tiling):
     copy_back()
 
 
-def operands(op, M, N, K):
+def operands(op, M, N, K, group=32):
     """Return a, a_scale, w, w_scale of outputs of order one, as the kernel takes them."""
     if op == "gemm_fp8":
         (a, a_scale), (w, w_scale) = (ops.quantize_fp8(torch.randn(n, K)) for n in (M, N))
@@ -54,6 +54,9 @@ def operands(op, M, N, K):
     else:
         a, w = (torch.randint(-128, 128, (n, K), dtype=torch.int8) for n in (M, N))
         a_scale, w_scale = (torch.rand(M) + 0.5) / 64, (torch.rand(N) + 0.5) * K**-0.5 / 64
+        if op == "gemm_w4a8":
+            w = w.view(torch.uint8)[:, : K // 2].clone()
+            w_scale = ((torch.rand(N, K // group) + 0.01) * K**-0.5 / 4).bfloat16()
     return dict(zip(NAMES, (a, a_scale, w, w_scale), strict=False))
 
 

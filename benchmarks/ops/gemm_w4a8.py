@@ -19,6 +19,7 @@ from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, 
 from fewstep.bench.products import (
     activation_of,
     call,
+    hopper_tilings,
     linear_only,
     model_cases,
     needs_activation,
@@ -101,11 +102,21 @@ def end_to_end() -> list[Provider]:
 def kernel(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any] | str:
     (p,) = integers(case, x, w, bias)
     if x.device.type != "cpu":
-        return "there is no native kernel for this device"
+        return "on GPUs: the tiles below"
     out = x.new_zeros((case["M"], output_width(case)))
     end = (None, 0, p["activation"] or "", None, None, None)  # smooth, rotate, ..., gate to scale
     arguments = (p["a"], p["a_scale"], p["w"], p["w_scale"], bias, p.get("low"), p.get("up"))
     return functools.partial(_native.call, "gemm_w4a8", *arguments, *end, out)
+
+
+def in_order(case: Case, *tensors: Tensor) -> tuple[Any, ...]:
+    (p,) = integers(case, *tensors)
+    return tuple(p[name] for name in ("a", "a_scale", "w", "w_scale", "bias", "out_dtype"))
+
+
+def low_and_up(case: Case, x: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    given = branch(case, x, "low")
+    return given.get("low"), given.get("up")
 
 
 def eight_bits(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
@@ -113,6 +124,18 @@ def eight_bits(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...
     operands = {"bias": bias, "activation": activation_of(case)}
     operands |= branch(case, x, "down")
     return functools.partial(ops.gemm_w8a8, **operands), x, None, q, scale
+
+
+def eight_bits_native(case: Case, *tensors: Tensor) -> tuple[Any, ...]:
+    layer, *args = eight_bits(case, *tensors)
+    return functools.partial(layer, impl="native"), *args
+
+
+def unless_native(case: Case, x: Tensor, *_: Tensor) -> str | None:
+    """Say why gemm_w8a8 has no native kernel on this GPU; on CPUs that is what `auto` takes."""
+    if x.device.type == "cpu":
+        return "as above"
+    return _native.unavailable("gemm_w8a8", x.device)
 
 
 def whole(unless: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -144,9 +167,11 @@ BENCHMARK = Benchmark(
         *implementations("gemm_w4a8", product, integers),
         *end_to_end(),
         Provider("fewstep native, kernel", kernel, "op", "native"),
+        *hopper_tilings("gemm_w4a8", in_order, low_and_up),
         baseline("fewstep, activation apart", product_then_activation, floats, needs_activation),
         baseline("torch linear", call, torch_layer),
         baseline("fewstep gemm_w8a8, from x", call, eight_bits),
+        baseline("fewstep gemm_w8a8 native, from x", call, eight_bits_native, unless_native),
         baseline("torch weight-only int4", call, torch_int4, whole(on_cpu)),
         baseline("ONNX Runtime MatMulNBits", call, onnx_int4, whole(needs_onnx), "onnxruntime"),
         baseline(

@@ -1,28 +1,18 @@
 // gemm_w8a8's and gemm_fp8's Hopper kernel on the host, for tests/cuda_gemm8.py (ctypes).
+#include "emulated_product.h"
 #include "fewstep/cuda/gemm8_launch_sm90.cuh"
 
 namespace gemm8 = fewstep::cuda::gemm8;
 
-// Tensors in the order of the contract; an empty one where `present` says so.
 extern "C" const char* run(const fewstep::TensorView* views, const bool* present,
                            const char* activation, int tiling) {
-    static std::string message;
-    const auto optional = [&](int i) { return present[i] ? &views[i] : nullptr; };
-    try {
-        const std::string name = activation;
-        const fewstep::ProductArguments given{
-            views[0], optional(1), views[2], views[3],    optional(4), optional(5), optional(6),
-            nullptr,  0,           name,     optional(7), optional(8), nullptr,     views[9]};
-        if (views[0].dtype == fewstep::DType::kInt8) {
+    return run_product(views, present, activation, [&](const fewstep::ProductArguments& given) {
+        if (given.a.dtype == fewstep::DType::kInt8) {
             gemm8::run<std::int8_t>(given, 0, tiling);
         } else {
             gemm8::run<fewstep::cuda::Float8>(given, 0, tiling);
         }
-    } catch (const std::exception& error) {
-        message = error.what();
-        return message.c_str();
-    }
-    return nullptr;
+    });
 }
 
 // gemm8_plan.h, for the tests of it.

@@ -116,10 +116,11 @@ def needs_activation(case: Case, *tensors: Tensor) -> str | None:
     return None if activation_of(case) else "there is no activation to keep apart"
 
 
-# By FEWSTEP_GEMM8_TILING: gemm8_plan.h's, rows x columns.
+# By FEWSTEP_GEMM8_TILING: gemm8_plan.h's, rows x columns; gemm4_plan.h's, rows of w x rows of a.
 HOPPER_TILES = {
     "gemm_w8a8": ("128 x 256", "128 x 128 in turns", "64 x 128 in turns"),
     "gemm_fp8": ("128 x 192", "128 x 128", "64 x 128 in turns"),
+    "gemm_w4a8": ("128 x 256", "128 x 128", "128 x 64"),
 }
 
 
@@ -138,10 +139,15 @@ def asked_tiling(tiling: int) -> Iterator[None]:
             os.environ[name] = before
 
 
-def hopper_tilings(op: str, operands: Callable[..., tuple[Any, ...]]) -> list[Provider]:
+def hopper_tilings(
+    op: str,
+    operands: Callable[..., tuple[Any, ...]],
+    branch: Callable[..., tuple[Tensor | None, Tensor | None]] = lambda *_: (None, None),
+) -> list[Provider]:
     """Return the Hopper kernel with each of its tiles, into an output that is there already.
 
-    `operands(case, x, w, bias)` are those of the op, then out_dtype and perhaps the activation.
+    `operands(case, x, w, bias)` are those of the op, then out_dtype and perhaps more;
+    `branch(case, x, w, bias)` are low and up.
     Each tiling passes the gate by itself. The fastest of each shape is what the kernel's own choice
     of tiles is to become.
     """
@@ -152,7 +158,7 @@ def hopper_tilings(op: str, operands: Callable[..., tuple[Any, ...]]) -> list[Pr
             return reason
         a, a_scale, w, w_scale, bias, dtype, *_ = operands(case, *tensors)
         out = torch.empty((case["M"], output_width(case)), dtype=dtype, device=device)
-        given = (bits(a), a_scale, bits(w), w_scale, bias, None, None, None, 0)
+        given = (bits(a), a_scale, bits(w), w_scale, bias, *branch(case, *tensors), None, 0)
         end = (activation_of(case) or "", None, None, None, out)
         return functools.partial(_native.call, op, *given, *end)
 

@@ -28,7 +28,7 @@ The derivatives are in `_gemm_autograd.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -380,13 +380,15 @@ TILED_SHAPES = ((1490, 1492, 496), (1094, 1096, 208))
 
 
 def gate_tilings(
-    device: torch.device, weight: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
+    device: torch.device,
+    weight: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]],
+    shapes: Sequence[tuple[int, int, int]] = TILED_SHAPES,
 ) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
     """Return gate cases with a branch and all of an end, for the large tiles; as `gate_layers`."""
     generator = torch.Generator().manual_seed(2)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
     R = 72  # more than one slab
-    for M, N, K in TILED_SHAPES:
+    for M, N, K in shapes:
         w, w_scale = (x.to(device) for x in weight(N, K, generator))
 
         def draw(*shape: int, size: float = 1.0) -> Tensor:

@@ -1,4 +1,5 @@
-"""What the Hopper kernel of products with 8-bit rows takes (csrc/include/fewstep/cuda/gemm8_*.cuh).
+"""What the Hopper kernels of products with 8-bit rows take (csrc/include/fewstep/cuda/gemm8_*.cuh,
+with a 4-bit weight gemm4_*.cuh, whose scales of groups their op has checked).
 
 The copy engine reads rows that start at multiples of 16 bytes: of a, w, and of low and up, which
 are multiplied in their one 16-bit dtype and copied where their rank is no multiple of 8. Floating
@@ -39,7 +40,7 @@ def refuse_hopper(
         reason = f"expected K above 0 and a multiple of 16, got {K}"
     elif a_scale is not None and a_scale.dim() == a.dim():
         reason = "a_scale: expected one scale per row, got scales of blocks"
-    elif w_scale is not None and w_scale.dim() != 1:
+    elif w is not None and w.dtype != torch.uint8 and w_scale is not None and w_scale.dim() != 1:
         reason = "w_scale: expected one scale per column, got scales of blocks"
     elif a.is_floating_point() and a_scale is None:
         reason = refuse_triton([a], FLOATS)  # quantises the rows

@@ -34,11 +34,21 @@ from torch import Tensor
 from ..reference.gemm_w4a8 import fold_int4
 from ..reference.gemm_w4a8 import gemm_w4a8 as _reference
 from ._expect import expect_tensor
-from ._gemm import Operands, expect_operands, gate_layers, register_product, rounding_dtype
+from ._gemm import (
+    Operands,
+    expect_operands,
+    gate_layers,
+    gate_tilings,
+    register_product,
+    rounding_dtype,
+)
 from ._select import select
 from .quantize_int4 import expect_int4
 
 __all__ = ["fold_int4", "gemm_w4a8"]
+
+# As _gemm.py's, for csrc/include/fewstep/cuda/gemm4_plan.h, of whole groups.
+TILED_SHAPES = ((1490, 1492, 576), (1094, 1096, 192))
 
 
 def _launcher() -> Callable[..., None]:
@@ -122,7 +132,7 @@ def gemm_w4a8(
         raise ValueError(f"a: expected an even K, got {K}")
     expect_operands(operands, (w.shape[0], K // 2))
     op = _op_int8 if out_dtype == torch.int8 else _op
-    return op(*operands, select("gemm_w4a8", impl, IMPLEMENTATIONS, a))
+    return op(*operands, select("gemm_w4a8", impl, IMPLEMENTATIONS, *operands[:-1], out_dtype))
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
@@ -146,4 +156,4 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         scale = torch.rand((N, K // 64), generator=generator) + 0.5
         return w, (scale * K**-0.5 / 8).bfloat16()
 
-    return cases + gate_layers(device, weight)
+    return cases + gate_layers(device, weight) + gate_tilings(device, weight, TILED_SHAPES)

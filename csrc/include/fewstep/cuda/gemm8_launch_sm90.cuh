@@ -18,7 +18,7 @@ inline void expect_float(const TensorView& x, const char* argument) {
 
 // Rows [M, K] as the copy engine takes them: 16-bit values, whose number is `columns`.
 inline TensorMap map_rows(const TensorView& x, const char* argument, std::int64_t columns,
-                          int box_rows) {
+                          int box_rows, int box_columns = kBlockColumns) {
     const std::int64_t values_of_chunk = 8 * x.size(1) / columns;
     TensorView view{x.data, DType::kBFloat16, 4, {}, {}};
     view.sizes = {1, 1, x.size(0), columns};
@@ -27,7 +27,7 @@ inline TensorMap map_rows(const TensorView& x, const char* argument, std::int64_
                   argument, ": expected rows that start at multiples of 16 bytes, got stride ",
                   x.stride(0));
     FEWSTEP_CHECK(is_loadable(view), argument, ": expected rows that are not repeated");
-    return make_tensor_map(view, box_rows);
+    return make_tensor_map(view, box_rows, box_columns);
 }
 
 // A matrix of the end, and whether four of its columns are one access.
@@ -88,6 +88,17 @@ inline End make_end(const ProductArguments& given, int M, int N) {
     return end;
 }
 
+// Returns the blocks that share the tiles.
+template <class C>
+unsigned place_tiles(Params& p, int multiprocessors) {
+    p.row_tiles = tiles_of(p.end.M, C::kRows);
+    p.column_tiles = tiles_of(p.end.width, p.end.is_glu ? C::kN / 2 : C::kN);
+    const std::int64_t tiles = std::int64_t{p.row_tiles} * p.column_tiles;
+    FEWSTEP_CHECK(tiles < (std::int64_t{1} << 30), "a, w: expected fewer than 2^30 tiles, got ",
+                  tiles);
+    return static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors);
+}
+
 template <class C>
 void launch(const ProductArguments& given, Params& p, int multiprocessors, cudaStream_t stream) {
     constexpr int kHalf = C::kN / 2;
@@ -97,12 +108,7 @@ void launch(const ProductArguments& given, Params& p, int multiprocessors, cudaS
         p.low = map_rows(*given.low, "low", p.rank, C::kRows);
         p.up = map_rows(*given.up, "up", p.rank, kHalf);
     }
-    p.row_tiles = tiles_of(p.end.M, C::kRows);
-    p.column_tiles = tiles_of(p.end.width, p.end.is_glu ? kHalf : C::kN);
-    const std::int64_t tiles = std::int64_t{p.row_tiles} * p.column_tiles;
-    FEWSTEP_CHECK(tiles < (std::int64_t{1} << 30), "a, w: expected fewer than 2^30 tiles, got ",
-                  tiles);
-    const auto blocks = static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors);
+    const unsigned blocks = place_tiles<C>(p, multiprocessors);
     launch_kernel(gemm8_sm90_kernel<C>, "gemm8_sm90", dim3(blocks), kThreads, C::kSharedBytes,
                   stream, p);
 }

@@ -87,10 +87,10 @@ FEWSTEP_HOST_DEVICE constexpr TilePlace place_of(int index, int rows, int column
 
 // Bytes from the start of a warp's scratch to float (row, column) of 16 x 32. Chunks of 16 bytes
 // change places by the row: a quarter of a warp then writes pairs of an accumulator, and reads
-// rows, without two threads meeting in a bank.
+// rows, and a warp writes single values of a transposed one, without two threads meeting in a bank.
 constexpr int kScratchBytes = kWarpRows * kChunk * 4;
 FEWSTEP_HOST_DEVICE constexpr int scratch_offset(int row, int column) {
-    return row * kChunk * 4 + (column / 4 ^ row % 4 * 2) * 16 + column % 4 * 4;
+    return row * kChunk * 4 + (column / 4 ^ (row + row / 4) % 4 * 2) * 16 + column % 4 * 4;
 }
 
 // How a warp reads them back, four columns a thread: `lanes` threads for a row. Halves that a gated

@@ -33,6 +33,12 @@ struct Params {
     End end;
 };
 
+__device__ __forceinline__ std::uint8_t* aligned_shared() {
+    std::uint8_t* const raw = dynamic_shared();
+    const std::uint32_t past = shared_address(raw) % kAlignment;
+    return raw + (past == 0 ? 0 : kAlignment - past);
+}
+
 // The warp-wide facts of a kernel, and its shared memory.
 template <typename In_, int kTiling>
 struct Config {
@@ -49,11 +55,7 @@ struct Config {
 
     std::uint8_t* base;
 
-    __device__ Config() {
-        std::uint8_t* const raw = dynamic_shared();
-        const std::uint32_t past = shared_address(raw) % kAlignment;
-        base = raw + (past == 0 ? 0 : kAlignment - past);
-    }
+    __device__ Config() : base(aligned_shared()) {}
     __device__ std::uint8_t* slot(int i) const { return base + i * kTile.slot_bytes(); }
     __device__ std::uint8_t* scratch(int warp) const { return slot(kSlots) + warp * kScratchBytes; }
     // Scales, then biases of a tile's columns.

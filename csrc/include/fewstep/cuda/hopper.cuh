@@ -123,14 +123,15 @@ struct RingPosition {
 
 // ---- bulk tensor loads -------------------------------------------------------------------------
 
-// A tensor as the copy engine reads it: boxes of `box_rows` rows x 64 columns, swizzled; zeros
-// outside.
+// A tensor as the copy engine reads it: boxes of `box_rows` rows x 64 columns, swizzled, or of 32
+// columns in rows of 64 bytes (half_row_offset); zeros outside.
 struct TensorMap {
     CUtensorMap map;
     int head_step, batch_step;
 };
 
-inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
+inline TensorMap make_tensor_map(const TensorView& x, int box_rows,
+                                 int box_columns = kBlockColumns) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
     static const Encode encode = [] {
         void* function = nullptr;
@@ -147,13 +148,16 @@ inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
     cuuint64_t sizes[4], strides[3];
     std::copy(d.sizes, d.sizes + 4, sizes);
     std::copy(d.strides, d.strides + 3, strides);
-    const cuuint32_t box[4] = {kBlockColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
+    const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_columns),
+                               static_cast<cuuint32_t>(box_rows), 1, 1};
+    const CUtensorMapSwizzle swizzle =
+        box_columns == kBlockColumns ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
     const cuuint32_t steps[4] = {1, 1, 1, 1};
     // The engine moves bits: bfloat16 stands for any 16-bit value.
     const CUresult status =
         encode(&result.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.ptr<void>(), sizes, strides, box,
-               steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+               steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS) {
         throw std::runtime_error(::fewstep::detail::concat(
             "fewstep: cuTensorMapEncodeTiled failed with ", static_cast<int>(status)));
@@ -161,8 +165,8 @@ inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
     return result;
 }
 
-// Loads a block of 64 columns, from `column` on, x the box's rows to `target`; it signals
-// `barrier`, which has been told the bytes to wait for.
+// Loads the box's columns, from `column` on, x its rows to `target`; it signals `barrier`, which
+// has been told the bytes to wait for.
 __device__ __forceinline__ void load_block(const TensorMap& source, TileIndex at, int column,
                                            std::uint8_t* target, Barrier& barrier) {
     cute::SM90_TMA_LOAD_4D::copy(&source.map, barrier.address(),
@@ -192,8 +196,9 @@ struct Float8 {
 };
 
 // The instructions for 64 x kN products with 32-bit sums: integers (in two's complement) of int8,
-// else floats. "Scores": both operands K-major in shared memory. "Values": the left one in
-// registers, the right one MN-major in shared memory. "Transposed": both MN-major in shared memory.
+// else floats. "Scores": both operands K-major in shared memory. "Mixed": the left one in
+// registers, the right one as for scores. "Values": the left one in registers, the right one
+// MN-major in shared memory. "Transposed": both MN-major in shared memory.
 template <typename T, int kN>
 struct MatrixInstruction;
 template <typename T>
@@ -204,6 +209,9 @@ using Sum = std::conditional_t<std::is_same_v<T, std::int8_t>, std::uint32_t, fl
     struct MatrixInstruction<T, N> {                                                        \
         using Scores =                                                                      \
             cute::SM90::GMMA::MMA_64x##N##x16_F32##TYPES##_SS<cute::SM90::GMMA::Major::K,   \
+                                                              cute::SM90::GMMA::Major::K>;  \
+        using Mixed =                                                                       \
+            cute::SM90::GMMA::MMA_64x##N##x16_F32##TYPES##_RS<cute::SM90::GMMA::Major::K,   \
                                                               cute::SM90::GMMA::Major::K>;  \
         using Values =                                                                      \
             cute::SM90::GMMA::MMA_64x##N##x16_F32##TYPES##_RS<cute::SM90::GMMA::Major::K,   \
@@ -216,6 +224,7 @@ using Sum = std::conditional_t<std::is_same_v<T, std::int8_t>, std::uint32_t, fl
     template <>                                                                     \
     struct MatrixInstruction<T, N> {                                                \
         using Scores = cute::SM90::GMMA::MMA_64x##N##x32_##TYPES##_SS_TN ARGUMENTS; \
+        using Mixed = cute::SM90::GMMA::MMA_64x##N##x32_##TYPES##_RS_TN ARGUMENTS;  \
     };
 #define FEWSTEP_MATRIX_INSTRUCTIONS(N)                      \
     FEWSTEP_MATRIX_INSTRUCTION(__nv_bfloat16, BF16BF16, N)  \
@@ -262,9 +271,9 @@ __device__ __forceinline__ void issue_scores(std::uint64_t a, std::uint64_t b, S
                                              std::index_sequence<kI...>) {
     Instruction::fma(a, b, acc[kI]..., keep);
 }
-template <typename Instruction, int kCount, std::size_t... kI>
+template <typename Instruction, typename Sum, int kCount, std::size_t... kI>
 __device__ __forceinline__ void issue_values(const std::uint32_t* a, std::uint64_t b,
-                                             float (&acc)[kCount], std::index_sequence<kI...>) {
+                                             Sum (&acc)[kCount], std::index_sequence<kI...>) {
     Instruction::fma(a[0], a[1], a[2], a[3], b, acc[kI]..., cute::SM90::GMMA::ScaleOut::One);
 }
 }  // namespace registers
@@ -282,6 +291,19 @@ __device__ __forceinline__ void multiply_scores(std::uint64_t a, int a_rows, std
             kAdd || k > 0 ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
         registers::issue_scores<Instruction>(a + (columns_step(k, a_rows) >> 4),
                                              b + (columns_step(k, kN) >> 4), acc, keep,
+                                             std::make_index_sequence<kN / 2>{});
+    }
+}
+
+// acc += A B^T over kSteps times 32 bytes of columns: A is 64 rows in registers, four for each step
+// (mixed_column), B a tile of kN rows by the descriptor of its first. Asynchronous.
+template <typename T, int kN, int kSteps>
+__device__ __forceinline__ void multiply_mixed(const std::uint32_t (&a)[4 * kSteps],
+                                               std::uint64_t b, Sum<T> (&acc)[kN / 2]) {
+    using Instruction = typename MatrixInstruction<T, kN>::Mixed;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+        registers::issue_values<Instruction>(a + 4 * k, b + (columns_step(k, kN) >> 4), acc,
                                              std::make_index_sequence<kN / 2>{});
     }
 }
@@ -338,6 +360,11 @@ __device__ __forceinline__ void add_to_global(float* target, const float (&value
     registers::add_fours<kStride>(target, values, std::make_index_sequence<kCount / 4>{});
 }
 
+// Has the second-level cache fetch what lies there; nothing waits for it.
+__device__ __forceinline__ void prefetch_global(const void* at) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 // ---- two 16-bit values in a register -----------------------------------------------------------
 
 template <typename T>
@@ -383,6 +410,12 @@ __device__ __forceinline__ std::uint32_t pack_bytes<Float8>(const float* x) {
         return __nv_cvt_float2_to_fp8x2({low, high}, __NV_SATFINITE, __NV_E4M3);
     };
     return pair(x[0], x[1]) | pair(x[2], x[3]) << 16;
+}
+
+// Bytes of low (0-3) and high (4-7), the i-th as the i-th hexadecimal digit of `selector` says.
+__device__ __forceinline__ std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high,
+                                                       std::uint32_t selector) {
+    return __byte_perm(low, high, selector);
 }
 
 // A sum of products of 8-bit values, of less than 2^22 in absolute value if it is an integer: then

@@ -47,6 +47,13 @@ FEWSTEP_HOST_DEVICE constexpr int columns_step(int k, int rows) {
     return k / kSteps * rows * kRowBytes + k % kSteps * kStepK * 2;
 }
 
+// Bytes from the start of a tile with rows of 64 bytes to byte `at` of row `row`: its four 16-byte
+// chunks change places by every other row (the 64-byte swizzle). What a bulk tensor load with a box
+// of 32 columns leaves. Starts at multiples of 512 bytes.
+FEWSTEP_HOST_DEVICE constexpr int half_row_offset(int row, int at) {
+    return row * 64 + (at / 16 ^ row / 2 % 4) * 16 + at % 16;
+}
+
 // Bytes from the start of an MN-major tile to rows 16 k ... 16 k + 15.
 FEWSTEP_HOST_DEVICE constexpr int rows_step(int k) {
     return k * kStepK * kRowBytes;
@@ -61,6 +68,12 @@ FEWSTEP_HOST_DEVICE constexpr int accumulator_row(int thread, int value) {
 }
 FEWSTEP_HOST_DEVICE constexpr int accumulator_column(int thread, int value) {
     return value / 4 * 8 + thread % 4 * 2 + value % 2;
+}
+
+// A left operand of 64 rows x 32 bytes in registers: the i-th of thread t holds four neighbours of
+// row t / 32 * 16 + t % 32 / 4 + i % 2 * 8, from byte mixed_column(t, i) on.
+FEWSTEP_HOST_DEVICE constexpr int mixed_column(int thread, int i) {
+    return i / 2 * 16 + thread % 4 * 4;
 }
 
 }  // namespace fewstep::cuda

@@ -13,10 +13,24 @@
 
 #include "fewstep/tensor.h"
 
-namespace fewstep::cpu {
+namespace fewstep {
+
+namespace cpu {
 void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView& w,
                const TensorView& w_scale, const TensorView* bias, const TensorView* low,
                const TensorView* up, const TensorView* smooth, std::int64_t rotate,
                const std::string& activation, const TensorView* gate, const TensorView* residual,
                const TensorView* scale, const TensorView& out);
 }
+namespace cuda {
+// The same for GPUs of capability 9.0, of rows that are quantised already: as gemm_w8a8.h says, and
+// rows of w start at multiples of 16 bytes.
+void gemm_w4a8_sm90(const TensorView& a, const TensorView* a_scale, const TensorView& w,
+                    const TensorView& w_scale, const TensorView* bias, const TensorView* low,
+                    const TensorView* up, const TensorView* smooth, std::int64_t rotate,
+                    const std::string& activation, const TensorView* gate,
+                    const TensorView* residual, const TensorView* scale, const TensorView& out,
+                    std::uintptr_t stream);
+}  // namespace cuda
+
+}  // namespace fewstep

@@ -110,25 +110,27 @@ struct RingPosition {
 struct TensorMap {
     MapDescription description;
     const std::uint8_t* data = nullptr;
-    int box_rows = 0;
+    int box_rows = 0, box_columns = 0;
 };
-inline TensorMap make_tensor_map(const TensorView& x, int box_rows) {
+inline TensorMap make_tensor_map(const TensorView& x, int box_rows,
+                                 int box_columns = kBlockColumns) {
     FEWSTEP_CHECK(is_loadable(x), "emulation: expected a tensor that the copy engine can read");
     const MapDescription d = describe(x);
     for (const std::uint64_t size : d.sizes) {
         FEWSTEP_CHECK(size > 0, "emulation: expected sizes above 0 for the copy engine");
     }
-    return {d, x.ptr<std::uint8_t>(), box_rows};
+    return {d, x.ptr<std::uint8_t>(), box_rows, box_columns};
 }
 
 inline void load_block(const TensorMap& source, TileIndex at, int column, std::uint8_t* target,
                        Barrier& barrier) {
     emulation::machine().loads.push_back([=, &barrier] {
+        const int row_bytes = 2 * source.box_columns;
         const MapDescription& d = source.description;
         const auto head = static_cast<std::uint64_t>(at.head * d.head_step);
         const auto batch = static_cast<std::uint64_t>(at.batch * d.batch_step);
         for (int r = 0; r < source.box_rows; ++r) {
-            for (int i = 0; i < kBlockColumns; ++i) {
+            for (int i = 0; i < source.box_columns; ++i) {
                 const auto row = static_cast<std::uint64_t>(at.row + r);
                 const auto from = static_cast<std::uint64_t>(column + i);
                 std::uint16_t value = 0;
@@ -140,12 +142,12 @@ inline void load_block(const TensorMap& source, TileIndex at, int column, std::u
                                 sizeof value);
                 }
                 const std::uint32_t to =
-                    emulation::swizzled(shared_address(target) + r * kRowBytes + i * 2);
+                    emulation::swizzled(shared_address(target) + r * row_bytes + i * 2, row_bytes);
                 std::memcpy(emulation::machine().shared() + to, &value, sizeof value);
                 emulation::machine().publish(to, sizeof value);
             }
         }
-        barrier.complete(source.box_rows * kRowBytes);
+        barrier.complete(source.box_rows * row_bytes);
     });
 }
 template <int kBlocks>
@@ -192,6 +194,38 @@ void multiply_scores(std::uint64_t a, int a_rows, std::uint64_t b, Sum<T> (&acc)
                     sum += left.k_major<T>(row, j) * right.k_major<T>(column, j);
                 }
                 acc[i] = sum;
+            }
+        }
+    });
+}
+
+inline void prefetch_global(const void*) {}
+
+template <typename T, int kN, int kSteps>
+void multiply_mixed(const std::uint32_t (&a)[4 * kSteps], std::uint64_t b, Sum<T> (&acc)[kN / 2]) {
+    constexpr int kSize = sizeof(T), kColumns = 32 / kSize;
+    emulation::Machine& m = emulation::machine();
+    const int self = m.running;
+    const std::size_t issue = m.thread().operands.size();
+    m.thread().operands.emplace_back(a, a + 4 * kSteps);
+    m.thread().issued.push_back([=, &acc, &m] {
+        for (int k = 0; k < kSteps; ++k) {
+            // Registers of the quad, as the instruction's table of the left operand has them.
+            Sum<T> left[2][kColumns];
+            for (int j = 0; j < 2 * kColumns; ++j) {
+                const int second_row = j / kColumns, at = j % kColumns * kSize;
+                const int mate = self / 4 * 4 + at % 16 / 4, index = at / 16 * 2 + second_row;
+                const std::uint32_t word = m.threads[mate].operands.at(issue)[4 * k + index];
+                T value;
+                std::memcpy(&value, reinterpret_cast<const char*>(&word) + at % 4, kSize);
+                left[second_row][j % kColumns] = emulation::widened(value);
+            }
+            const emulation::Descriptor right(b + (columns_step(k, kN) >> 4));
+            for (int i = 0; i < kN / 2; ++i) {
+                const int column = accumulator_column(self % kGroupThreads, i);
+                for (int j = 0; j < kColumns; ++j) {
+                    acc[i] += left[i / 2 % 2][j] * right.k_major<T>(column, j);
+                }
             }
         }
     });
@@ -277,6 +311,16 @@ std::uint32_t pack_bytes(const float* x) {
         bytes |= static_cast<std::uint32_t>(byte) << 8 * i;
     }
     return bytes;
+}
+inline std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
+    const std::uint64_t bytes = static_cast<std::uint64_t>(high) << 32 | low;
+    std::uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const std::uint32_t digit = selector >> 4 * i & 15;
+        FEWSTEP_CHECK(digit < 8, "emulation: expected the numbers of eight bytes, got ", digit);
+        result |= static_cast<std::uint32_t>(bytes >> 8 * digit & 0xff) << 8 * i;
+    }
+    return result;
 }
 inline float widen(float sum) {
     return sum;

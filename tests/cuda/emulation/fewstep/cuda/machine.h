@@ -230,9 +230,10 @@ inline std::uint8_t to_e4m3(float x) {
     return sign | static_cast<std::uint8_t>((exponent + 6) * 8 + units);
 }
 
-// The byte that the hardware reads for address `at` of a 128-byte swizzled operand.
-inline std::uint32_t swizzled(std::uint32_t at) {
-    return at ^ (at >> 7 & 7) << 4;
+// The byte that the hardware means by address `at` of something swizzled in rows of 128 bytes, or
+// of 64.
+inline std::uint32_t swizzled(std::uint32_t at, int row_bytes = 128) {
+    return at ^ (at >> 7 & (row_bytes == 128 ? 7 : 3)) << 4;
 }
 
 inline std::uint32_t widened(std::int8_t value) {
