@@ -37,6 +37,14 @@ from ._gemm import (
     weight_columns,
 )
 
+PARTS = 32  # of 16 bytes, that a program takes of a row at a time
+GEMV_WARPS = 4
+
+
+def gemv_columns(M: int) -> int:
+    """Return how many columns of out a program takes without dots: as many as registers hold."""
+    return 16 if M == 1 else 8 if M == 2 else 4
+
 
 @triton.jit
 def _nibbles(packed):
@@ -48,6 +56,47 @@ def _nibbles(packed):
     even = ((bits & 0x0F) ^ 0x4B000008).to(tl.float32, bitcast=True)
     odd = ((bits & 0xF0) ^ 0x4B000080).to(tl.float32, bitcast=True)
     return even - 8388616.0, odd - 8388736.0
+
+
+@triton.jit
+def gemv_sums(
+    x_ptr,
+    w_ptr,
+    w_scale_ptr,
+    columns,
+    K,
+    stride_xm,
+    M: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Return sum_k x_mk q_nk s_ng for the columns n: a vector for each of M rows."""
+    parts = tl.arange(0, PARTS)  # of 32 columns of the weight
+    count = K // 32
+    w_ptrs = w_ptr + columns[:, None, None] * (count * 16) + tl.arange(0, 16)[None, None, :]
+    s_ptrs = w_scale_ptr + columns[:, None] * (K // G)
+    sums = ()
+    for _ in tl.static_range(M):
+        sums += (tl.zeros([BLOCK_N, PARTS], tl.float32),)
+    for start in range(0, count, PARTS):
+        part = start + parts
+        inside = part < count
+        packed = tl.load(w_ptrs + part[None, :, None] * 16, mask=inside[None, :, None], other=0)
+        s = tl.load(s_ptrs + (part // (G // 32))[None, :], mask=inside[None, :], other=0.0)
+        even, odd = _nibbles(packed)
+        added = ()
+        for m in tl.static_range(M):
+            x_ptrs = x_ptr + m * stride_xm + part[:, None] * 32 + 2 * tl.arange(0, 16)[None, :]
+            x_even = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
+            x_odd = tl.load(x_ptrs + 1, mask=inside[:, None], other=0.0).to(tl.float32)
+            products = even * x_even[None, :, :] + odd * (x_odd * 0.0625)[None, :, :]
+            added += (sums[m] + tl.sum(products, 2) * s.to(tl.float32),)
+        sums = added
+    outs = ()
+    for m in tl.static_range(M):
+        outs += (tl.sum(sums[m], 1),)
+    return outs
 
 
 @triton.jit
@@ -75,29 +124,9 @@ def _gemv_w4a16_kernel(
 ):
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = weight_columns(offs_n, N, ACTIVATION, 1)  # past the end: computed and not stored
-    parts = tl.arange(0, PARTS)  # of 32 columns of the weight
-    count = K // 32
-    w_ptrs = w_ptr + columns[:, None, None] * (count * 16) + tl.arange(0, 16)[None, None, :]
-    s_ptrs = w_scale_ptr + columns[:, None] * (K // G)
-    sums = ()
-    for _ in tl.static_range(M):
-        sums += (tl.zeros([BLOCK_N, PARTS], tl.float32),)
-    for start in range(0, count, PARTS):
-        part = start + parts
-        inside = part < count
-        packed = tl.load(w_ptrs + part[None, :, None] * 16, mask=inside[None, :, None], other=0)
-        s = tl.load(s_ptrs + (part // (G // 32))[None, :], mask=inside[None, :], other=0.0)
-        even, odd = _nibbles(packed)
-        added = ()
-        for m in tl.static_range(M):
-            x_ptrs = x_ptr + m * stride_xm + part[:, None] * 32 + 2 * tl.arange(0, 16)[None, :]
-            x_even = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
-            x_odd = tl.load(x_ptrs + 1, mask=inside[:, None], other=0.0).to(tl.float32)
-            products = even * x_even[None, :, :] + odd * (x_odd * 0.0625)[None, :, :]
-            added += (sums[m] + tl.sum(products, 2) * s.to(tl.float32),)
-        sums = added
+    sums = gemv_sums(x_ptr, w_ptr, w_scale_ptr, columns, K, stride_xm, M, G, BLOCK_N, PARTS)
     for m in tl.static_range(M):
-        out = tl.sum(sums[m], 1)
+        out = sums[m]
         if bias_ptr is not None:
             out += tl.load(bias_ptr + columns).to(tl.float32)
         if BLOCK_R > 0:
@@ -196,17 +225,17 @@ def launch_gemm_w4a16(
     G, block_r = K // w_scale.shape[1] if K else 32, branch_block(low, up)
     few = 8 if x.dtype == torch.float32 else 2
     if few >= M:
-        block_n = 16 if M == 1 else 8 if M == 2 else 4  # as many as registers hold
+        block_n = gemv_columns(M)
         _gemv_w4a16_kernel[(triton.cdiv(N, block_n),)](
             *tensors,
             *sizes,
             M=M,
             G=G,
             BLOCK_N=block_n,
-            PARTS=32,
+            PARTS=PARTS,
             BLOCK_R=block_r,
             ACTIVATION=activation,
-            num_warps=4,
+            num_warps=GEMV_WARPS,
         )
         return
     if x.dtype == torch.float32:  # without tensor cores: a product is unrolled in registers

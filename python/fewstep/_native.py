@@ -8,6 +8,7 @@ because the CPU kernels resolve their OpenMP symbols to the runtime that torch l
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,11 @@ def unavailable(op: str, device: torch.device) -> str | None:
 def aligned(x: Tensor | None, unit: int = 16) -> Tensor | None:
     """Return x if its memory starts at a multiple of `unit` bytes, else a copy; None for None."""
     return x if x is None or x.data_ptr() % unit == 0 else x.clone()
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return where the memory of these starts, 0 for None: for kernels that get a table of it."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def call(op: str, *args: Any) -> None:

@@ -70,6 +70,17 @@ def has_tangent(x: Tensor) -> bool:
         return False
 
 
+def tensors_of(args: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors among the arguments, those of lists too."""
+    found = []
+    for x in args:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif type(x) in (list, tuple):
+            found += tensors_of(x)
+    return found
+
+
 def transform() -> Any:
     """Return the innermost torch.func transform around the caller, or None."""
     interpreter = torch._C._functorch.peek_interpreter_stack()
@@ -82,7 +93,7 @@ def is_differentiated(args: Sequence[Any]) -> bool:
     if active is not None:
         # functionalize has no rule for Functions; below it the bare op comes to its own kernel.
         return active != torch._C._functorch.TransformType.Functionalize
-    tensors = [x for x in args if isinstance(x, Tensor)]
+    tensors = tensors_of(args)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True
     return forward_ad._current_level >= 0 and any(map(has_tangent, tensors))

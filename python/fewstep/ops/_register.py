@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._autograd import Derivative, DerivativeError, differentiable, has_tangent
+from ._autograd import Derivative, DerivativeError, differentiable, has_tangent, tensors_of
 from ._autograd import transform as active_transform
 from ._select import Implementation
 
@@ -32,13 +32,13 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 def any_tangent(args: Sequence[Any]) -> bool:
     """Return whether any tensor in `args` carries a tangent at the current level."""
-    return any(isinstance(x, Tensor) and x.is_floating_point() and has_tangent(x) for x in args)
+    return any(x.is_floating_point() and has_tangent(x) for x in tensors_of(args))
 
 
 def refuse_derivatives(op: str, args: Sequence[Any]) -> None:
     """Raise DerivativeError if any tensor in `args` carries a tangent or needs a gradient."""
-    for value in args:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+    for value in tensors_of(args):
+        if not value.is_floating_point():
             continue
         if has_tangent(value):
             raise DerivativeError(
@@ -75,6 +75,8 @@ def is_plain(args: Sequence[Any]) -> bool:
             and _are_plain(torch._C._dispatch_keys(x))
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
+            return False
+        if type(x) in (list, tuple) and not is_plain(x):
             return False
     return True
 
@@ -113,7 +115,7 @@ def register(
 
     def at_autograd(keyset: Any, *args: Any) -> Any:
         wants_gradient = torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in args
+            x.requires_grad for x in tensors_of(args)
         )
         if function is None or active_transform() is not None or any_tangent(args):
             refuse_derivatives(op, args)

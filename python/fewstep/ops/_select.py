@@ -55,10 +55,12 @@ class Explanation:
 
 
 def first_tensor(args: Sequence[Any]) -> Tensor:
-    """Return the first tensor among the arguments: its device decides."""
+    """Return the first tensor among the arguments, or in lists of them: its device decides."""
     for value in args:
         if isinstance(value, Tensor):
             return value
+        if type(value) in (list, tuple) and value and isinstance(value[0], Tensor):
+            return value[0]
     raise TypeError("expected at least one tensor among the positional arguments, got none")
 
 
