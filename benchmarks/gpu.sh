@@ -3,7 +3,7 @@
 # small gate shapes, and the benches; print a table; leave one folder.
 #
 #   benchmarks/gpu.sh [--dry-run] [OP ...]
-#   benchmarks/gpu.sh low_bit      # the low-bit layers: 'quantize_*' 'gemm_*' 'norm_quantize_*'
+#   benchmarks/gpu.sh low_bit      # the low-bit layers: 'quantize_*' 'gem[mv]_*' 'norm_quantize_*'
 #
 # OP is an op or a pattern of names; without one it is all of them.
 #
@@ -34,7 +34,7 @@ for argument in "$@"; do
         --dry-run) dry_run=1 ;;
         -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         -*) echo "gpu.sh: expected --dry-run or an op, got $argument" >&2; exit 2 ;;
-        low_bit) ops+=('quantize_*' 'gemm_*' 'norm_quantize_*') ;;
+        low_bit) ops+=('quantize_*' 'gem[mv]_*' 'norm_quantize_*') ;;
         *) ops+=("$argument") ;;
     esac
 done
@@ -140,7 +140,9 @@ pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
 tests=()
 for op in "${ops[@]}"; do
     [[ -f tests/ops/test_$op.py ]] && tests+=("tests/ops/test_$op.py")
-    [[ -f tests/cuda/test_${op}_sm90.py ]] && tests+=("tests/cuda/test_${op}_sm90.py")
+    for test in "tests/cuda/test_${op}"{,_sm90}.py; do
+        [[ -f $test ]] && tests+=("$test")
+    done
 done
 # What several ops share: masks, rows, states.
 [[ -n ${tests[*]} ]] && tests+=(tests/ops/test__*.py)
@@ -214,6 +216,13 @@ int8, int4, fp8 = ops.quantize_int8, ops.quantize_int4, ops.quantize_fp8
 rows, weight = {"gemm_w8a8": (int8, int8), "gemm_w4a8": (int8, int4)}.get(sys.argv[1], (fp8, fp8))
 product(*rows(x), *weight(w), out_dtype=x.dtype, impl="native")' "$op"
 done
+counters gemv_w4a16_grouped gemv_w4a16 '
+import torch
+from fewstep import ops
+x = torch.randn(1, 3072, device="cuda", dtype=torch.bfloat16)
+w = [torch.randint(0, 256, (18432, 1536), device="cuda", dtype=torch.uint8) for _ in range(57)]
+scale = [torch.ones(18432, 48, device="cuda", dtype=torch.bfloat16) for _ in w]
+ops.gemv_w4a16_grouped(x, w, scale, impl="native")'
 if [[ " ${ops[*]} " == *" attention_jvp "* ]] && has diffusers; then
     models=("$PYTHON" benchmarks/pipelines/forward_mode_models.py --device "$device")
     ((dry_run)) && models+=(--tiny --repeats 2)

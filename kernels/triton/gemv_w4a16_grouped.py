@@ -51,8 +51,8 @@ def _gemv_w4a16_grouped_kernel(
     begins = tl.load(table_ptr + offs_g * _WORDS, mask=offs_g < problems, other=1 << 31)
     problem = tl.sum((begins <= pid).to(tl.int32), 0) - 1
     row = table_ptr + problem * _WORDS
-    first = (pid - tl.load(row)) * BLOCK_N
-    N = tl.load(row + 1)
+    first = (pid - tl.load(row).to(tl.int32)) * BLOCK_N
+    N = tl.load(row + 1).to(tl.int32)
     offset = tl.load(row + 2)
     w_ptr = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.uint8)), 16)
     w_scale_ptr = tl.load(row + 4).to(tl.pointer_type(SCALE))

@@ -23,6 +23,7 @@ from fewstep.kernels import (
     gemm_w4a8,
     gemm_w4a16,
     gemm_w8a8,
+    gemv_w4a16_grouped,
     norm_quantize_int8,
     quantize_fp8,
     quantize_int4,
@@ -41,6 +42,7 @@ TYPES = {
     torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 KERNELS = {
     attention_jvp: ["_attention_jvp_fwd_kernel"],
@@ -48,6 +50,7 @@ KERNELS = {
     gemm_w8a8: ["_gemm_w8a8_kernel"],
     gemm_w4a8: ["_gemm_w4a8_kernel", "_fold_int4_kernel"],
     gemm_w4a16: ["_gemm_w4a16_kernel", "_gemv_w4a16_kernel"],
+    gemv_w4a16_grouped: ["_gemv_w4a16_grouped_kernel"],
     quantize_int4: ["_quantize_int4_kernel"],
     quantize_fp8: ["_quantize_fp8_kernel"],
     quantize_int8: ["_quantize_int8_kernel"],
@@ -232,6 +235,17 @@ def product(
     return launches(lambda: launch(*left, *w, new(N), *branch, *end))
 
 
+def grouped(M, group=64, dtype=torch.bfloat16):
+    """Return the launch of FLUX.1's modulation layers, all of one input."""
+    x = torch.empty((1, M, 3072), dtype=dtype, device="meta")
+    widths = [18432] * 38 + [9216] * 38
+    w = [x.new_empty((N, 1536), dtype=torch.uint8) for N in widths]
+    w_scale = [x.new_empty((N, 3072 // group), dtype=torch.bfloat16) for N in widths]
+    bias, out = [x.new_empty(N) for N in widths], x.new_empty(M * sum(widths))
+    launch, memory = gemv_w4a16_grouped.launch_gemv_w4a16_grouped, [0] * 3 * len(widths)
+    return launches(lambda: launch(x, w, w_scale, bias, memory, out))
+
+
 def quantize_rows(rotate):
     """Return the launches of the int8 quantisation of rows, smoothed and rotated."""
     x = torch.empty((4096, 3072), dtype=torch.bfloat16, device="meta")
@@ -343,6 +357,10 @@ VARIANTS = {
     "gemm_w4a8 4096 group 32": lambda: product(gemm_w4a8, 4096, group=32),
     "gemm_w4a8 4096 group 128": lambda: product(gemm_w4a8, 4096, group=128),
     "gemm_w4a16 1": lambda: product(gemm_w4a16, 1),
+    "gemv_w4a16_grouped 1": lambda: grouped(1),
+    "gemv_w4a16_grouped 2": lambda: grouped(2, group=128),
+    "gemv_w4a16_grouped 8": lambda: grouped(8),
+    "gemv_w4a16_grouped 8 float32": lambda: grouped(8, group=32, dtype=torch.float32),
     "gemm_w4a16 2": lambda: product(gemm_w4a16, 2, group=32),
     "gemm_w4a16 8 float32": lambda: product(gemm_w4a16, 8, dtype=torch.float32),
     "gemm_w4a16 8": lambda: product(gemm_w4a16, 8),

@@ -76,8 +76,6 @@ def is_plain(args: Sequence[Any]) -> bool:
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
             return False
-        if type(x) in (list, tuple) and not is_plain(x):
-            return False
     return True
 
 
@@ -114,9 +112,7 @@ def register(
         return runs[args[-1]](*args[:-1])
 
     def at_autograd(keyset: Any, *args: Any) -> Any:
-        wants_gradient = torch.is_grad_enabled() and any(
-            x.requires_grad for x in tensors_of(args)
-        )
+        wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of(args))
         if function is None or active_transform() is not None or any_tangent(args):
             refuse_derivatives(op, args)
         elif wants_gradient:
@@ -131,6 +127,8 @@ def register(
     function = None
 
     count = len(overload._schema.arguments)
-    call = differentiable(op, overload, count, derivative, (is_plain, kernel))
+    lists = any(str(x.type).startswith("List") for x in overload._schema.arguments)
+    plain = (lambda args: is_plain(tensors_of(args))) if lists else is_plain
+    call = differentiable(op, overload, count, derivative, (plain, kernel))
     function = call.function
     return call

@@ -11,9 +11,7 @@ x has at most 8 rows, K and G are those of all. In adaLN every block's modulatio
 same silu(temb): FLUX.1 has 76 of them, 3.2 billion weights for one row. One by one each is a launch
 that lasts a few microseconds and leaves most of the memory's rate unused at its beginning and end.
 
-The weights stay where they are: kernels get their addresses. CUDA C++ gets them as arguments of the
-launch, so nothing on the device can be stale, and a CUDA graph holds them as it holds those of
-any kernel. One buffer for all, of which the layers' weights were slices, would be lost or doubled
+The weights stay where they are: kernels get their addresses. One buffer for all, of which the layers' weights were slices, would be lost or doubled
 by what moves, copies or offloads layers one by one (docs/ops/gemv_w4a16_grouped.md).
 
 The error is gemm_w4a16's, and so are the bits, where `same_bits` says so. There is no derivative.
@@ -230,7 +228,8 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
     for dtype in FLOATS:
         # Parts of a chunk of 128 k, many chunks, widths that end anywhere; every group and as many
         # rows as fit one, two and four passes of the tensor cores.
-        for M, K, group in ((1, 96, 32), (8, 1152, 32), (4, 3072, 64), (7, 1152, 64), (8, 640, 128)):
+        shapes = ((1, 96, 32), (8, 1152, 32), (4, 3072, 64), (7, 1152, 64), (8, 640, 128))
+        for M, K, group in shapes:
             widths = (130, 16, 65)
 
             def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
