@@ -11,8 +11,9 @@ x has at most 8 rows, K and G are those of all. In adaLN every block's modulatio
 same silu(temb): FLUX.1 has 76 of them, 3.2 billion weights for one row. One by one each is a launch
 that lasts a few microseconds and leaves most of the memory's rate unused at its beginning and end.
 
-The weights stay where they are: kernels get their addresses. One buffer for all, of which the layers' weights were slices, would be lost or doubled
-by what moves, copies or offloads layers one by one (docs/ops/gemv_w4a16_grouped.md).
+The weights stay where they are: kernels get their addresses. One buffer for all, of which the
+layers' weights were slices, would be lost or doubled by what moves, copies or offloads layers one
+by one (docs/ops/gemv_w4a16_grouped.md).
 
 The error is gemm_w4a16's, and so are the bits, where `same_bits` says so. There is no derivative.
 """
