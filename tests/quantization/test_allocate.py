@@ -20,7 +20,7 @@ from fewstep.quantization.allocate import (
 from fewstep.quantization.calibration import first_tensor
 from fewstep.quantization.errors import content, output_error, split_error, sqnr
 from fewstep.quantization.recipe import Recipe
-from fewstep.quantization.samples import Samples
+from fewstep.quantization.samples import splits
 
 allocation = sys.modules[allocate.__module__]  # the name is the function's
 
@@ -201,7 +201,8 @@ def test_compensated_layers_are_measured_and_planned(pipe, calibration):
     # On rows that were not fitted to, a few of those the layer saw.
     assert found[kept][1].sqnr > rounded[kept][1].sqnr + 3
     linear = pipe.transformer.get_submodule(kept)
-    held = Samples.of(calibration.inputs[kept]).held_out().all_rows()
+    ways = splits(calibration.inputs[kept], calibration.runs[kept])
+    held = ways[0].held_out.all_rows()
     seen = {"compensate": calibration, "skip": given["skip"]}
     with torch.no_grad(), quantize(pipe.transformer, "w4a8", **seen) as handle:
         own = sqnr(handle.replaced[kept](held), linear(held))

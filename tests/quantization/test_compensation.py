@@ -23,7 +23,7 @@ from fewstep.quantization.compensation import (
 )
 from fewstep.quantization.errors import row_error, sqnr
 from fewstep.quantization.grids import Grid, search
-from fewstep.quantization.samples import FEWEST, HELD_OUT, Samples
+from fewstep.quantization.samples import FEWEST, HELD_OUT, Samples, splits
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +211,7 @@ def test_one_large_token_does_not_decide():
 def test_it_is_kept_only_where_it_errs_less_on_rows_held_out():
     linear, x = layer_of(), correlated()
     rounded = QuantLinear.from_linear(linear, "w4a8")
-    layer, after, before = quantize_compensated(linear, rounded, Samples.of(x))
+    layer, after, before = quantize_compensated(linear, rounded, splits(x))
     assert layer is not rounded
     assert after < 0.5 * before
     # Fitted rows that hold one direction alone, in which nothing else is worth anything.
@@ -219,9 +219,9 @@ def test_it_is_kept_only_where_it_errs_less_on_rows_held_out():
     fitted = torch.arange(512) % HELD_OUT != 0
     sizes = 10 + torch.rand(448, 1, generator=seeded(3))
     lies[fitted] = sizes * torch.randn(128, generator=seeded(2))
-    samples = Samples.of(lies)
-    assert torch.equal(samples.fitted().rows, lies[fitted])
-    layer, after, before = quantize_compensated(linear, rounded, samples)
+    ways = splits(lies)
+    assert torch.equal(ways[0].fitted.rows, lies[fitted])
+    layer, after, before = quantize_compensated(linear, rounded, ways)
     assert layer is rounded
     assert after == before
 
@@ -233,8 +233,11 @@ def test_equal_rows_are_one_and_count_as_many():
     samples = Samples.of(torch.cat([x, copies]))
     # In the order in which they came first.
     assert torch.equal(samples.rows, x[[i for i in range(100) if i not in (7, 93)]])
-    held, fitted = samples.held_out(), samples.fitted()
+    (split,) = splits(torch.cat([x, copies]))
+    held, fitted = split.held_out, split.fitted
     assert (len(held.rows), len(fitted.rows)) == (13, 85)
+    assert held.counts.sum() + fitted.counts.sum() == 400
+    assert len(split.judges()) == 1
     assert not (held.rows[:, None] == fitted.rows).all(-1).any()
     assert torch.equal(held.all_rows().unique(dim=0), held.rows.unique(dim=0))
     assert held.counts.sum() == len(held.all_rows())
@@ -267,7 +270,7 @@ def test_rows_that_come_again_and_again_prove_nothing(distinct):
         text = handle.explain()
     if distinct < FEWEST:
         assert "rounding compensated in 0 of 0 layers calibrated" in text
-        few = "layers that saw fewer than 64 different rows, rounded to nearest: 1"
+        few = "layers that saw fewer than 64 different rows in one run, rounded to nearest: 1"
         assert few in text.splitlines()
     else:
         assert "rounding compensated in 0 of 1 layers calibrated" in text
@@ -278,9 +281,9 @@ def test_rows_that_come_again_and_again_prove_nothing(distinct):
 def test_a_gain_of_less_than_a_tenth_is_luck(monkeypatch, gain, taken):
     linear, module = layer_of(), "fewstep.quantization.compensation"
     rounded = QuantLinear.from_linear(linear, "w4a8")
-    errors = lambda _, layer, samples: 1.0 if layer is rounded else 1 - gain  # noqa: E731
-    monkeypatch.setattr(f"{module}.held_out_error", errors)
-    layer, after, before = quantize_compensated(linear, rounded, Samples.of(correlated(128)))
+    errors = lambda _, layer, split: [1.0 if layer is rounded else 1 - gain]  # noqa: E731
+    monkeypatch.setattr(f"{module}.held_out_errors", errors)
+    layer, after, before = quantize_compensated(linear, rounded, splits(correlated(128)))
     assert (layer is not rounded, after, before) == (taken, 1 - gain * taken, 1.0)
 
 

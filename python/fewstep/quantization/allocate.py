@@ -47,7 +47,7 @@ from .linear import QuantLinear, refuse_linear
 from .plan import Plan
 from .recipe import Recipe
 from .replace import Skip, choose_layers
-from .samples import Samples
+from .samples import splits
 from .scheme import Scheme
 
 CANDIDATES = (
@@ -199,7 +199,8 @@ def measure(
         sample = rows.to(linear.weight)
         judge = sample
         if compensate:  # told apart as they are, before a cast can make two of them one
-            judge = Samples.of(rows).held_out().all_rows().to(linear.weight)
+            ways = splits(rows, calibration.runs.get(name))
+            judge = ways[0].held_out.all_rows().to(linear.weight) if ways else sample
         exact = linear(judge)
         found = []
         for layer in layers:

@@ -13,6 +13,7 @@ stand for many others and differ from each other (the density and variety of EDA
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -40,12 +41,15 @@ class Calibration:
     evaluations   (args, kwargs) of calls of the model, on the CPU
     amax          layer -> largest magnitude in each column [K] of all rows seen, each row in units
                   of its root mean square, float32 on the CPU
+    runs          layer -> which run of the pipeline each of `inputs` came in [R], int64 on the CPU;
+                  empty for a model by itself, and from files that do not know
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, float] = field(default_factory=dict)
     evaluations: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     amax: dict[str, Tensor] = field(default_factory=dict)
+    runs: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write it as safetensors.
@@ -55,7 +59,7 @@ class Calibration:
         """
         tensors: dict[str, Tensor] = {}
         evaluations = [_encode(item, tensors) for item in self.evaluations]
-        for kind, found in (("inputs", self.inputs), ("amax", self.amax)):
+        for kind, found in (("inputs", self.inputs), ("amax", self.amax), ("runs", self.runs)):
             tensors |= {f"{kind}.{name}": x.contiguous() for name, x in found.items()}
         data = {"rows": self.rows, "evaluations": evaluations}
         # One layer in several places has its rows under several names.
@@ -75,12 +79,15 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             data = json.loads(metadata[_FORMAT])
             evaluations = [_decode(item, tensors) for item in data["evaluations"]]
-            found: dict[str, dict[str, Tensor]] = {"inputs": {}, "amax": {}}
+            found: dict[str, dict[str, Tensor]] = {"inputs": {}, "amax": {}, "runs": {}}
             for name, x in tensors.items():
                 kind, _, layer = name.partition(".")
                 if kind in found:
                     found[kind][layer] = x
-            return cls(found["inputs"], data["rows"], evaluations, found["amax"])
+            for layer, runs in found["runs"].items():
+                if runs.shape != found["inputs"][layer].shape[:1]:
+                    raise KeyError(f"runs.{layer} of {list(runs.shape)}")
+            return cls(found["inputs"], data["rows"], evaluations, found["amax"], found["runs"])
         except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(
                 f"calibration: expected a file as Calibration.save writes it, got {path}: {error}"
@@ -127,10 +134,11 @@ class _Reservoir:
     def __init__(self, size: int, generator: torch.Generator) -> None:
         self.size, self.generator = size, generator
         self.kept: Tensor | None = None
+        self.runs = torch.zeros(0, dtype=torch.int64)
         self.amax: Tensor | None = None
         self.seen = 0
 
-    def add(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor, run: int = 0) -> None:
         rms = rows.float().square().mean(1, keepdim=True).sqrt()
         largest = (rows.float() / rms.clamp(min=torch.finfo(torch.float32).tiny)).abs().amax(0)
         self.amax = largest if self.amax is None else self.amax.maximum(largest)
@@ -145,12 +153,34 @@ class _Reservoir:
         missing = min(self.seen, self.size) - self.kept.shape[0]
         if missing:
             self.kept = torch.cat([self.kept, self.kept.new_zeros((missing, rows.shape[1]))])
+            self.runs = torch.cat([self.runs, self.runs.new_zeros(missing)])
         hits = (places < self.size).nonzero()[:, 0]
         # Of several rows for one place the last one stays, as if they had come one by one.
         last = dict(zip(places[hits].tolist(), hits.tolist(), strict=True))
         if last:
             taken = rows[torch.tensor([*last.values()], device=rows.device)]
             self.kept[torch.tensor([*last])] = taken.float().cpu()
+            self.runs[torch.tensor([*last])] = run
+
+
+def _told(value: Any) -> Any:
+    """Return a nest of texts and tensors as something hashable, equal for equal ones."""
+    if isinstance(value, Tensor):
+        data = value.detach().float().cpu().contiguous().numpy().tobytes()
+        return (*value.shape, hashlib.sha256(data).hexdigest())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_told, value))
+    return value if isinstance(value, str) else None
+
+
+def _condition(call: Mapping[str, Any]) -> Any:
+    """Return what tells a call's prompts from others', or None without any.
+
+    Calls of the same prompts show what other seeds bring, and not what other texts do: they are
+    one run.
+    """
+    told = {name: _told(value) for name, value in call.items() if "prompt" in name}
+    return tuple(sorted((n, t) for n, t in told.items() if t is not None)) or None
 
 
 def _fingerprint(output: Any) -> Tensor:
@@ -237,7 +267,8 @@ def calibrate(
 
     Args:
         pipe: a pipeline, or the model itself.
-        calls: keyword arguments; 4 to 16 calls with different prompts and seeds.
+        calls: keyword arguments; 4 to 16 calls with different prompts and seeds. Those of equal
+            prompts are one run, in what layers are judged by (`samples`).
         rows: rows kept of each layer's input, each as many float32 numbers as the layer has inputs.
             For `quantize(compensate=)` better about as many as that, 1,024 at least.
         evaluations: whole evaluations of the model kept, for errors at its output; four times as
@@ -271,7 +302,7 @@ def calibrate(
     def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor) and x.numel():
-            reservoirs[layer].add(x.detach().reshape(-1, x.shape[-1]))
+            reservoirs[layer].add(x.detach().reshape(-1, x.shape[-1]), run)
 
     def evaluated(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal seen, place
@@ -287,10 +318,12 @@ def calibrate(
     handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in places]
     handles.append(model.register_forward_pre_hook(evaluated, with_kwargs=True))
     handles.append(model.register_forward_hook(gave))
-    ran = 0
+    ran = run = 0
+    known: dict[Any, int] = {}
     try:
         for ran, call in enumerate(calls, 1):
             before = seen
+            run = known.setdefault(_condition(call) or ran, len(known))
             pipe(**call)
             if seen == before:
                 raise ValueError(
@@ -308,4 +341,5 @@ def calibrate(
         {name: r.seen / seen for name, r in found.items() if r.kept is not None},
         [kept[i] for i in choose(torch.stack([prints[i] for i in range(len(kept))]), evaluations)],
         {name: r.amax.cpu() for name, r in found.items() if r.amax is not None},
+        {} if pipe is model else {name: r.runs for name, r in found.items() if r.kept is not None},
     )

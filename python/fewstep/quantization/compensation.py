@@ -28,6 +28,7 @@ not decide. H is made of one layer's rows at a time, K x K in float64, and forgo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,7 +40,7 @@ from .errors import row_energy, row_error
 from .grids import Grid, search
 from .linear import QuantLinear
 from .low_rank import ROUNDS, factorize
-from .samples import Samples
+from .samples import Samples, Split
 from .scheme import Scheme
 from .smoothing import GAIN
 
@@ -224,40 +225,47 @@ def compensate(
 
 @torch.no_grad()
 def quantize_compensated(
-    linear: nn.Linear, rounded: QuantLinear, samples: Samples, *, literal: bool = False
+    linear: nn.Linear, rounded: QuantLinear, ways: Sequence[Split], *, literal: bool = False
 ) -> tuple[QuantLinear, float, float]:
     """Return (layer, its error, the error of `rounded`): compensated where that errs less.
 
-    Both errors are `row_error` over what the samples hold out. Less is less by `GAIN` than what it
-    is taken instead of.
+    Both errors are `row_error` over what the first split holds out. Less is less by `GAIN` than
+    what it is taken instead of, on everything that each of the splits judges by.
 
     Args:
         linear: the layer; left as it is.
         rounded: its quantised form, rounded to nearest. Its smoothing is tried, and none.
-        samples: of its input.
+        ways: splits of samples of its input, one at least. The layer is fitted to the first one's.
         literal: keep the smoothing that `rounded` has.
     """
-    before = held_out_error(linear, rounded, samples)
+    before = [held_out_errors(linear, rounded, split) for split in ways]
     scheme = rounded.scheme
     best, least = rounded, before
     for smooth in {id(s): s for s in (None, rounded.smooth)}.values():
         if literal and smooth is not rounded.smooth:
             continue
         tried = replace(scheme, smooth=smooth is not None)
-        try:
-            layer = compensate(linear, tried, samples.fitted(), smooth)
-        except torch.linalg.LinAlgError:  # inputs beyond what float32 can multiply
-            continue
-        error = held_out_error(linear, layer, samples)
-        if error < least * GAIN:
-            best, least = layer, error
-    return best, least, before
+        layers, found = [], []
+        for split, bounds in zip(ways, least, strict=True):
+            try:
+                layers.append(compensate(linear, tried, split.fitted, smooth))
+            except torch.linalg.LinAlgError:  # inputs beyond what float32 can multiply
+                break
+            found.append(held_out_errors(linear, layers[-1], split))
+            if not all(e < bound * GAIN for e, bound in zip(found[-1], bounds, strict=True)):
+                break
+        else:
+            best, least = layers[0], found
+    return best, least[0][0], before[0][0]
 
 
 @torch.no_grad()
-def held_out_error(linear: nn.Linear, layer: nn.Module, samples: Samples) -> float:
-    """Return the `row_error` of a layer that stands for `linear`, over what is held out."""
-    held = samples.held_out().to(linear.weight)
+def held_out_errors(linear: nn.Linear, layer: nn.Module, split: Split) -> list[float]:
+    """Return the `row_error` of a layer that stands for `linear`, over each of what judges it."""
     bias = None if linear.bias is None else linear.bias.float()
-    want = F.linear(held.rows.float(), linear.weight.float(), bias)
-    return row_error(layer(held.rows), want, held.counts)
+    errors = []
+    for held in split.judges():
+        held = held.to(linear.weight)
+        want = F.linear(held.rows.float(), linear.weight.float(), bias)
+        errors.append(row_error(layer(held.rows), want, held.counts))
+    return errors

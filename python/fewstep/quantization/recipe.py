@@ -15,7 +15,7 @@ from .calibration import Calibration
 from .compensation import quantize_compensated
 from .errors import decibels
 from .linear import QuantLinear, refuse_linear
-from .samples import FEWEST, Samples
+from .samples import FEWEST, Samples, splits
 from .scheme import Scheme
 from .smoothing import quantize_smoothed
 
@@ -63,7 +63,7 @@ class Recipe:
     compensate: Calibration | None = None
     literal: bool = False
     _errors: list[tuple[float, float]] = field(default_factory=list)  # before and after
-    _few: Counter[str] = field(default_factory=Counter)  # layers that saw too little, by argument
+    _few: Counter[str] = field(default_factory=Counter)  # layers that saw little, by what follows
 
     def refuse(self, name: str, linear: nn.Linear) -> str | None:
         """Return why a layer can't be quantised so, or None."""
@@ -86,29 +86,32 @@ class Recipe:
 
     def _make(self, name: str, linear: nn.Linear) -> QuantLinear:
         scheme, seen = self.schemes[name], self.compensate
-        samples = None if seen is None else _samples(seen, name)
-        if samples is None or not samples.enough:
-            self._few["compensate"] += samples is not None
+        rows = None if seen is None else seen.inputs.get(name)
+        if seen is None or rows is None:
+            return self._rounded(name, linear, scheme)
+        ways = splits(rows, seen.runs.get(name))
+        if not ways:
+            self._few["compensate"] += 1
             return self._rounded(name, linear, scheme)
         literal = self.literal or scheme.smooth
-        layer = self._rounded(name, linear, scheme, held_out=self.smooth is seen)
-        layer, *errors = quantize_compensated(linear, layer, samples, literal=literal)
-        self._errors.append((errors[1], errors[0]))
+        fitted = ways[0].fitted if self.smooth is seen else None
+        rounded = self._rounded(name, linear, scheme, fitted)
+        layer, after, before = quantize_compensated(linear, rounded, ways, literal=literal)
+        self._errors.append((before, after))
+        self._few["again"] += layer is not rounded and not any(len(w.new.rows) for w in ways)
         return layer
 
     def _rounded(
-        self, name: str, linear: nn.Linear, scheme: Scheme, *, held_out: bool = False
+        self, name: str, linear: nn.Linear, scheme: Scheme, fitted: Samples | None = None
     ) -> QuantLinear:
         seen = self.smooth
         if seen is None or name not in seen.amax or (self.literal and not scheme.smooth):
             return QuantLinear.from_linear(linear, scheme)
-        samples = _samples(seen, name)
-        assert samples is not None
+        samples = Samples.of(seen.inputs[name])
         if not samples.enough and not scheme.smooth:
             self._few["smooth"] += 1
             return QuantLinear.from_linear(linear, scheme)
-        samples = samples.fitted() if held_out else samples
-        return quantize_smoothed(linear, scheme, samples, seen.amax[name])
+        return quantize_smoothed(linear, scheme, fitted or samples, seen.amax[name])
 
     def calibrated(self) -> dict[str, bool]:
         """Return the notes of a plan that is made of what this makes."""
@@ -118,10 +121,14 @@ class Recipe:
     def notes(self) -> list[str]:
         """Say what calibration did, for `QuantizedModules.explain`."""
         few = [
-            f"layers that saw fewer than {FEWEST} different rows, {undone}: {self._few[argument]}"
-            for argument, undone in (
-                ("compensate", "rounded to nearest"),
-                ("smooth", "not smoothed"),
+            f"layers that saw {what}: {self._few[argument]}"
+            for argument, what in (
+                (
+                    "compensate",
+                    f"fewer than {FEWEST} different rows in one run, rounded to nearest",
+                ),
+                ("again", "the same few rows in every run, compensated for these alone"),
+                ("smooth", f"fewer than {FEWEST} different rows, not smoothed"),
             )
             if self._few[argument]
         ]
@@ -135,11 +142,6 @@ class Recipe:
             )
             text += f": {before:.1f} dB to {after:.1f} dB at the median layer, on rows held out"
         return [text, *few]
-
-
-def _samples(seen: Calibration, name: str) -> Samples | None:
-    rows = seen.inputs.get(name)
-    return None if rows is None else Samples.of(rows)
 
 
 def _refuse_seen(seen: Calibration, name: str, linear: nn.Linear) -> str | None:
