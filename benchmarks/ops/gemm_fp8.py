@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fewstep import _native, ops
 from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit
+from fewstep.bench.gpu_peers import fp8_peers
 from fewstep.bench.products import bf16_limit, call, hopper_tilings, model_cases
 
 CASES = [
@@ -78,6 +79,13 @@ def scaled_mm(
     return torch._scaled_mm(a, w.t(), *scales, bias=bias, out_dtype=dtype)
 
 
+def fast_scaled_mm(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any]:
+    a, a_scale, w, w_scale, *_ = e4m3(case, x, w, bias)
+    options = {"bias": bias, "out_dtype": case.dtype, "use_fast_accum": True}
+    scales = a_scale[:, None], w_scale[None]
+    return functools.partial(torch._scaled_mm, a, w.t(), *scales, **options)
+
+
 def scaled_mm_from_x(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
     q, scale = ops.quantize_fp8(w)
 
@@ -115,8 +123,15 @@ BENCHMARK = Benchmark(
         *hopper_tilings("gemm_fp8", e4m3),
         baseline("torch linear", F.linear),
         baseline("torch._scaled_mm, row-wise", scaled_mm, e4m3),
+        Provider(
+            "torch._scaled_mm, row-wise, fast accumulation",
+            fast_scaled_mm,
+            "baseline",
+            devices=("cuda",),
+        ),
         baseline("torch._scaled_mm, row-wise, eager, from x", call, scaled_mm_from_x),
         baseline("torch._scaled_mm, one scale", one_scale, e4m3),
+        *fp8_peers(),
         bf16_limit(),
         matmul_limit(torch.float8_e4m3fn, only="cuda"),
     ],

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep import _native, ops
 from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit, needs
+from fewstep.bench.gpu_peers import int4_peers
 from fewstep.bench.products import (
     activation_of,
     call,
@@ -181,6 +182,7 @@ BENCHMARK = Benchmark(
             whole(needs("openvino", "cpu")),
             "openvino",
         ),
+        *int4_peers(),
         vnni_limit(),
         matmul_limit(torch.int8),
     ],

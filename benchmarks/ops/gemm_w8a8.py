@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fewstep import _native, ops
 from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit, needs
+from fewstep.bench.gpu_peers import int8_peers, worth_tuning
 from fewstep.bench.products import (
     activation_of,
     call,
@@ -112,6 +113,11 @@ def int_mm(
     return (torch._int_mm(a, w).float() * a_scale[:, None] * w_scale + bias).to(dtype)
 
 
+def int_mm_alone(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> Callable[[], Any]:
+    a, _, q, *_ = int_mm_operands(case, x, w, bias)
+    return functools.partial(torch._int_mm, a, q)
+
+
 def int_mm_from_x(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
     q, scale = ops.quantize_int8(w)
 
@@ -130,10 +136,8 @@ def enough_rows(case: Case, *tensors: Tensor) -> str | None:
 
 
 def worth_compiling(case: Case, *tensors: Tensor) -> str | None:
-    # Some ten seconds per shape: the model shapes of GPUs take it at FLUX.1's image stream only.
-    if case.devices == ("cuda",) and not case.name.startswith("FLUX.1 image"):
-        return "compiled at FLUX.1's image shapes only"
-    return needs("torchao")(case, *tensors)
+    why = worth_tuning(case) if tensors[0].device.type == "cuda" else None
+    return why or needs("torchao")(case, *tensors)
 
 
 def torchao_layer(case: Case, x: Tensor, w: Tensor, bias: Tensor) -> tuple[Any, ...]:
@@ -171,6 +175,13 @@ BENCHMARK = Benchmark(
         *hopper_tilings("gemm_w8a8", integers),
         baseline("fewstep, activation apart", product_then_activation, floats, needs_activation),
         baseline("torch linear", call, torch_layer),
+        Provider(
+            "torch._int_mm alone",
+            int_mm_alone,
+            "baseline",
+            unless=linear_only(enough_rows),
+            devices=("cuda",),
+        ),
         baseline("torch._int_mm, eager scales", int_mm, int_mm_operands, linear_only(enough_rows)),
         baseline("torch._int_mm, eager, from x", call, int_mm_from_x, linear_only(enough_rows)),
         baseline("torch dynamic int8", call, dynamic_layer, linear_only(on_cpu)),
@@ -191,6 +202,7 @@ BENCHMARK = Benchmark(
             linear_only(needs("openvino", "cpu")),
             "openvino",
         ),
+        *int8_peers(),
         vnni_limit(),
         matmul_limit(torch.int8),
     ],

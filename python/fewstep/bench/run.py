@@ -18,6 +18,7 @@ from ..ops._select import UnsupportedError
 from .apart import PeerError, TurnClock, Workers, turns
 from .environment import package_version
 from .inputs import input_sets, nbytes
+from .kernels import kernel_names
 from .measure import Budget, Within, cache_bytes, clock, forget_compiled, interleave, warm_up
 from .model import Benchmark, Case, Provider, Thunk
 
@@ -26,12 +27,17 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """Where and how thoroughly to measure; `peers` leaves out cases that no other package does."""
+    """Where and how thoroughly to measure.
+
+    `peers` leaves out cases that no other package does; `kernels` notes the names of the kernels
+    that a GPU ran.
+    """
 
     device: torch.device
     quick: bool = False
     budget: Budget = field(default_factory=Budget)
     peers: bool = False
+    kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Result:
     `ratios` maps each baseline to its time over this one's (above 1: this is faster).
     `of_limit` is the share of the physical limit reached: the least time the measured rates allow,
     over this time; `limit` names the rate that binds. `package` is the other package that a peer
-    runs, with its version.
+    runs, with its version. `kernels` names a GPU's kernels, the longest first, where asked for.
     """
 
     op: str
@@ -67,6 +73,7 @@ class Result:
     rotated_bytes: int = 0
     cache_bytes: int = 0
     package: str | None = None
+    kernels: list[str] = field(default_factory=list)
 
     @property
     def iqr_s(self) -> float:
@@ -230,7 +237,8 @@ def run_case(
             (failed,) = (blank for p, blank, _ in timed if p.name == error.name)
             results.append(dataclasses.replace(failed, skipped=f"in its turn: {error}"))
             timed = [entry for entry in timed if entry[0].name != error.name]
-    for (provider, blank, _), seconds in zip(timed, samples, strict=True):
+    named = settings.kernels and device.type == "cuda"
+    for (provider, blank, thunks), seconds in zip(timed, samples, strict=True):
         q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
         flops, moved = benchmark.flops(case), benchmark.bytes_moved(case)
         if provider.role == "limit":
@@ -254,6 +262,8 @@ def run_case(
                 input_sets=len(sets),
                 rotated_bytes=sum(map(nbytes, sets)),
                 cache_bytes=cache_bytes(device),
+                # Behind all samples of the case: a profiler slows the host's launches.
+                kernels=kernel_names(thunks[0], device) if named else [],
             )
         )
     order = {provider.name: i for i, provider in enumerate(benchmark.providers)}

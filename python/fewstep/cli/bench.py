@@ -64,6 +64,7 @@ def main(
     json: bool,
     quick: bool,
     peers: bool,
+    kernels: bool,
     benchmarks: Path | None,
 ) -> int:
     """Run, show and write; return 1 if a correctness gate failed, or `peers` found none."""
@@ -75,7 +76,7 @@ def main(
         raise typer.BadParameter(str(error)) from error
     if peers:
         loaded = [b for b in loaded if any(provider.package for provider in b.providers)]
-    settings = Settings(device, quick, QUICK if quick else Budget(), peers)
+    settings = Settings(device, quick, QUICK if quick else Budget(), peers, kernels)
     machine = environment(device)
     console = Console(stderr=json)
     writer = Writer(output, machine["device"], PEERS if peers else None)

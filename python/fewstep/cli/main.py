@@ -67,6 +67,9 @@ def bench_ops(
             help="Only what other packages can do too; records in DIR/<device>/peers.jsonl.",
         ),
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Note the names of the kernels that a GPU runs.")
+    ] = False,
     benchmarks: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="The benchmarks folder of a checkout."),
@@ -75,7 +78,7 @@ def bench_ops(
     """Time ops against plain torch, installable peers and the machine's limits."""
     from .bench import main
 
-    raise typer.Exit(main(op or [], device, output, json, quick, peers, benchmarks))
+    raise typer.Exit(main(op or [], device, output, json, quick, peers, kernels, benchmarks))
 
 
 @bench_app.command("show")

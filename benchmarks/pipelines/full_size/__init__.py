@@ -1,0 +1,1 @@
+"""Parts of `model_steps.py`: the models, their low-bit forms, and a run of several in turns."""
