@@ -3,7 +3,8 @@
 # small gate shapes, and the benches; print a table; leave one folder.
 #
 #   benchmarks/gpu.sh [--dry-run] [OP ...]
-#   benchmarks/gpu.sh low_bit      # the low-bit layers: 'quantize_*' 'gem[mv]_*' 'norm_quantize_*'
+#   benchmarks/gpu.sh low_bit      # the low-bit layers: 'quantize_*' 'gem[mv]_*' 'norm_quantize_*',
+#                                  # and whole models in steps "models NAME"
 #
 # OP is an op or a pattern of names; without one it is all of them.
 #
@@ -16,7 +17,10 @@
 #                   FEWSTEP_ATTENTION_JVP_TURNS; what is left built is the last one
 #   STEPS           a pattern: only the steps below whose title it matches run, so that one folder OUT
 #                   can be filled by several calls of limited time, such as STEPS=build,
-#                   STEPS='gate|tests', STEPS=bench, STEPS='check|counters', STEPS=models
+#                   STEPS='gate|tests', STEPS='^bench', STEPS='check|counters', STEPS=peers,
+#                   STEPS='models FLUX'
+#   PEERS           folder of other packages' wheels (torchao, gemlite, comfy-kitchen), which only
+#                   the steps "peers" and "models" see; without it, what is installed takes part
 #   FEWSTEP_COMMIT  commit for the records, where the files came without .git
 #
 # Setting up .venv may download torch; what follows stops before ten minutes. An op brings its backward
@@ -28,21 +32,24 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 budget=570
 dry_run=0
+low_bit=0
 ops=()
 for argument in "$@"; do
     case "$argument" in
         --dry-run) dry_run=1 ;;
         -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         -*) echo "gpu.sh: expected --dry-run or an op, got $argument" >&2; exit 2 ;;
-        low_bit) ops+=('quantize_*' 'gem[mv]_*' 'norm_quantize_*') ;;
+        low_bit) low_bit=1 ops+=('quantize_*' 'gem[mv]_*' 'norm_quantize_*') ;;
         *) ops+=("$argument") ;;
     esac
 done
 device=cuda
 quick=()
+kernels=(--kernels)
 if ((dry_run)); then
     device=cpu
     quick=(--quick)
+    kernels=()
 fi
 
 export FEWSTEP_CUDA=on
@@ -106,7 +113,9 @@ if [[ -n $given ]]; then
         ((${#wheels[@]})) && step "wheels" 90 "$PYTHON" -m pip install --no-deps "${wheels[@]}"
     fi
     missing=()
-    for module in pytest rich typer numpy pybind11 triton; do
+    modules=(pytest rich typer numpy pybind11 triton)
+    ((low_bit)) && modules+=(diffusers importlib_metadata)
+    for module in "${modules[@]}"; do
         has "$module" || missing+=("$module")
     done
     for tool in cmake ninja nvcc; do
@@ -146,6 +155,7 @@ for op in "${ops[@]}"; do
 done
 # What several ops share: masks, rows, states.
 [[ -n ${tests[*]} ]] && tests+=(tests/ops/test__*.py)
+((low_bit)) && tests+=(tests/bench/test_model_steps.py)
 if ((dry_run)); then
     # The CPU subset that needs no interpreter: a check of this script more than of the kernels.
     step "op tests, native on the CPU" 120 "${pytest[@]}" -x -k "native" "${tests[@]}"
@@ -159,7 +169,7 @@ for op in "${ops[@]}"; do
         continue
     fi
     COLUMNS=160 step "bench $op" 150 "$PYTHON" -m fewstep bench ops --op "$op" --device "$device" \
-        --output "$OUT/records" ${quick[@]+"${quick[@]}"}
+        --output "$OUT/records" ${kernels[@]+"${kernels[@]}"} ${quick[@]+"${quick[@]}"}
 done
 sanitizer=$(command -v compute-sanitizer || true)
 [[ -z $sanitizer && -x /usr/local/cuda/bin/compute-sanitizer ]] &&
@@ -227,6 +237,31 @@ if [[ " ${ops[*]} " == *" attention_jvp "* ]] && has diffusers; then
     models=("$PYTHON" benchmarks/pipelines/forward_mode_models.py --device "$device")
     ((dry_run)) && models+=(--tiny --repeats 2)
     step "models in forward mode" 150 "${models[@]}" --output "$OUT/models"
+fi
+
+# Other packages: where they are installed for this, they take no part in the steps above.
+beside=()
+if [[ -n ${PEERS:-} ]]; then
+    step "install peers" 90 "$PYTHON" -m pip install --no-deps --no-index --no-compile --upgrade \
+        --target "$PWD/build/peers" "$PEERS"/*.whl
+    beside=(env "PYTHONPATH=$PWD/build/peers${PYTHONPATH:+:$PYTHONPATH}")
+fi
+rivals=()
+for op in gemm_w8a8 gemm_fp8 gemm_w4a8; do
+    [[ " ${ops[*]} " == *" $op "* ]] && rivals+=(--op "$op")
+done
+if ((low_bit && !dry_run)); then
+    COLUMNS=160 step "peers" 400 ${beside[@]+"${beside[@]}"} "$PYTHON" -m fewstep bench ops \
+        "${rivals[@]}" --device "$device" --peers --kernels --output "$OUT/peers"
+fi
+if ((low_bit)) && ! has diffusers; then
+    note "models" skipped 0s "needs diffusers"
+elif ((low_bit)); then
+    for model in FLUX.1-dev SDXL SANA-1.6B PixArt-Sigma Qwen-Image; do
+        models=("$PYTHON" benchmarks/pipelines/model_steps.py "$model" --device "$device")
+        ((dry_run)) && models+=(--quick)
+        step "models $model" 330 ${beside[@]+"${beside[@]}"} "${models[@]}" --output "$OUT/models"
+    done
 fi
 
 # A kernel's variants, last: each is built in the place of the one above.

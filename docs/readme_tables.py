@@ -15,12 +15,18 @@ import argparse
 import json
 import re
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fewstep.bench import Result, roofline_picture
 from fewstep.bench.table import seconds, share, summary_markdown
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from drawn.markdown import caption, table
+from drawn.steps import model_tables, step_table, time_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -99,22 +105,6 @@ class Records:
                     f"{folder}/{what}: expected records of one run of a clean commit, got {runs}"
                 )
         return cls(**reports, bench=bench, peers=peers)
-
-
-def caption(environment: dict[str, Any], what: str) -> str:
-    """Return the line under a table: what, where, with which versions, at which commit."""
-    threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
-    return (
-        f"{what} {environment['cpu']}, {threads}, {environment['isa']}, "
-        f"torch {environment['torch']}, commit {environment['commit'][:10]}.\n"
-    )
-
-
-def table(header: str, alignments: str, rows: list[list[str]]) -> str:
-    """Return a Markdown table; `alignments` has one l or r per column."""
-    rule = "|".join({"l": "---", "r": "---:"}[letter] for letter in alignments)
-    lines = [header, f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "".join(line + "\n" for line in lines)
 
 
 def _decibels(row: dict[str, Any]) -> str:
@@ -292,42 +282,6 @@ def quantized_table(report: dict[str, Any]) -> str:
     return table(header, "llrrrr", rows)
 
 
-def step_table(report: dict[str, Any]) -> str:
-    """Return the time of one evaluation of a large model per scheme, as Markdown."""
-    rows = [
-        [
-            row["form"],
-            f"{seconds(row['seconds'])} ({seconds(row['q1'])} - {seconds(row['q3'])})",
-            f"{row['over_bfloat16']:.2f}x",
-            f"{row['over_float32']:.2f}x",
-            f"{row['weights']:.3f}",
-        ]
-        for row in report["rows"]
-    ]
-    header = "| form | one evaluation (quartiles) | over bf16 | over float32 | weights / bf16 |"
-    return table(header, "lrrrr", rows)
-
-
-def time_table(report: dict[str, Any] | None) -> str:
-    """Return what keeping the time's path saves per evaluation, as Markdown."""
-    if report is None:
-        return "Not measured yet.\n"
-    rows = [
-        [
-            row["model"],
-            row["blocks"],
-            f"{row['parameters'] / 1e6:.0f}M",
-            seconds(row["plain"]),
-            f"{row['ratio']:.3f}x ({' - '.join(f'{x:.3f}' for x in row['ratio_quartiles'])})",
-            f"{row['bytes_per_step'] / 2**10:.0f} KiB",
-        ]
-        for row in report["rows"]
-    ]
-    header = "| model | blocks | parameters | one evaluation | faster by (quartiles) | per step |"
-    body = table(header, "llrrrr", rows)
-    return body + "\n" + caption(report["environment"], "bfloat16, two samples, on")
-
-
 def replace(text: str, name: str, folder: str, body: str) -> str:
     """Put `body` between the markers `table:<name> <folder>` and `end`.
 
@@ -382,6 +336,7 @@ def documents(folder: str) -> dict[Path, str]:
         + "\n"
         + sentences
         + bench_caption,
+        (BENCHMARKS, "models"): model_tables(RESULTS),
         (BENCHMARKS, "peers"): (peers_table(peers) + "\n" if peers else "") + peers_caption(peers),
         (PATCHING, "patches"): patches_table(records.patches)
         + "\n"

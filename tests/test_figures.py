@@ -110,6 +110,36 @@ def test_without_a_record_of_other_packages_the_documents_say_so(tables, results
         assert "Against other packages" not in drawn[path]
 
 
+def test_whole_models_are_drawn_from_records_of_gpus(tables, tmp_path):
+    assert tables.model_tables(tmp_path) == "Not measured yet.\n"
+    machine = {"device": "NVIDIA H200", "device_type": "cuda", "driver": "1.2", "torch": "2.11"}
+    machine |= {"triton": "3.6", "commit": "0123456789abcdef", "dirty": False}
+    row = {"model": "SDXL", "form": "w8a8", "weight_bytes": 2**30, "low_bit_layers": 7}
+    row |= {"left_in_bf16": {"by the table: 0.90x at 1 x 2 x 3": 5, "too small": 3}}
+    rows = [
+        row
+        | {"mode": "eager", "median_s": 0.02, "extra_bytes": 2**30, "served": {"a native": 7}}
+        | {"ratios": {"bf16 compiled": 1.25}},
+        row
+        | {"mode": "graph", "median_s": 0.01, "extra_bytes": 0}
+        | {"ratios": {"bf16 compiled": 2.5}},
+        {"model": "SDXL", "form": "fp8", "mode": "all", "skipped": "no reason"},
+    ]
+    for device, more in (("a-cpu", {"device_type": "cpu"}), ("nvidia-h200", {})):
+        path = tmp_path / device / "model_steps.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"environment": machine | more, "rows": rows}))
+    drawn = tables.model_tables(tmp_path)
+    cells = "SDXL | w8a8 | 20 ms | 10 ms |  |  | 2.50x | 7 `a native` | 5 | 1.00 | 2.00"
+    assert drawn.count("| model |") == 1
+    assert f"| {cells} |" in drawn
+    assert "- SDXL, fp8, all: no reason\n" in drawn
+    assert "on NVIDIA H200, driver 1.2, torch 2.11, Triton 3.6, commit 0123456789." in drawn
+    path.write_text(json.dumps({"environment": machine | {"dirty": True}, "rows": rows}))
+    with pytest.raises(ValueError, match="clean commit"):
+        tables.model_tables(tmp_path)
+
+
 def test_quality_has_its_error_or_is_not_measured(tables):
     assert tables.quality(None) == "Not measured yet.\n"
     row = {"model": "student, 2 steps", "scheme": "w8a8", "plain_frechet": 2.0, "frechet": 2.01}

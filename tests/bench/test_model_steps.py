@@ -198,3 +198,20 @@ def test_the_profiler_counts_ops_on_a_cpu():
     )
     assert found.products(torch.device("cpu")) == 1
     assert found.kernels == []
+
+
+@pytest.mark.gpu
+def test_the_profiler_names_kernels_of_a_gpu():
+    device = torch.device("cuda")
+    x, w = (torch.randn(256, 256, device=device).bfloat16() for _ in range(2))
+    q, scale = ops.quantize_int8(w)
+
+    def call():
+        return ops.gemm_w8a8(x, None, q, scale, out_dtype=x.dtype)
+
+    call()
+    found = kernels.launches(call, device)
+    assert found.products(device) == 1
+    assert len(found.kernels) == len(kernels.kernel_names(call, device)) >= 1
+    matmul = kernels.launches(lambda: x @ w, device)
+    assert matmul.products(device) == 0 < len(matmul.kernels)
