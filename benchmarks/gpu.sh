@@ -259,7 +259,7 @@ if ((low_bit)) && ! has diffusers; then
 elif ((low_bit)); then
     for model in FLUX.1-dev SDXL SANA-1.6B PixArt-Sigma Qwen-Image; do
         models=("$PYTHON" benchmarks/pipelines/model_steps.py "$model" --device "$device")
-        ((dry_run)) && models+=(--quick)
+        ((dry_run)) && models+=(--quick --forms bf16 w8a8 w4a8-r32)
         step "models $model" 330 ${beside[@]+"${beside[@]}"} "${models[@]}" --output "$OUT/models"
     done
 fi
