@@ -178,6 +178,8 @@ def test_products_are_known_by_their_kernels_names():
         "void fewstep::gemm8::(anonymous)::gemm8_sm90_kernel<fewstep::gemm8::Int8, 128>(Params)",
         "_gemm_w8a8_kernel",
         "_gemm_w4a8_kernel",
+        "void fewstep::gemm4::gemm4_sm90_kernel<128>(Params)",
+        "_gemv_w4a16_grouped_kernel",
         "_gemv_w4a16_kernel",
     ):
         assert kernels.is_product(name)

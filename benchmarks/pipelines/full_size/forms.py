@@ -32,7 +32,7 @@ from fewstep.bench.measure import Budget, clock, interleave, warm_up
 from fewstep.bench.providers import needs
 from fewstep.quantization import QuantLinear, Scheme, choose_layers, default_skip
 
-LOW_BIT_OPS = tuple(op for op in ops.OPS if op.startswith(("gemm_", "quantize_", "norm_quantize_")))
+LOW_BIT_OPS = tuple(op for op in ops.OPS if op.startswith(("gem", "quantize_", "norm_quantize_")))
 TABLE_BUDGET = Budget(seconds=0.05, min_rounds=7, max_rounds=30, warmup_seconds=0.01)
 _UP = 1e-3
 Shape = tuple[int, int, int]  # rows, outputs, inputs

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # This library's products in low precision: csrc/cuda's and kernels/triton's names.
 PRODUCTS = re.compile(r"gem[mv][48]?_\w*(sm90|w\da\d|fp8)")
-PRODUCT_OPS = "fewstep::gemm_"
+PRODUCT_OPS = "fewstep::gem"  # gemm_*, gemv_*
 _COMPILED = "triton_"  # Inductor names its kernels after what went into them
 
 
