@@ -68,10 +68,35 @@ void compare_tiles() {
            kColumns);
 }
 
+// Bytes of a left operand of 64 x 32 in registers, four in each.
+void compare_mixed() {
+    const SM90::GMMA::ALayout_64x32 layout;
+    for (int thread = 0; thread < 128; ++thread) {
+        for (int i = 0; i < 16; ++i) {
+            const int row = ours::accumulator_row(thread, i / 4 % 2 * 2);
+            const int column = ours::mixed_column(thread, i / 4) + i % 4;
+            expect(int(layout(thread, i)) == row + 64 * column, "bytes in registers", thread, i);
+        }
+    }
+}
+
+void compare_half_rows() {
+    const auto rows = as_position_independent_swizzle_layout(
+        tile_to_shape(SM90::GMMA::Layout_K_SW64_Atom<std::uint8_t>{}, Shape<_64, _64>{}));
+    for (int row = 0; row < 64; ++row) {
+        for (int at = 0; at < 64; ++at) {
+            expect(int(rows(row, at)) == ours::half_row_offset(row, at), "rows of 64 bytes", row,
+                   at);
+        }
+    }
+}
+
 int main() {
     compare_fragment("accumulator of 64 x 128", SM90::GMMA::CLayout_64x128{}, 64);
     compare_fragment("accumulator of 64 x 96", SM90::GMMA::CLayout_64x96{}, 48);
     compare_fragment("left operand in registers", SM90::GMMA::ALayout_64x16{}, 8);
+    compare_mixed();
+    compare_half_rows();
     compare_tiles<128, 64>();
     compare_tiles<128, 128>();
     compare_tiles<112, 128>();
