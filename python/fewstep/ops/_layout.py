@@ -17,6 +17,15 @@ def matrix(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def samples(x: Tensor) -> Tensor:
+    """View x [B, ..., C] as [B, R, C] with unit stride in C; copies only if no such view exists."""
+    if x.dim() < 3:
+        x = x.reshape(x.shape[0], 1, math.prod(x.shape[1:])) if x.dim() else x.reshape(1, 1, 1)
+    elif x.dim() > 3:
+        x = x.flatten(1, -2)
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
 def unit_stride(x: Tensor | None) -> Tensor | None:
     """Return x with neighbours in its last axis side by side, None for None."""
     if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:

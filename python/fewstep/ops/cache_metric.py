@@ -16,7 +16,6 @@ elements and in float64 across them, in a fixed order.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -24,22 +23,13 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.cache_metric import cache_metric as _reference
-from ._layout import DTYPES, FLOATS
+from ._layout import DTYPES, FLOATS, samples
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["cache_metric"]
 
 CHUNK = 16384
-
-
-def _rows(x: Tensor) -> Tensor:
-    """View x as [B, R, C] with unit stride in C; copies only if no such view exists."""
-    if x.dim() < 3:
-        x = x.reshape(x.shape[0], 1, math.prod(x.shape[1:])) if x.dim() else x.reshape(1, 1, 1)
-    elif x.dim() > 3:
-        x = x.flatten(1, -2)
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
 def _run_reference(
@@ -59,7 +49,7 @@ def _run_kernel(
     return_residual: bool,
     per_sample: bool,
 ) -> tuple[Tensor, Tensor]:
-    x3, y3 = _rows(x), _rows(y)
+    x3, y3 = samples(x), samples(y)
     batch, elements = x3.shape[0], x3.shape[1] * x3.shape[2]
     residual = x.new_empty(x.shape) if return_residual else None
     partials = x.new_empty((batch, -(-elements // CHUNK), 2), dtype=torch.float64)
@@ -68,7 +58,7 @@ def _run_kernel(
     launch(
         x3,
         y3,
-        None if previous is None else _rows(previous),
+        None if previous is None else samples(previous),
         None if residual is None else residual.view(x3.shape),
         partials,
         metric,
