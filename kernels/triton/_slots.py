@@ -80,8 +80,5 @@ def load_line(
         columns = first[:, None] + tl.arange(0, SIZE)[None, :]
         mask = line_mask(columns, last, used, WHOLE)
         raw = tl.load(ptr + at[:, None] + columns, mask=mask, other=0)
-        if KIND == E4M3:
-            value = decode_e4m3(raw)
-        else:
-            value = raw.to(tl.float32)
+        value = decode_e4m3(raw) if KIND == E4M3 else raw.to(tl.float32)
     return value
