@@ -60,6 +60,15 @@ def operands(op, M, N, K, group=32):
     return dict(zip(NAMES, (a, a_scale, w, w_scale), strict=False))
 
 
+def with_end(tensors, width, gate_rows, dtypes):
+    """Add a bias, a gate and a residual, in these dtypes."""
+    M, N = tensors["a"].shape[0], tensors["w"].shape[0]
+    tensors["bias"] = torch.randn(N).to(dtypes[0])
+    tensors["gate"] = torch.randn(gate_rows, width).to(dtypes[1])
+    tensors["residual"] = torch.randn(M, width).to(dtypes[2])
+    return tensors
+
+
 def run(target, op, tensors, *, activation="", out_dtype=torch.float32, tiling=-1):
     """Return the kernel's output; nothing around it is written."""
     M, N = tensors["a"].shape[0], tensors["w"].shape[0]

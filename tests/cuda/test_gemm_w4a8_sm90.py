@@ -9,7 +9,17 @@ import ctypes
 import pytest
 import torch
 
-from cuda_gemm8 import AT_SIZE, NAMES, TILINGS, call_on_host, check, needs_hopper, operands, run
+from cuda_gemm8 import (
+    AT_SIZE,
+    NAMES,
+    TILINGS,
+    call_on_host,
+    check,
+    needs_hopper,
+    operands,
+    run,
+    with_end,
+)
 from fewstep import _native, ops
 from fewstep.ops._gemm_hopper import refuse_hopper
 from fewstep.reference.gemm_w4a8 import fold_factors, fold_int4
@@ -97,14 +107,6 @@ def test_factors_are_the_reference_s(gemm4, dtype):
     assert out[:, 1].isnan().all()
     assert out[:, 2].isnan().all()  # 0 times infinity
     assert torch.equal(out.nan_to_num(9.0), want.nan_to_num(9.0))
-
-
-def with_end(given, width, gate_rows, dtypes):
-    M, N = given["a"].shape[0], given["w"].shape[0]
-    given["bias"] = torch.randn(N).to(dtypes[0])
-    given["gate"] = torch.randn(gate_rows, width).to(dtypes[1])
-    given["residual"] = torch.randn(M, width).to(dtypes[2])
-    return given
 
 
 @pytest.mark.parametrize("activation", ["", "gelu", "gelu_tanh", "silu", "geglu", "swiglu"])

@@ -9,7 +9,17 @@ import ctypes
 import pytest
 import torch
 
-from cuda_gemm8 import AT_SIZE, NAMES, TILINGS, call_on_host, check, needs_hopper, operands, run
+from cuda_gemm8 import (
+    AT_SIZE,
+    NAMES,
+    TILINGS,
+    call_on_host,
+    check,
+    needs_hopper,
+    operands,
+    run,
+    with_end,
+)
 from fewstep import _native, ops
 from fewstep.bench.products import asked_tiling
 from fewstep.ops import _gemm, _select
@@ -42,14 +52,6 @@ def test_many_slabs_reuse_the_slots(gemm8, tiling, M):
     out = run(gemm8, OP, given, tiling=tiling)
     # Beyond 2^24: rounded once, as torch rounds.
     assert torch.equal(out, (given["a"].double() @ given["w"].double().mT).float())
-
-
-def with_end(given, N, gate_rows, dtypes):
-    M = given["a"].shape[0]
-    given["bias"] = torch.randn(given["w"].shape[0]).to(dtypes[0])
-    given["gate"] = torch.randn(gate_rows, N).to(dtypes[1])
-    given["residual"] = torch.randn(M, N).to(dtypes[2])
-    return given
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
