@@ -252,15 +252,19 @@ for op in gemm_w8a8 gemm_fp8 gemm_w4a8; do
 done
 if ((low_bit && !dry_run)); then
     COLUMNS=160 step "peers" 400 ${beside[@]+"${beside[@]}"} "$PYTHON" -m fewstep bench ops \
-        "${rivals[@]}" --device "$device" --peers --kernels --output "$OUT/peers"
+        "${rivals[@]}" --device "$device" --peers --kernels --output "$OUT/records"
 fi
 if ((low_bit)) && ! has diffusers; then
     note "models" skipped 0s "needs diffusers"
 elif ((low_bit)); then
     for model in FLUX.1-dev SDXL SANA-1.6B PixArt-Sigma Qwen-Image; do
         models=("$PYTHON" benchmarks/pipelines/model_steps.py "$model" --device "$device")
-        ((dry_run)) && models+=(--quick --forms bf16 w8a8 w4a8-r32)
-        step "models $model" 330 ${beside[@]+"${beside[@]}"} "${models[@]}" --output "$OUT/models"
+        if ((dry_run)); then
+            models+=(--quick --forms bf16 w8a8 w4a8-r32 --output "$OUT/models")
+        else
+            models+=(--record "$OUT/records")
+        fi
+        step "models $model" 330 ${beside[@]+"${beside[@]}"} "${models[@]}"
     done
 fi
 

@@ -22,7 +22,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -98,18 +98,17 @@ def run_heat(name: str, wanted: list[Form], settings: heat.Settings) -> list[dic
 
 def measure(
     name: str, wanted: Sequence[Form], settings: heat.Settings, memory: int | None
-) -> list[dict[str, Any]]:
-    """Return the records of a model; without `memory`, all in one heat of this process."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the records of a model, heat by heat; without `memory`, one heat in this process."""
     if memory is None:
-        return heat.run(name, list(wanted), settings)
+        yield heat.run(name, list(wanted), settings)
+        return
     weights = models.weight_bytes(models.build(models.MODELS[name](settings.small), "meta"))
     heats = plan(wanted, weights, memory)
-    rows = []
     for i, here in enumerate(heats):
         left = max(settings.deadline - time.monotonic(), 0.0)
         share = dataclasses.replace(settings, deadline=time.monotonic() + left / (len(heats) - i))
-        rows += [row | {"heat": i} for row in run_heat(name, here, share)]
-    return rows
+        yield [row | {"heat": i} for row in run_heat(name, here, share)]
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -130,9 +129,16 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     return shown
 
 
-def write_record(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def append_lines(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Append rows to a file, one line each with the machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row | machine, allow_nan=False) + "\n" for row in rows)
+
+
+def write_record(folder: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write a report; rows of other models stay if they are of the same machine and commit."""
-    kept = []
+    path, kept = folder / f"{NAME}.json", []
     if path.exists():
         before = json.loads(path.read_text())
         same = ("device", "driver", "torch", "triton", "commit", "dirty")
@@ -188,16 +194,13 @@ def main(argv: list[str] | None = None) -> int:
     everything: list[dict[str, Any]] = []
     for name in args.names or models.MODELS:
         timed = dataclasses.replace(settings, deadline=time.monotonic() + args.seconds)
-        rows = measure(name, [FORMS[form] for form in args.forms], timed, memory)
-        everything += rows
-        print("\n".join(lines(rows)), flush=True)
-        if args.output is not None:
-            args.output.mkdir(parents=True, exist_ok=True)
-            with (args.output / f"{NAME}.jsonl").open("a") as file:
-                file.writelines(json.dumps(row | machine, allow_nan=False) + "\n" for row in rows)
-    if args.record is not None:
-        folder = args.record / slug(machine["device"])
-        write_record(folder / f"{NAME}.json", machine, everything)
+        for rows in measure(name, [FORMS[form] for form in args.forms], timed, memory):
+            everything += rows
+            print("\n".join(lines(rows)), flush=True)
+            if args.output is not None:
+                append_lines(args.output / f"{NAME}.jsonl", machine, rows)
+            if args.record is not None:
+                write_record(args.record / slug(machine["device"]), machine, everything)
     ours = [row for row in everything if FORMS[row["form"]].torchao is None]
     return int(any("failed" in row for row in ours))
 

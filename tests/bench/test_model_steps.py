@@ -64,6 +64,8 @@ def test_every_form_is_timed_and_served_by_kernels(pixart):
         assert row["q1_s"] <= row["median_s"] <= row["q3_s"]
         assert row["ratios"]["bf16 compiled"] > 0
         assert row["torch"] == torch.__version__
+        assert ("graphs" in row) is (mode == "compiled")
+        assert "graph_break" not in row
         if form != "bf16":
             assert row["products"] == layers == row["low_bit_layers"]
             assert 0 < row["relative_l2"] < 0.05
@@ -166,10 +168,10 @@ def test_a_record_keeps_other_models_of_the_same_run(steps, tmp_path):
     machine |= {"dirty": False}
     path = tmp_path / "model_steps.json"
     for name in ("SDXL", "FLUX.1-dev", "SDXL"):
-        steps.write_record(path, machine, [{"model": name}])
+        steps.write_record(tmp_path, machine, [{"model": name}])
     rows = [{"model": "FLUX.1-dev"}, {"model": "SDXL"}]
     assert json.loads(path.read_text()) == {"environment": machine, "rows": rows}
-    steps.write_record(path, machine | {"commit": "d"}, [{"model": "SDXL"}])
+    steps.write_record(tmp_path, machine | {"commit": "d"}, [{"model": "SDXL"}])
     assert json.loads(path.read_text())["rows"] == [{"model": "SDXL"}]
 
 

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
 
 from fewstep.bench.kernels import launches
 
@@ -81,12 +83,20 @@ class Compiled:
     """The compiled calls of a model's blocks, which are off but for `with compiled.on()`."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], backend: str) -> None:
-        self.calls: dict[nn.Module, Any] = {}
-        for module in model.modules():
+        self.backend = backend
+        self.calls: dict[nn.Module, Any] = {
+            module: None
+            for module in model.modules()
             # Fused activations and norms give a block a class of theirs, below its own.
-            if any(kind.__name__ in blocks for kind in type(module).__mro__):
-                module.compile(fullgraph=True, dynamic=False, backend=backend)
-                self.calls[module], module._compiled_call_impl = module._compiled_call_impl, None
+            if any(kind.__name__ in blocks for kind in type(module).__mro__)
+        }
+        self.compile(fullgraph=True)
+
+    def compile(self, *, fullgraph: bool) -> None:
+        """Have the blocks compiled at their next calls."""
+        for module in self.calls:
+            module.compile(fullgraph=fullgraph, dynamic=False, backend=self.backend)
+            self.calls[module], module._compiled_call_impl = module._compiled_call_impl, None
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
@@ -213,7 +223,9 @@ class Heat:
         facts = _facts(built)
         call = self._caller(built.model)
         backend = self.settings.backend
-        for mode in (EAGER, COMPILED) if backend else (EAGER,):
+        # torchao's layers are made to be compiled: in eager mode they take seconds.
+        modes = [EAGER] * (form.torchao is None) + [COMPILED] * (backend is not None)
+        for mode in modes:
             compiled = None
             if mode == COMPILED:
                 compiled = Compiled(built.model, self.model_of.blocks, backend)
@@ -228,8 +240,11 @@ class Heat:
             self._leave(run.built.form, run.mode, "not called: the time was spent")
             return False
         try:
+            if run.compiled is not None:
+                self._compile(run, run.compiled)
             with run.ready():
-                run.row["first_call_s"] = _seconds(run.call, self.device)
+                if run.compiled is None:
+                    run.row["first_call_s"] = _seconds(run.call, self.device)
                 self._expect(run)
                 run.row["extra_bytes"] = _memory(run.call, self.device)
         except Exception as error:
@@ -237,6 +252,21 @@ class Heat:
             return False
         self.runs.append(run)
         return True
+
+    def _compile(self, run: Run, compiled: Compiled) -> None:
+        """Call compiled blocks for the first time; a graph that breaks is recorded as broken."""
+        before = counters["stats"]["unique_graphs"]
+        try:
+            with run.ready():
+                run.row["first_call_s"] = _seconds(run.call, self.device)
+        except Unsupported as error:
+            run.row["graph_break"] = str(error).splitlines()[0][:300]
+            compiled.compile(fullgraph=False)
+            with run.ready():
+                run.row["first_call_s"] = _seconds(run.call, self.device)
+        run.row["graphs"] = counters["stats"]["unique_graphs"] - before
+        if run.row["graphs"] == 0:
+            raise RuntimeError("expected compiled blocks, got no graph")
 
     def _expect(self, run: Run) -> None:
         """Fill in what a run computed and launched.
@@ -332,6 +362,8 @@ def run(name: str, wanted: Sequence[Form], settings: Settings) -> list[dict[str,
         for form in (BF16, *(f for f in wanted if f is not BF16)):
             heat.add(form)
             gc.collect()
+            if settings.device.type == "cuda":
+                torch.cuda.empty_cache()
         heat.time()
         heat.witness()
     return heat.rows()

@@ -66,7 +66,7 @@ def launches(call: Callable[[], Any], device: torch.device) -> Launches:
     for event in trace.events():
         if event.device_type == DeviceType.CUDA:
             count, seconds = found.get(event.name, (0, 0.0))
-            found[event.name] = count + 1, seconds + event.self_device_time_total / 1e6
+            found[event.name] = count + 1, seconds + event.time_range.elapsed_us() / 1e6
         elif event.name.startswith("fewstep::"):
             ops[event.name] = ops.get(event.name, 0) + 1
     kernels = [Kernel(name, *what) for name, what in found.items()]
