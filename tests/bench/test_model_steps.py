@@ -1,5 +1,6 @@
 """The step times of full-size models: sizes, forms, what is witnessed, heats, records."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -89,14 +90,36 @@ def test_forms_share_what_they_do_not_replace(steps):
 
 
 def test_a_form_without_its_products_has_no_time(steps, monkeypatch):
+    heat = steps.heat
+    settings = heat.Settings(torch.device("cpu"), True, None, False, rounds=2, seconds=0.0)
+    run = heat.Heat("PixArt-Sigma", settings)
+    for form in (steps.BF16, steps.FORMS["w8a8"]):
+        run.add(form)
+    plain, ours = run.runs
+    run.runs.append(heat.Run(ours.built, "graph", ours.call, None, ours.row | {"mode": "graph"}))
+    run.time()
+    assert all(row["samples"] == 2 for row in run.rows())
     none = kernels.Launches([], {"fewstep::quantize_int8": 99})
-    monkeypatch.setattr(steps.heat, "launches", lambda call, device: none)
-    settings = steps.heat.Settings(torch.device("cpu"), True, None, False, rounds=2, seconds=0.0)
-    rows = steps.heat.run("PixArt-Sigma", [steps.FORMS["w8a8"]], settings)
-    found = {(row["form"], row["mode"]): row for row in rows}
-    assert "median_s" in found["bf16", "eager"]
-    assert "median_s" not in found["w8a8", "eager"]
-    assert "expected a low-bit product for each of 12 layers" in found["w8a8", "eager"]["failed"]
+    monkeypatch.setattr(heat, "launches", lambda call, device: none)
+    run.witness()
+    kept, *left = run.rows()
+    assert kept is plain.row
+    assert [row["mode"] for row in left] == ["eager", "graph"]
+    for row in left:
+        assert "median_s" not in row
+        assert "expected a low-bit product for each of 12 layers, got 0" in row["failed"]
+
+
+def test_a_form_that_computes_something_else_has_no_time(steps, monkeypatch):
+    heat = steps.heat
+    settings = heat.Settings(torch.device("cpu"), True, None, False, rounds=2, seconds=0.0)
+    run = heat.Heat("PixArt-Sigma", settings)
+    monkeypatch.setattr(run, "want", -run.want)
+    run.add(steps.BF16)
+    assert "expected an output near bf16's, got 2 off" in run.rows()[0]["failed"]
+    late = heat.Heat("PixArt-Sigma", dataclasses.replace(settings, deadline=0.0))
+    late.add(steps.BF16)
+    assert late.rows()[0]["skipped"] == "not made: the time was spent"
 
 
 def test_the_table_keeps_what_is_faster_in_bf16(steps):
