@@ -1,13 +1,20 @@
 """Reuse of features across denoising steps: when to skip (policy), what is kept (session), how.
 
-A policy decides, a `Session` follows the denoising run and keeps one state per guidance branch, and
-a layout (`BlockStack`, `UNetStack`) turns both into replacements of `forward` on a model's
-instances. A `TimeSession` keeps what depends on the time alone, exactly. Nothing here changes a
-model: `fewstep.patch(pipe, cache=..., time=...)` installs and removes the replacements.
+A policy decides at run time and a `Session` follows it; a `Plan`, or any other schedule, knows
+every decision before the run and a `ScheduledSession` follows that. Both keep one state per
+guidance branch, and a layout (`OutputStack`, `BlockStack`, `UNetStack`) turns them into
+replacements of `forward` on a model's instances. `calibrate` makes plans. A `TimeSession` keeps
+what depends on the time alone, exactly. Nothing here changes a model:
+`fewstep.patch(pipe, cache=..., time=...)` installs and removes the replacements.
 """
 
 from ._wrap import is_cached
-from .policy import PRESETS, CachePolicy, FirstBlock, Interval, resolve_policy
+from .calibrate import calibrate
+from .fingerprint import Fingerprint
+from .output import OutputStack
+from .plan import Plan
+from .policy import PRESETS, CachePolicy, FirstBlock, Interval, ScheduledPolicy, resolve_policy
+from .scheduled import ScheduledSession
 from .session import Session
 from .stack import BlockStack
 from .timestep import TimePart, TimeSession, is_time_cached
@@ -17,12 +24,18 @@ __all__ = [
     "PRESETS",
     "BlockStack",
     "CachePolicy",
+    "Fingerprint",
     "FirstBlock",
     "Interval",
+    "OutputStack",
+    "Plan",
+    "ScheduledPolicy",
+    "ScheduledSession",
     "Session",
     "TimePart",
     "TimeSession",
     "UNetStack",
+    "calibrate",
     "is_cached",
     "is_time_cached",
     "resolve_policy",

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .session import Session
+from .session import Call, Session
 
 # Arguments that tell the guided from the unguided pass; the first one given counts.
 _CONDITIONING = ("encoder_hidden_states", "class_labels", "pooled_projections")
@@ -53,7 +53,9 @@ def is_cached(module: nn.Module) -> bool:
     return bool(getattr(forward, "fewstep_cache", False))
 
 
-class _Followed(Wrapped):
+class Followed(Wrapped):
+    """The denoiser's `forward`: opens and closes a `Call`."""
+
     def __init__(self, below: Callable[..., Any], session: Session, ignore: tuple[str, ...]):
         super().__init__(below, session)
         self.ignore = ignore
@@ -68,14 +70,20 @@ class _Followed(Wrapped):
         if any(given.get(name) is not None for name in self.ignore):
             return self.below(*args, **kwargs)
         conditioning = next((given[n] for n in _CONDITIONING if given.get(n) is not None), None)
-        call = session.begin(given.get("timestep"), conditioning)
+        entry = next((x for x in given.values() if isinstance(x, Tensor)), None)
+        form = () if entry is None else (entry.shape, entry.dtype, entry.device)
+        call = session.begin(given.get("timestep"), conditioning, form)
         try:
-            result = self.below(*args, **kwargs)
+            result = self.run(call, args, kwargs)
         except BaseException:
             session.abort()
             raise
         session.finish(call)
         return result
+
+    def run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Evaluate the model; what sits on its blocks skips some of them."""
+        return self.below(*args, **kwargs)
 
 
 class _Context(Wrapped):
@@ -91,13 +99,18 @@ class _Context(Wrapped):
             session.context = outer
 
 
-def follow(denoiser: nn.Module, session: Session, ignore: tuple[str, ...]) -> list[Replacement]:
+def follow(
+    denoiser: nn.Module,
+    session: Session,
+    ignore: tuple[str, ...],
+    kind: type[Followed] = Followed,
+) -> list[Replacement]:
     """Open and close a `Call` around the denoiser, and read the `cache_context` names.
 
     A call that gives one of the arguments in `ignore` runs as if there were no cache: these change
     which blocks run.
     """
-    found = [Replacement(denoiser, "forward", _Followed(denoiser.forward, session, ignore))]
+    found = [Replacement(denoiser, "forward", kind(denoiser.forward, session, ignore))]
     if hasattr(denoiser, "cache_context"):
         context = _Context(denoiser.cache_context, session)
         found.append(Replacement(denoiser, "cache_context", context))

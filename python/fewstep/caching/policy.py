@@ -15,13 +15,24 @@ per sample, so that one image does not depend on its batch-mates. interval is th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["PRESETS", "CachePolicy", "FirstBlock", "Interval", "resolve_policy"]
+__all__ = [
+    "PRESETS",
+    "CachePolicy",
+    "FirstBlock",
+    "Forecasts",
+    "Interval",
+    "ScheduledPolicy",
+    "resolve_policy",
+]
+
+# Per step: None runs in full; else the weights of the newest outputs of full steps, newest first.
+Forecasts = tuple[tuple[float, ...] | None, ...]
 
 
 @runtime_checkable
@@ -43,6 +54,24 @@ class CachePolicy(Protocol):
 
     def small_change(self, change: Tensor) -> bool:
         """Whether the change [B] of the first blocks' residual is small enough to skip."""
+
+
+@runtime_checkable
+class ScheduledPolicy(Protocol):
+    """What knows every decision before the run starts: nothing is left to measure at run time."""
+
+    scope: str  # "output": the model's output is forecast; "blocks": its middle blocks' residual
+    order: int  # K, snapshots that are kept
+
+    def forecasts(self, times: Sequence[float]) -> Forecasts:
+        """Return what to do at every step of a grid.
+
+        Args:
+            times: the scheduler's timesteps, in the order of the run.
+
+        Raises:
+            ValueError: the grid is not one that this policy serves.
+        """
 
 
 def _check_int(name: str, value: object, least: int) -> None:
@@ -123,7 +152,9 @@ class Interval:
 PRESETS: dict[str, Callable[[], CachePolicy]] = {"first-block": FirstBlock, "interval": Interval}
 
 
-def resolve_policy(cache: str | CachePolicy) -> CachePolicy:
+def resolve_policy(
+    cache: str | CachePolicy | ScheduledPolicy,
+) -> CachePolicy | ScheduledPolicy:
     """Return the policy of a preset name, or the policy itself.
 
     Raises:
@@ -135,6 +166,8 @@ def resolve_policy(cache: str | CachePolicy) -> CachePolicy:
         if cache not in PRESETS:
             raise ValueError(f"cache: expected {names} or a policy object, got {cache!r}")
         return PRESETS[cache]()
+    if isinstance(cache, ScheduledPolicy) and not isinstance(cache, type):
+        return cache
     if isinstance(cache, type) or not isinstance(cache, CachePolicy):
         raise TypeError(
             f"cache: expected {names} or a policy object such as FirstBlock(threshold=0.08), "

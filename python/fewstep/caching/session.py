@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from ..ops import cache_metric
-from .policy import CachePolicy
+from .policy import CachePolicy, ScheduledPolicy
+from .ring import Ring
 
 __all__ = ["Branch", "Call", "Session"]
 
@@ -48,7 +49,9 @@ class Branch:
     full_at: int | None = None  # step of the last full run
     form: tuple[Any, ...] = ()  # shape, dtype and device of the hidden state there
     probe: Tensor | None = None  # the first blocks' residual there
+    ring: Ring | None = None  # outputs of the newest full steps, where a schedule forecasts
     kept: tuple[Any, ...] = ()  # what the layout stored there
+    rebuild: Any = None  # makes an output of the model of its parts
     steady: bool = False  # whether its conditioning was the same tensor on two steps of the run
     replaced: bool = False  # whether it is another one now
     decisions: list[str] = field(default_factory=list)  # of the run: "full" or "skip"
@@ -56,6 +59,8 @@ class Branch:
     def forget(self) -> None:
         """Drop the tensors, keep the record of decisions."""
         self.full_at, self.probe, self.kept, self.conditioning = None, None, (), None
+        if self.ring is not None:
+            self.ring.clear()
 
 
 @dataclass
@@ -66,6 +71,8 @@ class Call:
     step: int = 0
     is_last: bool = False
     skip: bool = False
+    weights: tuple[float, ...] | None = None  # of the snapshots, where a schedule forecasts
+    form: tuple[Any, ...] = ()  # of what entered the model
     entry: Tensor | None = None  # the layout's scratch: what entered the first block,
     head: tuple[Any, ...] = ()  # what left the last block that always runs,
     done: bool = False  # and whether the stored features were put in
@@ -79,7 +86,7 @@ class Session:
         scheduler: returns the pipeline's present scheduler, or None.
     """
 
-    def __init__(self, policy: CachePolicy, scheduler: Callable[[], Any]) -> None:
+    def __init__(self, policy: CachePolicy | ScheduledPolicy, scheduler: Callable[[], Any]) -> None:
         self.policy = policy
         self.context: str | None = None
         self.call: Call | None = None
@@ -151,8 +158,14 @@ class Session:
         return turned
 
     @torch.compiler.disable
-    def begin(self, timestep: Any, conditioning: Any) -> Call:
-        """Open the record of a call of the denoiser; `finish` or `abort` closes it."""
+    def begin(self, timestep: Any, conditioning: Any, form: tuple[Any, ...] = ()) -> Call:
+        """Open the record of a call of the denoiser; `finish` or `abort` closes it.
+
+        Args:
+            timestep: the time that the model was given.
+            conditioning: what tells the guided from the unguided pass, or None.
+            form: shape, dtype and device of what entered the model.
+        """
         timesteps, clock = self._read_clock(timestep)
         if self._is_elsewhere(timesteps, clock):
             self.reasons["another scheduler's step"] += 1
@@ -170,8 +183,17 @@ class Session:
             self.reasons.clear()
             self._stale = False
         branch = self._branch(conditioning)
-        self.call = Call(branch, self._step, self._is_last(timesteps, clock[0]))
+        self.call = Call(branch, self._step, self._is_last(timesteps, clock[0]), form=form)
+        if branch is not None:
+            try:
+                self._foresee(self.call, timesteps, clock[0])
+            except BaseException:
+                self.abort()
+                raise
         return self.call
+
+    def _foresee(self, call: Call, timesteps: Any, index: Any) -> None:
+        """Decide what can be decided before the model runs: here, nothing."""
 
     def _branch(self, conditioning: Any) -> Branch | None:
         name = self.context or "call"
@@ -249,6 +271,10 @@ class Session:
         if call.branch is not None and not call.is_last:
             call.branch.kept, call.branch.full_at = kept, call.step
 
+    def recall(self, call: Call) -> tuple[Any, ...]:
+        """Return what a skipped call puts in, in the order in which `keep` was given it."""
+        return call.branch.kept
+
     @torch.compiler.disable
     def finish(self, call: Call) -> None:
         """Close a call; a skipped one must have put the stored features in."""
@@ -275,7 +301,7 @@ class Session:
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """A session of its own for a copy of the model, without what this one has seen."""
         policy, scheduler = copy.deepcopy((self.policy, self._scheduler), memo)
-        twin = Session(policy, scheduler)
+        twin = type(self)(policy, scheduler)
         twin.closed = self.closed
         return twin
 

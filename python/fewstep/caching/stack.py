@@ -5,6 +5,8 @@
     full step          keep R = h_tail - h_first
     skipped step       h_tail := h_first + R; the blocks between hand their inputs through
 
+Where a schedule forecasts, R is the weighted sum of several full steps' residuals.
+
 Two-stream blocks (FLUX, SD3) return (encoder_hidden_states, hidden_states); both are kept. What a
 ControlNet adds between blocks is inside R, so a skipped step reuses it too.
 """
@@ -44,12 +46,12 @@ class BlockStack:
         Raises:
             ValueError: the policy leaves no block to skip.
         """
-        policy = session.policy
-        middle = range(policy.first, len(self.blocks) - policy.last)
+        first, last = (getattr(session.policy, name, 0) for name in ("first", "last"))
+        middle = range(first, len(self.blocks) - last)
         if not len(middle):
             raise ValueError(
-                f"cache: expected more than {policy.first + policy.last} blocks (first="
-                f"{policy.first} and last={policy.last} always run), got {len(self.blocks)} in "
+                f"cache: expected more than {first + last} blocks (first="
+                f"{first} and last={last} always run), got {len(self.blocks)} in "
                 f"{type(self.denoiser).__name__}"
             )
         return middle
@@ -93,10 +95,13 @@ class _Block(Wrapped):
         call = session.call
         if call is None or call.branch is None:
             return self.below(*args, **kwargs)
-        if call.skip:
-            return self._skip(call, args, kwargs)
         if self.index == 0:
-            call.entry = self._streams(args, kwargs)[0]
+            streams = self._streams(args, kwargs)
+            call.entry = streams[0]
+            if self.middle[0] == 0:
+                call.head = streams
+        if call.skip and self.index >= self.middle[0]:
+            return self._skip(call, args, kwargs)
         output = self.below(*args, **kwargs)
         if self.index == self.middle[0] - 1:
             call.head = self._split(output)
@@ -111,7 +116,7 @@ class _Block(Wrapped):
         if self.index != self.middle[-1]:
             return self._joined(*self._streams(args, kwargs))
         call.done = True
-        streams = zip(call.head, call.branch.kept, strict=True)
+        streams = zip(call.head, self.session.recall(call), strict=True)
         return self._joined(*(add_residual(head, tail) for head, tail in streams))
 
     def _streams(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

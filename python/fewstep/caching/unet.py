@@ -158,7 +158,7 @@ class _Leaving(Wrapped):
             return self.below(*args, **kwargs)
         if call.skip:
             call.done = True
-            return call.branch.kept[0]
+            return self.session.recall(call)[0]
         output = self.below(*args, **kwargs)
         self.session.keep(call, output)
         return output

@@ -1,10 +1,19 @@
-"""`cache=...`: skip the middle blocks of the denoiser on steps that barely differ."""
+"""`cache=...`: leave out the denoiser, or its middle blocks, on steps that can be foretold."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from ..caching import Session, is_cached, resolve_policy
+from ..caching import (
+    OutputStack,
+    Plan,
+    ScheduledPolicy,
+    ScheduledSession,
+    Session,
+    is_cached,
+    resolve_policy,
+)
 from .pipeline import SchedulerOf
 from .recognise import Target
 from .undo import Change, PatchError, Slot
@@ -26,15 +35,44 @@ class _CacheChange(Change):
         return self._session.report()
 
 
-def plan_cache(pipe: Any, target: Target, cache: Any) -> Change:
+def _resolve(cache: Any) -> Any:
+    if isinstance(cache, Path) or (isinstance(cache, str) and cache.endswith(".json")):
+        return Plan.load(cache)
+    return resolve_policy(cache)
+
+
+def _expect_fit(plan: Plan, target: Target, scheduler: Any) -> None:
+    """Raise ValueError where a plan belongs to another pipeline."""
+    mark = plan.fingerprint
+    if mark is not None and (wrong := mark.differences(target.denoiser, scheduler)):
+        raise ValueError(
+            f"cache: expected the pipeline that {plan!r} was calibrated on, got another: "
+            f"{'; '.join(wrong[:3])}. fewstep.caching.calibrate makes a plan for this one"
+        )
+
+
+def plan_cache(pipe: Any, target: Target, cache: Any, scheduler: Any) -> Change:
     """Plan the replacements of `forward`; nothing is changed yet.
+
+    Args:
+        pipe: the pipeline.
+        target: its denoiser.
+        cache: a preset's name, a policy, a plan or a file with one.
+        scheduler: the one that the pipeline will have.
 
     Raises:
         TypeError, ValueError: not a preset or policy, or a model that it can't serve.
         PatchError: the model is cached already, by this library or by diffusers.
     """
-    policy = resolve_policy(cache)
-    layout = target.layout()
+    policy = _resolve(cache)
+    if isinstance(policy, Plan):
+        _expect_fit(policy, target, scheduler)
+    if getattr(policy, "scope", "blocks") == "output":
+        target.require_eager("cache")
+        target.require_alone("cache")
+        layout: Any = OutputStack(target.denoiser)
+    else:
+        layout = target.layout()
     if is_cached(target.denoiser):
         raise PatchError(
             f"cache: expected a {target.model} without a cache, got one that another pipeline's "
@@ -45,12 +83,14 @@ def plan_cache(pipe: Any, target: Target, cache: Any) -> Change:
             f"cache: expected a {target.model} without a cache, got one with diffusers' "
             "enable_cache; call disable_cache first"
         )
-    session = Session(policy, SchedulerOf(pipe))
+    kind = ScheduledSession if isinstance(policy, ScheduledPolicy) else Session
+    session = kind(policy, SchedulerOf(pipe))
     change = _CacheChange(repr(policy), session)
     change.done.append(layout.describe(session))
+    ends = "the first" if kind is ScheduledSession else "the first and the last"
     change.done.append(
-        "the first and the last step of an image run in full; state is per guidance pass and "
-        "starts anew with every image"
+        f"{ends} step of an image runs in full; state is per guidance pass and starts anew with "
+        "every image"
     )
     names = {id(module): name for name, module in target.denoiser.named_modules()}
     for module, name, value in layout.replacements(session):

@@ -178,6 +178,13 @@ def _seen(numbers: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _scheduler_after(pipe: Any, changes: list[Change]) -> Any:
+    """The scheduler that the pipeline will have once the changes are applied."""
+    slots = [slot for change in changes for slot in change.slots]
+    new = [slot.value for slot in slots if getattr(slot, "where", "") == "pipe.scheduler"]
+    return new[-1] if new else getattr(pipe, "scheduler", None)
+
+
 def active_patches(pipe: Any) -> list[Patch]:
     """Return the patches in place on a pipeline, oldest first."""
     record = _records.get(pipe)
@@ -224,8 +231,10 @@ def patch(
             (`fewstep.quantize`).
         activations: "fuse" or None, for `quantize`: whether products compute the activations
             behind them.
-        cache: "first-block", "interval", or a policy of `fewstep.caching`: skip the middle blocks
-            on steps that barely differ from the last one that ran in full.
+        cache: a plan of `fewstep.caching.calibrate` or a file with one: run the plan's steps in
+            full and forecast the model's output at the others. Or "first-block", "interval", or a
+            policy of `fewstep.caching`: skip the middle blocks on steps that barely differ from
+            the last one that ran in full.
         time: "cache": modules whose output depends on the time alone are evaluated once per step of
             the grid, and their values used by all later calls and images. The same bits.
         guidance: "off" or a scale for calls that give none, on pipelines that keep that in their
@@ -265,7 +274,8 @@ def patch(
     if quantize is not None:
         changes.append(plan_quantize(target, quantize, seen, fusions))
     if cache is not None:
-        changes.append(plan_cache(pipe, target, cache))
+        wanted_scheduler = _scheduler_after(pipe, changes)
+        changes.append(plan_cache(pipe, target, cache, wanted_scheduler))
     if time is not None:
         changes.append(plan_time(pipe, target, time))
 

@@ -1,0 +1,326 @@
+"""Calibrating a plan on a few calls of a pipeline.
+
+    once      every call in full: outputs m_i, latents x_b, responses R, Gram matrix of the outputs
+    schedule  the cheapest chain of gaps (`solve.best_schedule`)
+    weights   per step the affine forecast of the Gram matrix, which errs least step by step
+    passes    every call with the plan as it stands, then per gap a..b a shift u of its weights,
+              sum u = 0, that makes up for where the latents have got to:
+              min | x_b(full) - x_b(plan) - drift - R u |^2
+
+A pass takes the drift of earlier gaps into account as it changes: what their shifts do to later
+latents is known from the responses. So the weights answer the states that the plan itself leads to,
+which the Gram matrix of undisturbed runs can't; on the digits teacher that is worth 10 dB at 12 of
+50 steps. The pass with the least error at the end is the plan.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._wrap import is_cached
+from .fingerprint import Fingerprint
+from .output import OutputStack
+from .plan import Plan
+from .policy import Forecasts
+from .quality import psnr
+from .record import Run, record, repeatable, responses
+from .scheduled import ScheduledSession
+from .solve import affine_weights, best_schedule, fit_affine, gap_costs, gaps
+
+__all__ = ["calibrate"]
+
+_DENOISERS = ("transformer", "unet")
+_TARGET = re.compile(r"psnr\s*>=\s*(\d+(?:\.\d+)?)")
+
+
+@contextmanager
+def _following(pipe: Any, denoiser: nn.Module, plan: Plan) -> Iterator[None]:
+    """Let the pipeline follow a plan."""
+    session = ScheduledSession(plan, lambda: pipe.scheduler)
+    before = {}
+    try:
+        for module, name, value in OutputStack(denoiser).replacements(session):
+            before[name] = (module, module.__dict__.get(name))
+            module.__dict__[name] = value
+        yield
+    finally:
+        session.close()
+        for name, (module, value) in before.items():
+            if value is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = value
+
+
+@dataclass
+class _Runs:
+    """All calls of one kind: outputs and latents [S, N, P], images if the pipeline makes any."""
+
+    outputs: Tensor
+    latents: Tensor
+    images: list[Any]
+
+
+class _Calibration:
+    """The calls in full, and plans tried on them."""
+
+    def __init__(
+        self, pipe: Any, denoiser: nn.Module, calls: list[Mapping[str, Any]], values: int, seed: int
+    ) -> None:
+        self.pipe, self.denoiser, self.calls = pipe, denoiser, calls
+        self.values, self.seed = values, seed
+        self.full, first = self._run()
+        self.times = first.times
+        self.steps = len(first.outputs)
+        if len(self.times) != self.steps:
+            raise ValueError(
+                f"calls: expected one step of the scheduler per timestep, {len(self.times)}, got "
+                f"{self.steps}: a run of a part of the grid, or {type(pipe.scheduler).__name__} "
+                "evaluates a step twice"
+            )
+        self.responses = responses(first)
+        outputs = self.full.outputs.transpose(0, 1).double()
+        self.grams = (outputs @ outputs.transpose(1, 2) / outputs.shape[-1]).numpy()
+        self.gram = self.grams.mean(0)
+        self.sizes = self.full.latents.double().square().mean((1, 2)).numpy()
+
+    def _run(self) -> tuple[_Runs, Run]:
+        runs = []
+        for index, call in enumerate(self.calls):
+            seed = self.seed + index
+            watching = record(self.pipe.scheduler, values=self.values, seed=self.seed)
+            with repeatable(call, seed), watching as run:
+                result = self.pipe(**call)
+            run.images = result[0] if isinstance(result, tuple) else getattr(result, "images", None)
+            if not run.outputs:
+                raise ValueError(
+                    f"calls: expected calls that step {type(self.pipe.scheduler).__name__}, got "
+                    f"none in call {index}"
+                )
+            if runs and run.times != runs[0].times:
+                raise ValueError(
+                    f"calls: expected one grid in all calls, {len(runs[0].times)} steps from "
+                    f"{runs[0].times[0]:g}, got {len(run.times)} from {run.times[0]:g} in call "
+                    f"{index}"
+                )
+            runs.append(run)
+        outputs = torch.cat([torch.stack(run.outputs) for run in runs], 1)
+        latents = torch.cat([torch.stack(run.latents) for run in runs], 1)
+        return _Runs(outputs, latents, [run.images for run in runs]), runs[0]
+
+    def _share(self, start: int, end: int, at: int) -> np.ndarray:
+        """What a unit of each output in the gap start..end does to the latents of step `at`."""
+        share = np.zeros(self.steps)
+        share[start + 1 : end] = self.responses[at, start + 1 : end]
+        return share
+
+    def schedule(self, full_steps: int, power: float) -> tuple[int, ...]:
+        """The full steps."""
+
+        def rho(start: int, end: int) -> np.ndarray:
+            return self._share(start, end, end) / math.sqrt(self.sizes[end - 1] or 1.0)
+
+        cost = gap_costs(self.grams, rho, power=power)
+        return best_schedule(self.steps, full_steps, cost)
+
+    def forecasts(self, full: tuple[int, ...], order: int) -> Forecasts:
+        """Weights from the Gram matrix."""
+        steps: list[tuple[float, ...] | None] = []
+        known: list[int] = []
+        for index in range(self.steps):
+            if index in full:
+                known.insert(0, index)
+                steps.append(None)
+            else:
+                steps.append(tuple(affine_weights(self.gram, known[:order], index).tolist()))
+        return tuple(steps)
+
+    def try_out(self, steps: Forecasts) -> tuple[_Runs, dict[str, Any]]:
+        """Run all calls with a plan; return the runs and what they lost."""
+        with _following(self.pipe, self.denoiser, Plan(self.times, steps)):
+            runs, _ = self._run()
+        size = self.full.outputs.double().square().mean((1, 2))
+        error = (runs.outputs - self.full.outputs).double().square().mean((1, 2))
+        lost = psnr(self.full.images, runs.images)
+        of = "images"
+        if lost is None:
+            lost, of = psnr([self.full.latents[-1]], [runs.latents[-1]]), "latents"
+        final = (runs.latents[-1] - self.full.latents[-1]).double().square().mean().item()
+        predicted = {
+            "psnr": float(np.mean(lost)),
+            "psnr_min": float(np.min(lost)),
+            "samples": len(lost),
+            "of": of,
+            "final_mse": final,
+            "step_error": [float(f"{value:.4g}") for value in (error / size).sqrt().tolist()],
+        }
+        return runs, predicted
+
+    def correct(self, steps: Forecasts, base: Forecasts, runs: _Runs) -> Forecasts:
+        """Shift the weights of every gap so that the latents behind it are those of full runs.
+
+        Args:
+            steps: the plan that `runs` followed.
+            base: the weights that shifts are measured from.
+            runs: what it led to.
+        """
+        full = tuple(index for index, weights in enumerate(steps) if weights is None)
+        corrected = list(steps)
+        moved: list[tuple[int, int, Tensor]] = []  # gap, change of its outputs [N, P]
+        for place, (start, end) in enumerate(gaps(full, self.steps)):
+            if end == start + 1:
+                continue
+            order = len(steps[start + 1])
+            known = full[place : place - order if place >= order else None : -1]
+            snapshots = runs.outputs[list(known)].double().flatten(1)  # [K, N * P]
+            missed = (self.full.latents[end - 1] - runs.latents[end - 1]).double()
+            for other_start, other_end, change in moved:
+                missed = missed - self._share(other_start, other_end, end).sum() * change
+            reach = self._share(start, end, end).sum()
+            before = np.subtract(steps[start + 1], base[start + 1])
+            shift = fit_affine(
+                (reach**2 * snapshots @ snapshots.T).numpy(),
+                (reach * snapshots @ missed.flatten()).numpy(),
+                0.0,
+                prior=-before,
+            )
+            for index in range(start + 1, end):
+                corrected[index] = tuple((np.asarray(steps[index]) + shift).tolist())
+            change = torch.from_numpy(shift) @ snapshots
+            moved.append((start, end, change.view_as(missed)))
+        return tuple(corrected)
+
+    def plan(self, full_steps: int, order: int, passes: int, power: float) -> Plan:
+        """The best plan with so many full steps."""
+        base = self.forecasts(self.schedule(full_steps, power), order)
+        steps, best = base, None
+        for turn in range(passes + 1):
+            runs, predicted = self.try_out(steps)
+            if best is None or predicted["final_mse"] < best[1]["final_mse"]:
+                best = steps, predicted
+            if turn < passes:
+                steps = self.correct(steps, base, runs)
+        made = {"calls": len(self.calls), "order": order, "passes": passes, "tail": power}
+        return Plan(
+            self.times,
+            tuple(w if w is None else tuple(float(f"{x:.7g}") for x in w) for w in best[0]),
+            Fingerprint.of(self.denoiser, self.pipe.scheduler),
+            best[1],
+            tuple(tuple(float(f"{value:.6g}") for value in row) for row in self.gram),
+            made,
+        )
+
+
+def _wanted(target: str | None) -> float | None:
+    if target is None:
+        return None
+    found = _TARGET.fullmatch(target) if isinstance(target, str) else None
+    if found is None:
+        raise ValueError(f'target: expected such as "psnr>=30", got {target!r}')
+    return float(found[1])
+
+
+def _check(**counts: int) -> None:
+    for name, value in counts.items():
+        least = 0 if name == "passes" else 1
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def calibrate(
+    pipe: Any,
+    calls: Iterable[Mapping[str, Any]],
+    *,
+    full_steps: int = 12,
+    speedup: float | None = None,
+    target: str | None = None,
+    order: int = 4,
+    passes: int = 2,
+    tail: float = 1.0,
+    values: int = 65536,
+    seed: int = 0,
+) -> Plan:
+    """Find out which steps of a pipeline's calls need to run in full, and forecast the others.
+
+    Runs every call once in full and passes + 1 times with a plan; with `target` that for several
+    counts of full steps.
+
+    Args:
+        pipe: a diffusers pipeline with a transformer or UNet, and a scheduler.
+        calls: 4 to 16 keyword dicts, each run as `pipe(**call)`, all on the same grid. What is
+            drawn at random without a generator is drawn the same way in every run.
+        full_steps: how many steps run in full.
+        speedup: instead of it, steps per full step.
+        target: instead of both, the least full steps for a mean PSNR over the calls' images (over
+            the latents where a call returns none), such as "psnr>=30".
+        order: K, the most snapshots that a forecast sums; each is as large as the model's output.
+        passes: times that the weights are corrected by runs with the plan.
+        tail: p of the mean over samples in the schedule's cost; large values mind the worst sample.
+        values: elements of each image's tensors that are looked at.
+        seed: of that choice, and of what calls draw without a generator.
+
+    Returns:
+        The plan. The pipeline, its scheduler's configuration and the calls' generators are as they
+        were.
+
+    Raises:
+        TypeError: not a pipeline with a model that can be cached.
+        ValueError: no call, calls on several grids, a count out of range, a target that is none.
+    """
+    denoiser = next(
+        (m for name in _DENOISERS if isinstance(m := getattr(pipe, name, None), nn.Module)), None
+    )
+    if denoiser is None or not hasattr(getattr(pipe, "scheduler", None), "step"):
+        raise TypeError(
+            f"pipe: expected a pipeline with a scheduler and one of {', '.join(_DENOISERS)}, got "
+            f"{type(pipe).__name__}"
+        )
+    if is_cached(denoiser) or getattr(denoiser, "is_cache_enabled", False):
+        raise ValueError(
+            "pipe: expected a model without a cache, got one that is cached; undo that"
+        )
+    _check(full_steps=full_steps, order=order, passes=passes, values=values)
+    wanted = _wanted(target)
+    for name, value in (("tail", tail), ("speedup", 1.0 if speedup is None else speedup)):
+        if not isinstance(value, int | float) or not 1 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number of at least 1, got {value!r}")
+    calls = list(calls)
+    if not calls or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError("calls: expected at least one dict of keyword arguments")
+    with torch.no_grad():
+        found = _Calibration(pipe, denoiser, calls, values, seed)
+        if wanted is not None:
+            return _cheapest(found, wanted, order, passes, tail)
+        if speedup is not None:
+            full_steps = max(1, math.floor(found.steps / speedup))
+        if full_steps > found.steps:
+            raise ValueError(
+                f"full_steps: expected at most the calls' {found.steps} steps, got {full_steps}"
+            )
+        return found.plan(full_steps, order, passes, tail)
+
+
+def _cheapest(found: _Calibration, wanted: float, order: int, passes: int, tail: float) -> Plan:
+    """Bisect for the fewest full steps whose plan reaches the PSNR."""
+    low, high, best = 1, found.steps, None
+    while low < high:
+        middle = (low + high) // 2
+        plan = found.plan(middle, order, passes, tail)
+        if plan.predicted["psnr"] >= wanted:
+            best, high = plan, middle
+        else:
+            low = middle + 1
+    if best is None or len(best.full) != high:
+        best = found.plan(high, order, passes, tail)
+    return best

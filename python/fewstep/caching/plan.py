@@ -1,0 +1,206 @@
+"""A plan: which steps of a grid run in full, and with which weights the others are forecast.
+
+    v^_i = sum_k w_ik v_f(k),   sum_k w_ik = 1,   f(0) > f(1) > ... the newest full steps before i
+
+Plain data, saved as JSON. `calibrate` makes plans; `patch(pipe, cache=plan)` follows them. A plan
+knows what it was made for (`Fingerprint`, grid) and what error was measured with it. With the Gram
+matrix of its calibration it can be carried over to another step count of the same scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .fingerprint import Fingerprint
+from .policy import Forecasts
+from .solve import affine_weights
+
+__all__ = ["Plan"]
+
+_FORMAT = "fewstep cache plan"
+_VERSION = 1
+_SUM = 1e-3  # how far weights may be from summing to one: they are rounded when they are saved
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for every step of one grid.
+
+    Args:
+        times: the scheduler's timesteps.
+        steps: per time None (full) or the weights of the newest full steps, newest first.
+        fingerprint: what it was calibrated for; None fits every model.
+        predicted: what was measured in calibration: "psnr" and "psnr_min" in dB over its samples
+            and "of" what ("images" or "latents"), "step_error" the relative RMS error of every
+            forecast.
+        gram: [S, S] mean inner products of the outputs, for other step counts; None without.
+        made: how: settings of the calibration.
+
+    Raises:
+        ValueError: not a schedule: the first step skipped, more weights than full steps before,
+            weights that don't sum to one or are not finite.
+    """
+
+    times: tuple[float, ...]
+    steps: Forecasts
+    fingerprint: Fingerprint | None = None
+    predicted: dict[str, Any] = field(default_factory=dict)
+    gram: tuple[tuple[float, ...], ...] | None = None
+    made: dict[str, Any] = field(default_factory=dict)
+
+    scope = "output"
+
+    def __post_init__(self) -> None:
+        if len(self.times) != len(self.steps) or not self.steps:
+            raise ValueError(
+                f"steps: expected one entry per time ({len(self.times)}, at least 1), "
+                f"got {len(self.steps)}"
+            )
+        known = 0
+        for index, weights in enumerate(self.steps):
+            if weights is None:
+                known += 1
+                continue
+            if not 1 <= len(weights) <= known:
+                raise ValueError(
+                    f"steps: expected 1 to {known} weights at step {index} ({known} full steps "
+                    f"before it), got {len(weights)}"
+                )
+            if not all(map(math.isfinite, weights)) or abs(sum(weights) - 1) > _SUM:
+                raise ValueError(
+                    f"steps: expected finite weights that sum to 1 at step {index}, got {weights}"
+                )
+
+    @property
+    def order(self) -> int:
+        """Snapshots that are kept."""
+        return max((len(weights) for weights in self.steps if weights is not None), default=1)
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """The steps that run in full."""
+        return tuple(index for index, weights in enumerate(self.steps) if weights is None)
+
+    @property
+    def speedup(self) -> float:
+        """Steps per full step: the speed-up if skipped steps were free."""
+        return len(self.steps) / len(self.full)
+
+    def __repr__(self) -> str:
+        said = f"Plan({len(self.full)} of {len(self.steps)} steps in full, {self.speedup:.2f}x"
+        if "psnr" in self.predicted:
+            said += f", {self.predicted['psnr']:.1f} dB expected"
+        return said + ")"
+
+    def forecasts(self, times: Sequence[float]) -> Forecasts:
+        """Return the decisions for a grid: the plan's own, or the plan carried over to it.
+
+        Raises:
+            ValueError: the grid is not the plan's, and the plan can't be carried over.
+        """
+        if self.is_on(times):
+            return self.steps
+        return self.at(times).steps
+
+    def is_on(self, times: Sequence[float]) -> bool:
+        """Whether a grid is the plan's."""
+        span = max(abs(self.times[0] - self.times[-1]), 1e-9)
+        return len(times) == len(self.times) and all(
+            abs(mine - other) <= 1e-3 * span for mine, other in zip(self.times, times, strict=True)
+        )
+
+    def at(self, times: Sequence[float]) -> Plan:
+        """Return a plan for another grid in the same range of times, half to twice the steps.
+
+        As many steps run in full, those nearest to the plan's; weights are fitted anew to the Gram
+        matrix, interpolated between its times. What it loses has not been measured.
+
+        Raises:
+            ValueError: no Gram matrix, or another range or far other count of steps.
+        """
+        count = len(self.times)
+        if self.gram is None:
+            raise ValueError(
+                f"cache: expected the plan's grid of {count} steps, got one of {len(times)}; the "
+                "plan has no Gram matrix to be carried over with"
+            )
+        span = self.times[0] - self.times[-1]
+        first = abs(times[0] - self.times[0]) if len(times) else math.inf
+        if first > 0.05 * abs(span) or not count / 2 <= len(times) <= count * 2:
+            raise ValueError(
+                f"cache: expected {-(-count // 2)} to {2 * count} steps from time "
+                f"{self.times[0]:g}, where the plan can be carried over to, got {len(times)} from "
+                f"{times[0] if len(times) else math.nan:g}"
+            )
+        place = np.interp(-np.asarray(times), -np.asarray(self.times), np.arange(count))
+        if span < 0:
+            place = np.interp(np.asarray(times), np.asarray(self.times), np.arange(count))
+        gram = _interpolate(np.asarray(self.gram), place)
+        nearest = {int(np.abs(place - index).argmin()) for index in self.full}
+        steps: list[tuple[float, ...] | None] = []
+        known: list[int] = []
+        for index in range(len(times)):
+            if index in nearest or index == 0:
+                known.insert(0, index)
+                steps.append(None)
+            else:
+                steps.append(tuple(affine_weights(gram, known[: self.order], index).tolist()))
+        made = {**self.made, "carried_over_from": count}
+        return Plan(tuple(times), tuple(steps), self.fingerprint, {}, _rows(gram), made)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        data = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            ValueError: not a plan, or one of a version that is not known.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            if data.pop("format") != _FORMAT or data.pop("version") != _VERSION:
+                raise KeyError("format, version")
+            mark = data.pop("fingerprint")
+            return cls(
+                times=tuple(data.pop("times")),
+                steps=tuple(None if w is None else tuple(w) for w in data.pop("steps")),
+                fingerprint=None if mark is None else _fingerprint(mark),
+                gram=None if (gram := data.pop("gram")) is None else _rows(gram),
+                **data,
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(
+                f"{path}: expected a {_FORMAT} of version {_VERSION}, got something else "
+                f"({type(e).__name__}: {e})"
+            ) from e
+
+
+def _fingerprint(data: dict[str, Any]) -> Fingerprint:
+    values = tuple((name, tuple(numbers)) for name, numbers in data["values"])
+    return Fingerprint(**{**data, "adapters": tuple(data["adapters"]), "values": values})
+
+
+def _rows(matrix: Any) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(f"{value:.6g}") for value in row) for row in matrix)
+
+
+def _interpolate(gram: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return the matrix at fractional rows and columns, bilinear."""
+    low = np.clip(place.astype(int), 0, max(len(gram) - 2, 0))
+    share = place - low
+    spread = np.zeros((len(place), len(gram)))
+    rows = np.arange(len(place))
+    spread[rows, low] += 1 - share
+    spread[rows, np.minimum(low + 1, len(gram) - 1)] += share
+    return spread @ gram @ spread.T

@@ -1,0 +1,116 @@
+"""Recording denoising runs where the scheduler steps, on any pipeline.
+
+    m_i      what the scheduler gets at step i: the model's output after guidance
+    x_{i+1}  the latents it returns
+    R_bi     how far one unit of m_i moves the latents that enter step b, all else unchanged
+
+Tensors are kept as a sample of their elements per image, on the CPU: weights have few unknowns.
+R comes from a copy of the scheduler stepping on unit impulses, one element per step, which takes
+samplers with a history as they are; for Euler it is the step width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .scheduled import times_of
+
+__all__ = ["Run", "record", "repeatable", "responses"]
+
+_IMPULSE = 1e-3  # small, so that samplers that clip don't
+
+
+@dataclass
+class Run:
+    """One call of a pipeline: outputs and latents by step, each [B, P] float32."""
+
+    times: tuple[float, ...] = ()
+    scheduler: Any = None  # a copy as it was before the first step
+    outputs: list[Tensor] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    images: Any = None
+
+
+def _sample(x: Tensor, values: int, seed: int) -> Tensor:
+    flat = x.detach().reshape(x.shape[0], -1)
+    if flat.shape[1] > values:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(flat.shape[1], generator=generator)[:values]
+        flat = flat[:, chosen.sort().values.to(flat.device)]
+    return flat.float().cpu()
+
+
+@contextmanager
+def record(scheduler: Any, *, values: int, seed: int) -> Iterator[Run]:
+    """Watch `scheduler.step` and fill a `Run`; the scheduler is as it was afterwards."""
+    run = Run()
+    inner: Callable[..., Any] = scheduler.step
+    before = scheduler.__dict__.get("step")
+
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not run.outputs:
+            run.times = times_of(scheduler)
+            del scheduler.__dict__["step"]  # the copy must not record too
+            try:
+                run.scheduler = copy.deepcopy(scheduler)
+            finally:
+                scheduler.__dict__["step"] = step
+        result = inner(model_output, timestep, sample, *args, **kwargs)
+        latents = result[0] if isinstance(result, tuple) else result.prev_sample
+        run.outputs.append(_sample(model_output, values, seed))
+        run.latents.append(_sample(latents, values, seed))
+        return result
+
+    scheduler.__dict__["step"] = step
+    try:
+        yield run
+    finally:
+        if before is None:
+            del scheduler.__dict__["step"]
+        else:
+            scheduler.__dict__["step"] = before
+
+
+@contextmanager
+def repeatable(call: Mapping[str, Any], seed: int) -> Iterator[None]:
+    """Draw the same random numbers in every run of a call; its generators stay as they were."""
+    given = call.get("generator")
+    generators = given if isinstance(given, list | tuple) else [given]
+    generators = [g for g in generators if isinstance(g, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+def responses(run: Run) -> np.ndarray:
+    """Return R [S + 1, S]: row b is what the outputs do to the latents that enter step b."""
+    steps = len(run.outputs)
+    timesteps = run.scheduler.timesteps
+
+    def drive(size: float) -> np.ndarray:
+        scheduler = copy.deepcopy(run.scheduler)
+        x = torch.zeros(1, 1, 1, steps, dtype=torch.float32, device=timesteps.device)
+        rows = [x.reshape(-1)]
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            for index in range(steps):
+                impulse = torch.zeros_like(x)
+                impulse[..., index] = size
+                x = scheduler.step(impulse, timesteps[index], x, return_dict=False)[0].float()
+                rows.append(x.reshape(-1))
+        return torch.stack(rows).double().cpu().numpy()
+
+    return (drive(_IMPULSE) - drive(0.0)) / _IMPULSE

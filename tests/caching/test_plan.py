@@ -1,0 +1,141 @@
+"""Plans: checked when made, the same after a file, carried over to other grids."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fewstep.caching import Fingerprint, Plan
+
+TIMES = tuple(float(t) for t in np.linspace(1000, 20, 50))
+
+
+def plan(**changes):
+    every = tuple(None if i % 3 == 0 else (1.0,) for i in range(50))
+    given = {"times": TIMES, "steps": every, "gram": None, **changes}
+    return Plan(**given)
+
+
+def test_what_it_says_of_itself():
+    steps = (None, None, (1.5, -0.5), None, (1.0,))
+    made = Plan((5.0, 4.0, 3.0, 2.0, 1.0), steps, predicted={"psnr": 41.25})
+    assert (made.order, made.full, made.scope) == (2, (0, 1, 3), "output")
+    assert made.speedup == pytest.approx(5 / 3)
+    assert repr(made) == "Plan(3 of 5 steps in full, 1.67x, 41.2 dB expected)"
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (((1.0,), None), "expected 1 to 0 weights at step 0"),
+        ((None, (0.5, 0.5)), "expected 1 to 1 weights at step 1"),
+        ((None, ()), "expected 1 to 1 weights at step 1"),
+        ((None, (0.7,)), "sum to 1 at step 1"),
+        ((None, (float("nan"),)), "finite weights"),
+        ((None,), r"one entry per time \(2"),
+    ],
+)
+def test_no_schedule(steps, message):
+    with pytest.raises(ValueError, match=message):
+        Plan((2.0, 1.0), steps)
+
+
+def test_file(tmp_path):
+    mark = Fingerprint.of(nn.Linear(3, 2), object())
+    made = plan(fingerprint=mark, gram=((1.0, 0.5), (0.5, 1.0)), predicted={"psnr": 30.0})
+    made.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == made
+
+
+@pytest.mark.parametrize("spoil", ["cut", "version", "steps", "list"])
+def test_no_plan_in_the_file(tmp_path, spoil):
+    path = tmp_path / "plan.json"
+    plan().save(path)
+    text = path.read_text()
+    if spoil == "cut":
+        path.write_text(text[: len(text) // 2])
+    elif spoil == "list":
+        path.write_text("[1]")
+    else:
+        data = json.loads(text)
+        data["version"] = 99 if spoil == "version" else 1
+        if spoil == "steps":
+            del data["steps"]
+        path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="expected a fewstep cache plan of version 1"):
+        Plan.load(path)
+
+
+def smooth_gram(times):
+    """Of outputs that are a quadratic in time."""
+    powers = (np.asarray(times)[:, None] / 1000) ** np.arange(3)
+    return powers @ np.diag([1.0, 0.5, 0.25]) @ powers.T
+
+
+def test_its_own_grid_gives_its_own_steps():
+    made = plan()
+    assert made.forecasts(TIMES) is made.steps
+    assert made.forecasts([t + 0.1 for t in TIMES]) is made.steps
+
+
+@pytest.mark.parametrize("count", [30, 90])
+def test_carried_over(count):
+    made = plan(gram=tuple(map(tuple, smooth_gram(TIMES))), steps=plan_of_order(3))
+    times = np.linspace(1000, 1000 / count, count)
+    other = made.at(times)
+    assert other.made["carried_over_from"] == 50
+    assert len(other.full) == len(made.full)
+    outputs = (times[:, None] / 1000) ** np.arange(3)
+    for index, weights in enumerate(other.steps):
+        if weights is not None and len(weights) == 3:
+            known = [f for f in reversed(other.full) if f < index][:3]
+            # The Gram matrix between the plan's times is interpolated linearly.
+            assert np.abs(weights @ outputs[known] - outputs[index]).max() < 0.05
+
+
+def plan_of_order(order):
+    steps, known = [], 0
+    for index in range(50):
+        full = index % 3 == 0
+        known += full
+        count = min(order, known)
+        steps.append(None if full else (1 / count,) * count)
+    return tuple(steps)
+
+
+def test_not_carried_over():
+    with pytest.raises(ValueError, match="no Gram matrix"):
+        plan().forecasts(TIMES[:40])
+    made = plan(gram=tuple(map(tuple, smooth_gram(TIMES))))
+    with pytest.raises(ValueError, match=r"expected 25 to 100 steps from time 1000.*got 8 from"):
+        made.forecasts(np.linspace(1000, 125, 8))
+    with pytest.raises(ValueError, match="got 40 from 500"):
+        made.forecasts(np.linspace(500, 10, 40))
+
+
+class Scheduler:
+    def __init__(self, **config):
+        self.config = config
+
+
+def test_fingerprint_tells_models_weights_and_schedulers_apart():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    mark = Fingerprint.of(model, Scheduler(shift=3.0))
+    assert mark.differences(model, Scheduler(shift=3.0)) == []
+    assert mark.differences(model.to(torch.bfloat16), Scheduler(shift=3.0)) == []
+    assert "scheduler configuration" in mark.differences(model, Scheduler(shift=1.0))[0]
+    assert "model: expected 'Sequential', got 'Linear'" in mark.differences(
+        nn.Linear(4, 4), Scheduler(shift=3.0)
+    )
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    assert mark.differences(model, Scheduler(shift=3.0))[0].startswith("weights: expected 0.weight")
+
+
+def test_fingerprint_keeps_to_what_is_left_of_quantised_layers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    mark = Fingerprint.of(model, Scheduler())
+    model[0].weight = None
+    assert mark.differences(model, Scheduler()) == []

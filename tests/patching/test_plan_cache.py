@@ -1,0 +1,242 @@
+"""Plans on pipelines: what is skipped, exactness without skips, errors that change nothing."""
+
+import pytest
+import torch
+
+import fewstep
+from fewstep.caching import Plan, calibrate
+from fewstep.caching.quality import psnr
+from fewstep.patching import PatchError
+from patching.tiny_pipelines import BUILDERS, Counter, arguments, build, call, denoiser
+from patching.tiny_pipelines import digits as digits_pipeline
+
+STEPS = 6
+# PNDM evaluates its second step twice and counts no steps.
+ALL = sorted(set(BUILDERS) - {"sd-unet", "digits_student"})
+
+
+def run(pipe, **kwargs):
+    return call(pipe, num_inference_steps=STEPS, **kwargs)
+
+
+def schedule(pipe, *skipped):
+    """A plan that reuses the newest output, on the pipeline's own grid."""
+    times = []
+    step = pipe.scheduler.step
+
+    def watch(output, timestep, *args, **kwargs):
+        times.append(float(timestep))
+        return step(output, timestep, *args, **kwargs)
+
+    pipe.scheduler.step = watch
+    run(pipe)
+    del pipe.scheduler.step
+    return Plan(tuple(times), tuple((1.0,) if i in skipped else None for i in range(len(times))))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_skipped_is_bit_identical(name):
+    pipe = build(name)
+    plain = run(pipe)
+    with fewstep.patch(pipe, cache=schedule(pipe)) as patch:
+        assert torch.equal(run(pipe), plain)
+        assert patch.report()["cache"]["skipped"] == 0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_skipped_steps_run_nothing_of_the_model(name):
+    pipe = build(name)
+    plain = run(pipe)
+    model = denoiser(pipe)
+    part = next(m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    with Counter(part) as unpatched:
+        run(pipe)
+    with fewstep.patch(pipe, cache=schedule(pipe, 2, 3, 5)) as patch:
+        with Counter(part) as counter:
+            image = run(pipe)
+        for decisions in patch.report()["cache"]["branches"].values():
+            assert decisions == ["full", "full", "skip", "skip", "full", "skip"]
+        assert torch.equal(run(pipe), image)  # a second image starts anew
+    assert counter.counts[0] * 2 == unpatched.counts[0]
+    assert image.isfinite().all()
+    assert not torch.equal(image, plain)
+    assert torch.equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize("name", ["digits", "flux", "sana"])
+def test_calibrated(name):
+    pipe = build(name)
+    run(pipe)
+    before = set(vars(denoiser(pipe)))
+    generator = torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    given = {**arguments(pipe), "output_type": "latent", "num_inference_steps": 8}
+    rng = torch.get_rng_state()
+    plan = calibrate(pipe, [{**given, "generator": generator}, given], full_steps=5)
+    assert torch.equal(generator.get_state(), state)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert "step" not in vars(pipe.scheduler)
+    assert set(vars(denoiser(pipe))) == before
+    assert len(plan.full) == 5
+    assert plan.full[0] == 0
+    assert plan.predicted["psnr"] > 25
+    assert len(plan.predicted["step_error"]) == 8
+    assert all(plan.predicted["step_error"][i] == 0 for i in plan.full[:1])
+    alone = calibrate(pipe, [{**given, "generator": generator}], full_steps=5)
+    plain = pipe(**given, generator=generator).images
+    generator.set_state(state)
+    with fewstep.patch(pipe, cache=alone):
+        cached = pipe(**given, generator=generator).images
+    assert psnr([plain], [cached]) == pytest.approx([alone.predicted["psnr"]], abs=1e-3)
+
+
+def test_passes_correct_what_the_plan_itself_leads_to():
+    from fewstep.assets.digits import load_digits_pipeline
+
+    pipe = load_digits_pipeline("teacher")
+    pipe.set_progress_bar_config(disable=True)
+
+    def calls(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [{"class_labels": list(range(6)), "generator": generator, "output_type": "latent"}]
+
+    given = {**calls(0)[0], "num_inference_steps": 16, "guidance_scale": 1.0}
+    open_loop = calibrate(pipe, [given], full_steps=6, passes=0)
+    closed = calibrate(pipe, [given], full_steps=6, passes=2)
+    assert closed.predicted["psnr"] > open_loop.predicted["psnr"] + 3
+    held_out = {**calls(1)[0], "num_inference_steps": 16, "guidance_scale": 1.0}
+    plain = pipe(**held_out).images
+    errors = []
+    for plan in (open_loop, closed):
+        held_out["generator"].manual_seed(1)
+        with fewstep.patch(pipe, cache=plan):
+            errors.append((pipe(**held_out).images - plain).square().mean())
+    assert errors[1] < errors[0] / 2
+
+
+def test_target_and_speedup():
+    pipe = digits_pipeline(layers=2)
+    given = [{**arguments(pipe), "output_type": "pt", "num_inference_steps": 8}]
+    fast = calibrate(pipe, given, speedup=4, passes=0)
+    assert len(fast.full) == 2
+    reached = fast.predicted["psnr"] + 3
+    good = calibrate(pipe, given, target=f"psnr>={reached:.2f}", passes=0)
+    assert good.predicted["psnr"] >= reached
+    assert 2 < len(good.full) <= 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"full_steps": 0}, "full_steps: expected at least 1, got 0"),
+        ({"full_steps": 9}, "full_steps: expected at most the calls' 8 steps, got 9"),
+        ({"order": 0}, "order: expected at least 1"),
+        ({"passes": -1}, "passes: expected at least 0"),
+        ({"tail": 0.5}, "tail: expected a finite number of at least 1"),
+        ({"speedup": 0.5}, "speedup: expected a finite number"),
+        ({"target": "ssim>=1"}, "target: expected such as \"psnr>=30\", got 'ssim>=1'"),
+    ],
+)
+def test_bad_options(options, message):
+    pipe = digits_pipeline(layers=1)
+    given = [{**arguments(pipe), "output_type": "latent", "num_inference_steps": 8}]
+    with pytest.raises(ValueError, match=message):
+        calibrate(pipe, given, **options)
+
+
+def test_bad_calls():
+    pipe = digits_pipeline(layers=1)
+    given = {**arguments(pipe), "output_type": "latent"}
+    with pytest.raises(ValueError, match="calls: expected at least one dict"):
+        calibrate(pipe, [])
+    with pytest.raises(ValueError, match=r"expected one grid in all calls, 8 steps.*got 6"):
+        calibrate(pipe, [{**given, "num_inference_steps": n} for n in (8, 6)])
+    with pytest.raises(TypeError, match="pipe: expected a pipeline with a scheduler"):
+        calibrate(torch.nn.Linear(2, 2), [given])
+    unet = build("sd-unet")
+    with pytest.raises(ValueError, match="PNDMScheduler evaluates a step twice"):
+        calibrate(unet, [{**arguments(unet), "output_type": "latent", "num_inference_steps": 6}])
+    refused = pytest.raises(ValueError, match="got one that is cached")
+    with fewstep.patch(pipe, cache=schedule(pipe, 2)), refused:
+        calibrate(pipe, [given])
+
+
+def test_a_plan_of_another_pipeline_is_refused(tmp_path):
+    pipe = digits_pipeline(layers=1)
+    given = {**arguments(pipe), "output_type": "latent", "num_inference_steps": 6}
+    plan = calibrate(pipe, [given], full_steps=4, passes=0)
+    other = build("sana")
+    before = dict(vars(other.transformer))
+    with pytest.raises(ValueError, match="model: expected 'DiTTransformer2DModel', got 'Sana"):
+        fewstep.patch(other, cache=plan)
+    assert dict(vars(other.transformer)) == before
+    plan.save(tmp_path / "plan.json")
+    with torch.no_grad():
+        next(pipe.transformer.parameters()).mul_(2)
+    with pytest.raises(ValueError, match="weights: expected"):
+        fewstep.patch(pipe, cache=tmp_path / "plan.json")
+
+
+def test_other_step_counts():
+    pipe = digits_pipeline(layers=1)
+    given = {**arguments(pipe), "output_type": "latent"}
+    plan = calibrate(pipe, [{**given, "num_inference_steps": 12}], full_steps=6, passes=0)
+    with fewstep.patch(pipe, cache=plan) as patch:
+        image = call(pipe, num_inference_steps=10)  # carried over
+        assert image.isfinite().all()
+        assert patch.report()["cache"]["skipped"] > 0
+        with pytest.raises(ValueError, match="expected 6 to 24 steps"):
+            call(pipe, num_inference_steps=3)
+        assert torch.equal(call(pipe, num_inference_steps=10), image)
+
+
+def test_an_exception_leaves_nothing_behind():
+    pipe = digits_pipeline(layers=1)
+    plan = schedule(pipe, 2, 3, 5)
+    with fewstep.patch(pipe, cache=plan):
+        image = run(pipe)
+
+        def stop(pipe, step, timestep, values):
+            if step == 2:
+                raise KeyboardInterrupt
+            return values
+
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe, seed=5, callback_on_step_end=stop)
+        assert torch.equal(run(pipe), image)
+
+
+def test_an_image_does_not_depend_on_its_batch_mates():
+    pipe = digits_pipeline(layers=1)
+    plan = schedule(pipe, 2, 3, 5)
+    noise = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    others = torch.cat([noise[:1], noise[1:] * 3])
+    with fewstep.patch(pipe, cache=plan):
+        first, second = (
+            pipe([4, 1, 2], num_inference_steps=STEPS, latents=x, output_type="latent").images[0]
+            for x in (noise, others)
+        )
+    assert torch.equal(first, second)
+
+
+def test_gradients_are_never_cut_off():
+    pipe = digits_pipeline(layers=1)
+    plan = schedule(pipe, 2, 3)
+    model = pipe.transformer
+    with fewstep.patch(pipe, cache=plan) as patch:
+        pipe.scheduler.set_timesteps(sigmas=[1 - i / STEPS for i in range(STEPS)])
+        x = torch.randn(1, 1, 16, 16, requires_grad=True)
+        for time in pipe.scheduler.timesteps:
+            out = model(x, timestep=time.reshape(1), class_labels=torch.tensor([3])).sample
+            (gradient,) = torch.autograd.grad(out.sum(), x)
+            assert gradient.abs().sum() > 0
+            pipe.scheduler.step(out.detach(), time, x.detach())
+        assert patch.report()["cache"]["skipped"] == 0
+        assert patch.report()["cache"]["why_full"]["gradients wanted"] == STEPS - 1
+
+
+def test_refused_on_top_of_another_cache():
+    pipe = digits_pipeline(layers=1)
+    plan = schedule(pipe, 2)
+    with fewstep.patch(pipe, cache=plan), pytest.raises(PatchError, match="not yet patched"):
+        fewstep.patch(pipe, cache="interval")
