@@ -131,6 +131,7 @@ def test_target_and_speedup():
         ({"full_steps": 0}, "full_steps: expected at least 1, got 0"),
         ({"full_steps": 9}, "full_steps: expected at most the calls' 8 steps, got 9"),
         ({"order": 0}, "order: expected at least 1"),
+        ({"order": 9}, "order: expected at most 8, got 9"),
         ({"passes": -1}, "passes: expected at least 0"),
         ({"tail": 0.5}, "tail: expected a finite number of at least 1"),
         ({"speedup": 0.5}, "speedup: expected a finite number"),

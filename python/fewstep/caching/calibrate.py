@@ -33,6 +33,7 @@ from .plan import Plan
 from .policy import Forecasts
 from .quality import psnr
 from .record import Run, record, repeatable, responses
+from .ring import MAX_ORDER
 from .scheduled import ScheduledSession
 from .solve import affine_weights, best_schedule, fit_affine, gap_costs, gaps
 
@@ -264,7 +265,8 @@ def calibrate(
         speedup: instead of it, steps per full step.
         target: instead of both, the least full steps for a mean PSNR over the calls' images (over
             the latents where a call returns none), such as "psnr>=30".
-        order: K, the most snapshots that a forecast sums; each is as large as the model's output.
+        order: K, the most snapshots that a forecast sums, up to 8; each is as large as the model's
+            output.
         passes: times that the weights are corrected by runs with the plan.
         tail: p of the mean over samples in the schedule's cost; large values mind the worst sample.
         values: elements of each image's tensors that are looked at.
@@ -291,6 +293,8 @@ def calibrate(
             "pipe: expected a model without a cache, got one that is cached; undo that"
         )
     _check(full_steps=full_steps, order=order, passes=passes, values=values)
+    if order > MAX_ORDER:
+        raise ValueError(f"order: expected at most {MAX_ORDER}, got {order}")
     wanted = _wanted(target)
     for name, value in (("tail", tail), ("speedup", 1.0 if speedup is None else speedup)):
         if not isinstance(value, int | float) or not 1 <= value < math.inf:

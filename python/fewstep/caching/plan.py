@@ -20,6 +20,7 @@ import numpy as np
 
 from .fingerprint import Fingerprint
 from .policy import Forecasts
+from .ring import MAX_ORDER
 from .solve import affine_weights
 
 __all__ = ["Plan"]
@@ -68,10 +69,10 @@ class Plan:
             if weights is None:
                 known += 1
                 continue
-            if not 1 <= len(weights) <= known:
+            if not 1 <= len(weights) <= min(known, MAX_ORDER):
                 raise ValueError(
-                    f"steps: expected 1 to {known} weights at step {index} ({known} full steps "
-                    f"before it), got {len(weights)}"
+                    f"steps: expected 1 to {min(known, MAX_ORDER)} weights at step {index} "
+                    f"({known} full steps before it), got {len(weights)}"
                 )
             if not all(map(math.isfinite, weights)) or abs(sum(weights) - 1) > _SUM:
                 raise ValueError(

@@ -1,63 +1,81 @@
 """The last K outputs of full steps, and weighted sums of them.
 
-    y = sum_k w_k S_k      S_0 the newest snapshot
+    y = sum_k w_k S_k      one pass of `forecast_apply` over S [K, B, ..., C]
 
 Reuse, Taylor, Newton, Hermite, BDF, DMD and calibrated affine forecasts are all of this form, so
-one ring and one sum serve them. A snapshot may be a tree: tuples of tensors and None.
+one ring and one sum serve them. The full step of rank r (the r-th of the schedule) is kept in slot
+r mod K: which weight belongs to which slot is known before the run, so a schedule's weights are one
+table on the device (`slot_table`), and a skipped step copies nothing there.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Ring"]
+from ..ops import forecast_apply
+from .policy import Forecasts
+
+__all__ = ["MAX_ORDER", "Ring", "slot_table"]
+
+MAX_ORDER = 8  # what `forecast_apply` sums
+
+
+def slot_table(forecasts: Forecasts, order: int) -> Tensor:
+    """Return the weights [T, K] by slot; the rows of full steps and unused slots are 0."""
+    table = torch.zeros(len(forecasts), order, dtype=torch.float64)
+    rank = 0
+    for index, weights in enumerate(forecasts):
+        if weights is None:
+            rank += 1
+            continue
+        for back, weight in enumerate(weights, 1):
+            table[index, (rank - back) % order] = weight
+    return table
 
 
 class Ring:
-    """Keeps the newest `order` snapshots.
+    """Keeps the newest `order` snapshots, each a tuple of tensors (and of None).
 
     Args:
-        order: K, at least 1.
+        order: K, 1 to 8.
     """
 
     def __init__(self, order: int) -> None:
-        self._kept: deque[tuple[Tensor | None, ...]] = deque(maxlen=order)
-        self.form: Any = None  # of the call that the newest snapshot is from
-
-    def __len__(self) -> int:
-        return len(self._kept)
+        self.order = order
+        self.clear()
 
     def clear(self) -> None:
         """Drop the snapshots."""
-        self._kept.clear()
-        self.form = None
+        self._slots: tuple[Any, ...] = ()
+        self._kept = 0
+        self.form: Any = None  # of the call that the snapshots are from
 
-    def push(self, snapshot: tuple[Tensor | None, ...], form: Any) -> None:
-        """Keep a snapshot: the oldest goes from a full ring, all go where the form differs."""
-        if form != self.form:
+    def __len__(self) -> int:
+        return min(self._kept, self.order)
+
+    def push(self, snapshot: tuple[Any, ...], rank: int, form: Any) -> None:
+        """Keep the snapshot of the full step of a rank; all others go where the form differs."""
+        if form != self.form or len(snapshot) != len(self._slots):
             self.clear()
-        self.form = form
-        self._kept.appendleft(snapshot)
+            self.form = form
+            self._slots = tuple(
+                part.new_empty((self.order, *part.shape)) if isinstance(part, Tensor) else part
+                for part in snapshot
+            )
+        for slots, part in zip(self._slots, snapshot, strict=True):
+            if isinstance(part, Tensor):
+                slots[rank % self.order].copy_(part.detach())
+        self._kept += 1
 
-    def forecast(self, weights: Sequence[float]) -> tuple[Tensor | None, ...]:
-        """Return the weighted sum of the newest snapshots."""
-        parts = zip(*list(self._kept)[: len(weights)], strict=True)
-        return tuple(_combine(part, weights) for part in parts)
+    def forecast(self, weights: Tensor) -> tuple[Any, ...]:
+        """Return the sums, given a row of `slot_table` on the snapshots' device."""
+        return tuple(
+            _sum(slots, weights) if isinstance(slots, Tensor) else slots for slots in self._slots
+        )
 
 
-def _combine(parts: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
-    newest = parts[0]
-    if newest is None:
-        return None
-    if len(parts) == 1 and weights[0] == 1.0:  # to the bit, and a tensor that may be written to
-        return newest.clone()
-    total = newest.to(torch.promote_types(newest.dtype, torch.float32)) * weights[0]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        if weight:
-            total.add_(part, alpha=weight)
-    return total.to(newest.dtype)
+def _sum(slots: Tensor, weights: Tensor) -> Tensor:
+    return forecast_apply(slots, weights.double() if slots.dtype == torch.float64 else weights)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .policy import Forecasts, ScheduledPolicy
-from .ring import Ring
+from .ring import Ring, slot_table
 from .session import Branch, Call, Session
 
 __all__ = ["ScheduledSession", "times_of"]
@@ -50,16 +50,24 @@ class ScheduledSession(Session):
 
     def __init__(self, policy: ScheduledPolicy, scheduler: Callable[[], Any]) -> None:
         self.forecasts: Forecasts | None = None
+        self._tables: dict[torch.device, Tensor] = {}  # the weights by slot
+        self._taken: Forecasts | None = None  # the schedule that they are of
         super().__init__(policy, scheduler)
 
     def _start_run(self, timesteps: Any) -> None:
         super()._start_run(timesteps)
         self.forecasts = None
 
+    def _take(self, forecasts: Forecasts) -> None:
+        """Use a schedule from now on."""
+        if forecasts is not self._taken:
+            self._tables, self._taken = {}, forecasts
+        self.forecasts = forecasts
+
     def _foresee(self, call: Call, timesteps: Any, index: Any) -> None:
         branch = call.branch
         if self.forecasts is None:
-            self.forecasts = self.policy.forecasts(times_of(self._scheduler()))
+            self._take(self.policy.forecasts(times_of(self._scheduler())))
         if branch.ring is None:
             branch.ring = Ring(self.policy.order)
         # The scheduler's own count, so that a run that starts in the middle of its grid (image to
@@ -67,7 +75,7 @@ class ScheduledSession(Session):
         call.step = index if isinstance(index, int) else call.step
         reason = self._must_run_now(call, branch)
         if reason is None:
-            call.skip, call.weights = True, self.forecasts[call.step]
+            call.skip = True
         else:
             self.reasons[reason] += 1
         branch.decisions.append("full" if reason else "skip")
@@ -98,14 +106,14 @@ class ScheduledSession(Session):
             self.reasons["gradients wanted"] += 1
             branch.ring.clear()
         elif self.forecasts[call.step] is None:
-            branch.ring.push(tuple(_own(part) for part in kept), call.form)
+            rank = sum(weights is None for weights in self.forecasts[: call.step])
+            branch.ring.push(kept, rank, call.form)
 
     @torch.compiler.disable
     def recall(self, call: Call) -> tuple[Any, ...]:
         """Return the forecast."""
-        return call.branch.ring.forecast(call.weights)
-
-
-def _own(part: Any) -> Any:
-    """Return a snapshot that later writes to the model's output don't reach."""
-    return part.detach().clone() if isinstance(part, Tensor) else part
+        device = call.form[-1] if call.form else torch.device("cpu")
+        if device not in self._tables:
+            table = slot_table(self.forecasts, self.policy.order)
+            self._tables[device] = table.to(device, torch.float32)
+        return call.branch.ring.forecast(self._tables[device][call.step])

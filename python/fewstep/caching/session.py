@@ -71,7 +71,6 @@ class Call:
     step: int = 0
     is_last: bool = False
     skip: bool = False
-    weights: tuple[float, ...] | None = None  # of the snapshots, where a schedule forecasts
     form: tuple[Any, ...] = ()  # of what entered the model
     entry: Tensor | None = None  # the layout's scratch: what entered the first block,
     head: tuple[Any, ...] = ()  # what left the last block that always runs,
