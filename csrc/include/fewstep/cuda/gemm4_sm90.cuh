@@ -44,7 +44,7 @@ struct Config {
     static constexpr int kWarps = gemm8::kMultipliers * kGroupThreads / 32;
     static constexpr int kSharedBytes = fixed_bytes(kTile) + kSlots * kTile.slot_bytes();
     static_assert(kSlots >= 3 && kSharedBytes <= kMaxSharedBytes);
-    static_assert((2 * kSlots + 4) * sizeof(std::uint64_t) <= gemm8::kBarrierBytes);
+    static_assert((2 * kSlots + 2) * sizeof(std::uint64_t) <= gemm8::kBarrierBytes);
 
     std::uint8_t* base;
 
@@ -63,8 +63,7 @@ struct Config {
     __device__ Barrier& barrier(int i) const { return reinterpret_cast<Barrier*>(vectors(2))[i]; }
     __device__ Barrier& full(int i) const { return barrier(i); }
     __device__ Barrier& empty(int i) const { return barrier(kSlots + i); }
-    __device__ Barrier& vectors_full(int i) const { return barrier(2 * kSlots + i); }
-    __device__ Barrier& vectors_empty(int i) const { return barrier(2 * kSlots + 2 + i); }
+    __device__ Barrier& vectors_empty(int i) const { return barrier(2 * kSlots + i); }
 
     __device__ void init_barriers() const {
         for (int i = 0; i < kSlots; ++i) {
@@ -72,7 +71,6 @@ struct Config {
             empty(i).init(kWarps);
         }
         for (int i = 0; i < 2; ++i) {
-            vectors_full(i).init(kFactorWarps);
             vectors_empty(i).init(kWarps);
         }
         fence_barriers();
@@ -139,7 +137,8 @@ __device__ __forceinline__ std::uint32_t factor_of(float scale, float top) {
     return used ? static_cast<std::uint32_t>(rintf(4096.0f * (scale / top))) : 0u;
 }
 
-// By kFactorWarps warps: the factors of every slab's groups; before them, the vectors of its tile.
+// By kFactorWarps warps: the factors of every slab's groups; before them, the vectors of its tile,
+// so that who has waited for a slab finds these, too.
 template <class C>
 __device__ void load_factors(const Params& p, const C& shared) {
     const int thread = threadIdx.x % (32 * kFactorWarps);
@@ -177,8 +176,6 @@ __device__ void load_factors(const Params& p, const C& shared) {
                                     ? gemm8::load_bias(p.bias, p.bias_type, rows[i])
                                     : 0;
         }
-        __syncwarp();
-        gemm8::release(shared.vectors_full(buffer));
 #pragma unroll 1
         for (int s = 0; s < p.slabs + p.branch_slabs; ++s) {
             std::uint32_t scales[kRowsOfThread][kFactors] = {};
@@ -375,8 +372,7 @@ __device__ void multiply_tiles(const Params& p, const C& shared, int group) {
 #pragma unroll
             for (int i = 0; i < kRows / 2; ++i) acc[i] = 0;
             multiply_slabs(p, shared, rows, thread, at, acc);
-            const int buffer = index % 2;
-            shared.vectors_full(buffer).wait(index / 2 & 1);
+            const int buffer = index % 2;  // full since the tile's first slab was
             const float* const vectors = shared.vectors(buffer);
             const float* const mine = vectors + kRows + rows.row;
             const float w_scale[2] = {mine[0], mine[rows.distance]};
