@@ -250,7 +250,10 @@ rivals=()
 for op in gemm_w8a8 gemm_fp8 gemm_w4a8; do
     [[ " ${ops[*]} " == *" $op "* ]] && rivals+=(--op "$op")
 done
-if ((low_bit && !dry_run)); then
+others() { [[ -n ${PEERS:-} ]] || has torchao || has gemlite || has comfy_kitchen; }
+if ((low_bit)) && { ((dry_run)) || ! others; }; then
+    note "peers" skipped 0s "needs a GPU and other packages: PEERS"
+elif ((low_bit)); then
     COLUMNS=160 step "peers" 400 ${beside[@]+"${beside[@]}"} "$PYTHON" -m fewstep bench ops \
         "${rivals[@]}" --device "$device" --peers --kernels --output "$OUT/records"
 fi
@@ -278,6 +281,7 @@ for variant in ${VARIANTS:-}; do
     done
     COLUMNS=140 "$PYTHON" -m fewstep bench show "$OUT/$variant" 2>&1 | tee -a "$summary"
 done
-COLUMNS=140 "$PYTHON" -m fewstep bench show "$OUT/records" 2>&1 | tee -a "$summary"
+[[ -d $OUT/records ]] &&
+    COLUMNS=140 "$PYTHON" -m fewstep bench show "$OUT/records" 2>&1 | tee -a "$summary"
 echo "$((SECONDS - started)) s; results: $OUT" | tee -a "$summary"
 exit "$failed"
