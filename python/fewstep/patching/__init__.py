@@ -5,6 +5,7 @@ reuse across steps from `caching`.
 """
 
 from .activations import FusedActivations, fuse_activations
+from .modulations import GroupedModulations, group_modulations
 from .norms import FusedNorms, fuse_norms
 from .patch import Patch, active_patches, patch
 from .quantize import load_nunchaku, quantize
@@ -14,12 +15,14 @@ from .undo import PatchError
 __all__ = [
     "FusedActivations",
     "FusedNorms",
+    "GroupedModulations",
     "Patch",
     "PatchError",
     "QuantizationConfig",
     "active_patches",
     "fuse_activations",
     "fuse_norms",
+    "group_modulations",
     "load_nunchaku",
     "patch",
     "quantize",

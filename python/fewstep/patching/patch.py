@@ -210,6 +210,7 @@ def patch(
     compensate: Calibration | str | Path | None = None,
     norms: str | None = None,
     activations: str | None = "fuse",
+    modulations: str | None = None,
     cache: Any = None,
     time: str | None = None,
     guidance: str | float | None = None,
@@ -231,6 +232,8 @@ def patch(
             (`fewstep.quantize`).
         activations: "fuse" or None, for `quantize`: whether products compute the activations
             behind them.
+        modulations: "group" or None, for `quantize`: whether modulation layers in w4a16 that read
+            the same row are evaluated in one launch.
         cache: a plan of `fewstep.caching.calibrate` or a file with one: run the plan's steps in
             full and forecast the model's output at the others. Or "first-block", "interval", or a
             policy of `fewstep.caching`: skip the middle blocks on steps that barely differ from
@@ -247,7 +250,7 @@ def patch(
     """
     target = recognise(pipe)
     seen = {"smooth": smooth, "compensate": compensate}
-    fusions = Fusions(norms, activations)
+    fusions = Fusions(norms, activations, modulations)
     for name, option in (seen | fusions._asdict()).items():
         if quantize is None and option != Fusions._field_defaults.get(name):
             raise ValueError(f"{name}: expected quantize beside it, got none")

@@ -34,6 +34,7 @@ def quantize(
     keep_originals: bool = True,
     norms: str | None = None,
     activations: str | None = "fuse",
+    modulations: str | None = None,
 ) -> QuantizedModules:
     """Quantise the linear layers of a model and fuse what is around them, in place.
 
@@ -69,6 +70,8 @@ def quantize(
         activations: "fuse" computes those of diffusers' feed-forward layers inside of the product
             before them, rounded once instead of twice (`patching.activations`); None leaves them
             to torch.
+        modulations: "group" evaluates modulation layers in w4a16 that read the same row, as adaLN's
+            do in every block, in one launch: the same bits (`patching.modulations`).
 
     Returns:
         The handle: `replaced`, `skipped` with reasons, `explain()`, `undo()`, `plan()`. It keeps
@@ -80,11 +83,11 @@ def quantize(
         ValueError: an unknown scheme, nothing to quantise, a plan or a calibration for another
             model, smoothing that is asked for without a calibration, or a layer that can't be
             quantised so: its inputs are no multiple of the group or of the rotation, its weight is
-            not finite, on the meta device, or quantised already; `norms` or `activations` that are
-            not known, or `norms` for a model without blocks that are. The message names the
-            argument or the layer, and the model is unchanged.
+            not finite, on the meta device, or quantised already; `norms`, `activations` or
+            `modulations` that are not known, or `norms` for a model without blocks that are. The
+            message names the argument or the layer, and the model is unchanged.
     """
-    fusions = Fusions(norms, activations).expect(model)
+    fusions = Fusions(norms, activations, modulations).expect(model)
     handle = quantization.quantize(
         model,
         scheme,
@@ -106,6 +109,7 @@ def load_nunchaku(
     *,
     norms: str | None = None,
     activations: str | None = "fuse",
+    modulations: str | None = None,
 ) -> QuantizedModules:
     """Put a file of Nunchaku's 4-bit layers into a model of diffusers and fuse around them.
 
@@ -121,6 +125,7 @@ def load_nunchaku(
         source: a safetensors file, or its tensors. int4 with groups of 64; NVFP4 is refused.
         norms: as in `quantize`.
         activations: as in `quantize`.
+        modulations: as in `quantize`.
 
     Returns:
         The handle, as of `quantize`; `undo()` puts the very layers and tensors back.
@@ -132,7 +137,7 @@ def load_nunchaku(
             `activations` as in `quantize`. The message names the key or the argument, what was
             expected and what came, and the model is unchanged.
     """
-    fusions = Fusions(norms, activations).expect(model)
+    fusions = Fusions(norms, activations, modulations).expect(model)
     return _finish(model, quantization.load_nunchaku(model, source), fusions)
 
 

@@ -54,6 +54,7 @@ class QuantizationConfig(QuantizationConfigMixin):
         layers: scheme -> names of a model that is quantised already; written by save_pretrained.
         norms: None, "share" or "fuse": whether norms quantise for the layers behind them.
         activations: "fuse" or None: whether products compute the activations behind them.
+        modulations: "group" or None: whether modulation layers share a launch.
 
     Raises:
         TypeError, ValueError: no scheme; the message names the argument.
@@ -69,6 +70,7 @@ class QuantizationConfig(QuantizationConfigMixin):
         rotate: int | bool | None = None,
         norms: str | None = None,
         activations: str | None = "fuse",
+        modulations: str | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -78,12 +80,13 @@ class QuantizationConfig(QuantizationConfigMixin):
         self.scheme = str(Scheme.parse(scheme, rank=rank, group=group, rotate=rotate or None))
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.layers = layers
-        self.norms, self.activations = Fusions(norms, activations).expect()
+        fusions = Fusions(norms, activations, modulations).expect()
+        self.norms, self.activations, self.modulations = fusions
 
     @property
     def fusions(self) -> Fusions:
         """What happens around the layers."""
-        return Fusions(self.norms, self.activations)
+        return Fusions(self.norms, self.activations, self.modulations)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into config.json."""
