@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fewstep import _native, ops
 from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, matmul_limit
 from fewstep.bench.gpu_peers import fp8_peers
-from fewstep.bench.products import bf16_limit, call, hopper_tilings, model_cases
+from fewstep.bench.products import bf16_limit, byte_outputs, call, hopper_tilings, model_cases
 
 CASES = [
     Case("SDXL 640 proj", {"M": 1024, "N": 640, "K": 640}, torch.bfloat16, ("cpu",), quick=True),
@@ -121,6 +121,7 @@ BENCHMARK = Benchmark(
         *end_to_end(),
         Provider("fewstep native, kernel", kernel, "op", "native"),
         *hopper_tilings("gemm_fp8", e4m3),
+        *byte_outputs("gemm_fp8", e4m3, activation="gelu_tanh"),
         baseline("torch linear", F.linear),
         baseline("torch._scaled_mm, row-wise", scaled_mm, e4m3),
         Provider(

@@ -5,6 +5,8 @@ the floating activations, so it is what replaces a linear layer: quantise, produ
 "..., kernel" calls the C++ kernel into an output that is there already: what the arithmetic reaches
 on its threads. The op adds the way from Python to it, 0.1 to 0.3 ms where a product before it has
 swept the caches (docs/ops/gemm_w8a8.md).
+"..., 8-bit output" is what the next layer reads, where there is an activation: quantised by its own
+rows, or by limits in the product's end (`limit`).
 A case with an activation has it in "torch linear" too; "fewstep, activation apart" is the product
 from x and then torch's activation.
 The limit on CPUs is the rate of vpdpbusd itself on registers (`_C.cpu.probe_vnni`), per thread.
@@ -22,6 +24,7 @@ from fewstep.bench import Benchmark, Case, Provider, baseline, implementations, 
 from fewstep.bench.gpu_peers import int8_peers, worth_tuning
 from fewstep.bench.products import (
     activation_of,
+    byte_outputs,
     call,
     hopper_tilings,
     linear_only,
@@ -38,6 +41,7 @@ from fewstep.bench.products import (
 )
 from fewstep.ops._epilogue import activate
 
+IMAGE = {"M": 4096, "N": 12288, "K": 3072}
 GEGLU, FF1 = {"M": 1024, "N": 10240, "K": 1280}, {"M": 512, "N": 12288, "K": 3072}
 CASES = [
     Case("SDXL 640 proj", {"M": 1024, "N": 640, "K": 640}, torch.bfloat16, quick=True),
@@ -48,6 +52,7 @@ CASES = [
     Case("SDXL GEGLU", {"M": 1024, "N": 10240, "K": 1280}, torch.bfloat16, ("cpu",)),
     Case("SDXL GEGLU, with it", GEGLU, torch.bfloat16, options={"activation": "geglu"}),
     Case("FLUX.1 text ff1, GELU", FF1, torch.bfloat16, options={"activation": "gelu_tanh"}),
+    Case("FLUX.1 image ff1, GELU", IMAGE, torch.bfloat16, ("cuda",), {"activation": "gelu_tanh"}),
     Case("FLUX.1 adaLN", {"M": 16, "N": 9216, "K": 3072}, torch.bfloat16),
     *model_cases(),
 ]
@@ -173,6 +178,7 @@ BENCHMARK = Benchmark(
         *end_to_end(),
         Provider("fewstep native, kernel", kernel, "op", "native"),
         *hopper_tilings("gemm_w8a8", integers),
+        *byte_outputs("gemm_w8a8", integers),
         baseline("fewstep, activation apart", product_then_activation, floats, needs_activation),
         baseline("torch linear", call, torch_layer),
         Provider(

@@ -72,13 +72,17 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 
+def _flat(args: tuple[Any, ...]) -> tuple[Any, ...] | list[Any]:
+    return args[0] if isinstance(args[0], list) else args
+
+
 def call(op: str, *args: Any) -> None:
     """Run the native kernel `op` on the device of its first tensor.
 
-    Tensors in `args` are read as views; other values pass through. On CUDA the tensors' device is
-    made current and the current stream is appended as the last argument.
+    Tensors in `args`, and in lists, are read as views; other values pass through. On CUDA the
+    tensors' device is made current and the current stream is appended as the last argument.
     """
-    device = next(value.device for value in args if isinstance(value, Tensor))
+    device = next(value.device for value in _flat(args) if isinstance(value, Tensor))
     if device.type == "cuda":
         function = getattr(_C.cuda, _kernel(op, device))
         with torch.cuda.device(device):

@@ -216,7 +216,11 @@ def test_the_gate_runs_every_tiling(gemm8_on_host, is_float, multiprocessors, mo
     assert chosen == [0, 1, 2]
     op = ops.module("gemm_fp8" if is_float else OP)
     cases = op.gate_cases(torch.device("cpu"))
-    large = [(args, options) for args, options, *_ in cases if args[0].shape[0] > 1000]
+    large = [
+        (args, options)
+        for args, options, *_ in cases
+        if args[0].shape[0] > 1000 and "limit" not in options
+    ]
     assert [(*a.shape, w.shape[0]) for (a, _, w, _), _ in large] == [
         (M, K, N) for M, N, K in _gemm.TILED_SHAPES
     ]

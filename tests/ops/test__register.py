@@ -15,8 +15,14 @@ def floating_inputs(op):
     args, kwargs, *_ = ops.module(op).gate_cases(torch.device("cpu"))[0]
     function = getattr(ops, op)
     for key, value in enumerate(args):
+
+        def call(x, key=key):
+            return function(*args[:key], x, *args[key + 1 :], **kwargs)
+
+        if isinstance(value, list) and value[-1].is_floating_point():
+            yield value[-1], lambda x, call=call, rest=value[:-1]: call([*rest, x])
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            yield value, lambda x, key=key: function(*args[:key], x, *args[key + 1 :], **kwargs)
+            yield value, call
     for key, value in kwargs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             yield value, lambda x, key=key: function(*args, **{**kwargs, key: x})
@@ -72,7 +78,7 @@ def check_gradient(op, gradient_of):
 
 def outputs_of(result):
     """Return the floating outputs of an op as a tuple."""
-    outputs = result if isinstance(result, tuple) else (result,)
+    outputs = result if isinstance(result, (tuple, list)) else (result,)
     return tuple(x for x in outputs if isinstance(x, torch.Tensor) and x.is_floating_point())
 
 

@@ -175,6 +175,43 @@ def hopper_tilings(
     ]
 
 
+def byte_outputs(
+    op: str, operands: Callable[..., tuple[Any, ...]], activation: str | None = None
+) -> list[Provider]:
+    """Return the layer with the activation and outputs of 8 bits, for GPUs, as the next layer reads
+    them: in 16 bits first and quantised by their own rows; by limits, in the product's end.
+
+    `operands` as above; `activation` is that of all cases, where cases name none.
+    """
+    quantize = ops.quantize_int8 if op == "gemm_w8a8" else ops.quantize_fp8
+    product = getattr(ops, op)
+
+    def make(by_limits: bool, case: Case, *tensors: Tensor) -> Callable[[], Any] | str:
+        device, name = tensors[0].device, activation or activation_of(case)
+        if (reason := _native.unavailable(op, device)) is not None:
+            return reason
+        if name is None:
+            return "there is no activation"
+        *first, bias, dtype = operands(case, *tensors)[:6]
+        options = {"bias": bias, "activation": name, "impl": "native"}
+        if by_limits:
+            limit = torch.full((case["M"],), 1000.0, device=device)
+            options |= {"out_dtype": first[2].dtype, "limit": limit}
+            return functools.partial(product, *first, **options)
+        return lambda: quantize(product(*first, **options, out_dtype=dtype))
+
+    return [
+        Provider(
+            f"fewstep native, 8-bit output {how}",
+            functools.partial(make, by_limits),
+            "op",
+            "native",
+            devices=("cuda",),
+        )
+        for by_limits, how in ((False, "of its own scales"), (True, "by limits"))
+    ]
+
+
 def call(layer: Callable[..., Any], *args: Any) -> Any:
     """Return layer(*args)."""
     return layer(*args)

@@ -220,6 +220,68 @@ def rounding_dtype(a: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
     return out_dtype
 
 
+def quantised(p: Operands, form: Format) -> Operands:
+    """Return p with rows in 8 bits and low beside them, as kernels on GPUs take them."""
+    low, _ = p.branch()
+    p = p._replace(down=None, low=low)
+    if p.a_scale is not None:
+        return p
+    block = BLOCK if form is E4M3 and p.w_scale.dim() == 2 else None
+    a, a_scale = form.quantize(p.a, block, p.smooth, p.rotate)
+    return p._replace(a=a, a_scale=a_scale, smooth=None, rotate=0)
+
+
+def native_operands(p: Operands, form: Format, scale: Tensor | None = None) -> tuple[Any, ...]:
+    """Return a native product's arguments but for its outputs, which are int8 with `scale`."""
+    on_gpu = p.a.device.type == "cuda"
+    if on_gpu:
+        p = quantised(p, form)
+    # With integers the kernel rounds to bfloat16 before it quantises.
+    alike = scale is None or p.a.dtype == torch.bfloat16
+    if p.down is not None and form is INT8 and alike:  # low while the rows are in cache
+        q, a_scale, low = quantize_native(p.a, p.smooth, p.rotate, p.down)
+        p = p._replace(a=q, a_scale=a_scale, smooth=None, rotate=0, down=None, low=low)
+    a, a_scale = p.flat()
+    w, branch = bits(unit_stride(p.w)), p.branch()
+    if on_gpu:  # for the copy engine; they mostly are
+        a, w, *branch = *map(_native.aligned, (a, w)), *map(loadable, branch)
+    weight = (w, p.w_scale.contiguous(), contiguous(p.bias))
+    activation, *blended = p.epilogue()
+    first = (a, a_scale, *weight, *branch, contiguous(p.smooth), p.rotate)
+    return *first, activation or "", *blended
+
+
+def triton_operands(p: Operands, form: Format) -> tuple[Any, ...]:
+    """Return a Triton product's arguments but for its output."""
+    p = quantised(p, form)
+    weight = (bits(p.w.contiguous()), p.w_scale.contiguous(), contiguous(p.bias))
+    return *p.flat(), *weight, *p.branch(), *p.epilogue()
+
+
+def launch_group(
+    form: Format,
+    problems: Sequence[Operands],
+    outs: Sequence[Tensor],
+    limits: Sequence[tuple[Tensor, ...]] = (),
+) -> None:
+    """Fill the outputs of products with one N, K and activation, in one launch on Hopper.
+
+    `limits`: for outputs in 8 bits (`_requantize.py`) each product's limit, scale, amax, exceeded.
+    """
+    given = [native_operands(p, form) for p in problems]
+    a, a_scale, w, w_scale, *rest = map(list, zip(*given, strict=True))
+    bias, low, up, smooth, rotate, (activation, *_), gate, residual = rest
+    first, flat = (a, a_scale, w, w_scale, bias, low, up), [matrix(bits(out)) for out in outs]
+    if outs[0].device.type == "cuda":
+        vectors = [
+            [x.contiguous().view(-1) for x in column] for column in zip(*limits, strict=True)
+        ]
+        end = (activation, gate, residual, *(vectors or [[]] * 4), flat)
+        _native.call("gemm_grouped", *first, *end)
+    else:
+        _native.call("gemm_grouped", *first, smooth, rotate, activation, gate, residual, flat)
+
+
 def register_product(
     name: str,
     *,
@@ -247,35 +309,9 @@ def register_product(
         first = [options.pop(key) for key in ("a", "a_scale", "w", "w_scale")]
         return reference(*first, **options).contiguous()
 
-    def quantised(p: Operands) -> Operands:
-        """Return p with rows in 8 bits and low beside them, as kernels on GPUs take them."""
-        low, _ = p.branch()
-        p = p._replace(down=None, low=low)
-        if p.a_scale is not None:
-            return p
-        block = BLOCK if form is E4M3 and p.w_scale.dim() == 2 else None
-        a, a_scale = form.quantize(p.a, block, p.smooth, p.rotate)
-        return p._replace(a=a, a_scale=a_scale, smooth=None, rotate=0)
-
     def launch_native(p: Operands, scale: Tensor | None, out: Tensor) -> None:
-        if not out.numel():
-            return
-        on_gpu = p.a.device.type == "cuda"
-        if on_gpu:
-            p = quantised(p)
-        # With integers the kernel rounds to bfloat16 before it quantises.
-        alike = scale is None or p.a.dtype == torch.bfloat16
-        if p.down is not None and form is INT8 and alike:  # low while the rows are in cache
-            q, a_scale, low = quantize_native(p.a, p.smooth, p.rotate, p.down)
-            p = p._replace(a=q, a_scale=a_scale, smooth=None, rotate=0, down=None, low=low)
-        a, a_scale = p.flat()
-        w, branch = bits(unit_stride(p.w)), p.branch()
-        if on_gpu:  # for the copy engine; they mostly are
-            a, w, *branch = *map(_native.aligned, (a, w)), *map(loadable, branch)
-        weight = (w, p.w_scale.contiguous(), contiguous(p.bias))
-        activation, *blended = p.epilogue()
-        start = (a, a_scale, *weight, *branch, contiguous(p.smooth), p.rotate)
-        _native.call(name, *start, activation or "", *blended, scale, matrix(out))
+        if out.numel():
+            _native.call(name, *native_operands(p, form, scale), scale, matrix(out))
 
     def run_native(*args: Any) -> Tensor:
         p = Operands(*args)
@@ -298,9 +334,7 @@ def register_product(
         p = Operands(*args)
         out = p.new_output()
         if out.numel():
-            p = quantised(p)
-            weight = (bits(p.w.contiguous()), p.w_scale.contiguous(), contiguous(p.bias))
-            launcher()(*p.flat(), *weight, *p.branch(), *p.epilogue(), matrix(out))
+            launcher()(*triton_operands(p, form), matrix(out))
         return out
 
     def fake(*args: Any) -> Tensor:

@@ -3,7 +3,7 @@ with a 4-bit weight gemm4_*.cuh, whose scales of groups their op has checked).
 
 The copy engine reads rows that start at multiples of 16 bytes: of a, w, and of low and up, which
 are multiplied in their one 16-bit dtype and copied where their rank is no multiple of 8. Floating
-rows are quantised by Triton's kernel, and so are int8 outputs.
+rows are quantised by Triton's kernel, and so are int8 outputs without limits.
 What is refused here is known from shapes, strides and offsets, which a trace has too; memory that
 starts elsewhere all the same is copied at the launch (`_native.aligned`).
 """
@@ -31,6 +31,7 @@ def refuse_hopper(
     up: Tensor | None = None,
     low: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    limit: Tensor | None = None,
     **others: Any,
 ) -> str | None:
     """Return why the kernel can't take a product of these operands, by their names, or None."""
@@ -46,7 +47,7 @@ def refuse_hopper(
         reason = refuse_triton([a], FLOATS)  # quantises the rows
     elif a.dim() > 1:
         reason = refuse_rows("a", a)
-    if reason is None and out_dtype == torch.int8:
+    if reason is None and out_dtype == torch.int8 and limit is None:
         reason = refuse_triton([a], (a.dtype,))  # quantises the output
     if reason is None and w is not None:
         reason = refuse_rows("w", w)

@@ -61,6 +61,7 @@ from ._gemm import (
     register_product,
     rounding_dtype,
 )
+from ._requantize import gate_limits, register_requantized
 from ._select import select
 from .quantize_fp8 import BLOCK
 
@@ -80,6 +81,7 @@ IMPLEMENTATIONS, _op, _op_int8 = register_product(
     launcher=_launcher,
     weight=lambda p: p.w.float() * spread_scales(p.w_scale, *p.w.shape),
 )
+_requantized = register_requantized("gemm_fp8", E4M3, IMPLEMENTATIONS)
 
 
 def _validate(p: Operands) -> None:
@@ -113,8 +115,9 @@ def gemm_fp8(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    limit: Tensor | None = None,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Return (a * a_scale) @ (w * w_scale).T + bias + low @ up.T for e4m3 a and w.
 
     Args:
@@ -134,13 +137,16 @@ def gemm_fp8(
         gate: floating [N'], [..., 1, N'] or [..., M, N']: outputs are multiplied by it.
         residual: floating [..., M, N'], added last.
         out_dtype: float32, bfloat16 or float16; a's dtype if floating, else float32 by default.
-            int8: quantised again, row by row.
+            int8: quantised again, row by row. float8_e4m3fn: with limit, by it.
+        limit: float32 [..., M], of float8_e4m3fn outputs: the magnitude that each row is
+            expected to keep to, in the place of its own (`ops/_requantize.py`).
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
         [..., M, N'] in out_dtype, N' columns being left of N. Differentiable with respect to
         floating a, bias, down, up, low, gate and residual, in both modes. For int8 (q, scale), as
-        `quantize_int8` of the result in a's dtype if floating, else in bfloat16.
+        `quantize_int8` of the result in a's dtype if floating, else in bfloat16. With limit
+        (q, scale, amax, exceeded): the rows' magnitudes, and how many outputs exceed their limit.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
@@ -152,10 +158,12 @@ def gemm_fp8(
     expect_tensor("a", a)
     prologue, branch = (smooth, rotate), (down, up, low)
     epilogue = (activation, gate, residual)
-    rounded = rounding_dtype(a, out_dtype)
+    rounded = rounding_dtype(a, None if limit is not None else out_dtype)
     first = (a, a_scale, w, w_scale, bias)
     operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     _validate(operands)
+    if limit is not None:
+        return _requantized(operands._replace(out_dtype=torch.float32), limit, out_dtype, impl)
     op = _op_int8 if out_dtype == torch.int8 else _op
     return op(*operands, select("gemm_fp8", impl, IMPLEMENTATIONS, *operands[:-1], out_dtype))
 
@@ -179,4 +187,5 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         w = (64 * torch.randn((N, K), generator=generator)).to(E4M3.dtype)
         return w, torch.full((N,), K**-0.5 / 64)
 
-    return cases + gate_layers(device, weight) + gate_tilings(device, weight)
+    cases += gate_layers(device, weight) + gate_tilings(device, weight)
+    return cases + gate_limits(device, weight)

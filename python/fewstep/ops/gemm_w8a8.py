@@ -33,6 +33,7 @@ from torch import Tensor
 from ..reference.gemm_w8a8 import gemm_w8a8 as _reference
 from ._expect import expect_tensor
 from ._gemm import (
+    INT8,
     Operands,
     expect,
     expect_operands,
@@ -41,6 +42,7 @@ from ._gemm import (
     register_product,
     rounding_dtype,
 )
+from ._requantize import gate_limits, register_requantized
 from ._select import select
 
 __all__ = ["gemm_w8a8"]
@@ -65,6 +67,7 @@ IMPLEMENTATIONS, _op, _op_int8 = register_product(
     launcher=_launcher,
     weight=lambda p: p.w.float() * p.w_scale[:, None],
 )
+_requantized = register_requantized("gemm_w8a8", INT8, IMPLEMENTATIONS)
 
 
 def _validate(p: Operands) -> None:
@@ -89,8 +92,9 @@ def gemm_w8a8(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    limit: Tensor | None = None,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Return (a * a_scale) @ (w * w_scale).T + bias + low @ up.T for int8 a and w.
 
     Args:
@@ -109,13 +113,16 @@ def gemm_w8a8(
         gate: floating [N'], [..., 1, N'] or [..., M, N']: outputs are multiplied by it.
         residual: floating [..., M, N'], added last.
         out_dtype: float32, bfloat16 or float16; a's dtype if floating, else float32 by default.
-            int8: quantised again, row by row.
+            int8: quantised again, row by row. With limit: by it.
+        limit: float32 [..., M], of int8 outputs: the magnitude that each row is expected to
+            keep to, in the place of its own (`ops/_requantize.py`).
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
         [..., M, N'] in out_dtype, N' columns being left of N. Differentiable with respect to
         floating a, bias, down, up, low, gate and residual, in both modes. For int8 (q, scale), as
-        `quantize_int8` of the result in a's dtype if floating, else in bfloat16.
+        `quantize_int8` of the result in a's dtype if floating, else in bfloat16. With limit
+        (q, scale, amax, exceeded): the rows' magnitudes, and how many outputs exceed their limit.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
@@ -126,10 +133,15 @@ def gemm_w8a8(
     """
     expect_tensor("a", a)
     prologue, branch = (smooth, rotate), (down, up, low)
-    epilogue, rounded = (activation, gate, residual), rounding_dtype(a, out_dtype)
+    epilogue, rounded = (
+        (activation, gate, residual),
+        rounding_dtype(a, None if limit is not None else out_dtype),
+    )
     first = (a, a_scale, w, w_scale, bias)
     operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     _validate(operands)
+    if limit is not None:
+        return _requantized(operands._replace(out_dtype=torch.float32), limit, out_dtype, impl)
     op = _op_int8 if out_dtype == torch.int8 else _op
     return op(*operands, select("gemm_w8a8", impl, IMPLEMENTATIONS, *operands[:-1], out_dtype))
 
@@ -151,4 +163,5 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         w = torch.randint(-128, 128, (N, K), generator=generator, dtype=torch.int8)
         return w, torch.full((N,), K**-0.5 / 128)
 
-    return cases + gate_layers(device, weight) + gate_tilings(device, weight)
+    cases += gate_layers(device, weight) + gate_tilings(device, weight)
+    return cases + gate_limits(device, weight)

@@ -16,7 +16,7 @@ void launch(const ProductArguments& given, Params& p, int multiprocessors, cudaS
         p.low = gemm8::map_rows(*given.low, "low", p.rank, C::kRows);
         p.up = gemm8::map_rows(*given.up, "up", p.rank, kHalf, kBranchColumns);
     }
-    const unsigned blocks = gemm8::place_tiles<C>(p, multiprocessors);
+    const unsigned blocks = gemm8::count_blocks(gemm8::place_tiles<C>(p), multiprocessors);
     launch_kernel(gemm4_sm90_kernel<C>, "gemm4_sm90", dim3(blocks), gemm8::kThreads,
                   C::kSharedBytes, stream, p);
 }

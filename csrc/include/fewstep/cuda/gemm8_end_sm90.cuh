@@ -13,7 +13,7 @@
 #include <cstring>
 
 #include "fewstep/cuda/gemm8_plan.h"
-#include "fewstep/cuda/hopper.cuh"
+#include "fewstep/cuda/gemm8_requantize_sm90.cuh"
 
 namespace fewstep::cuda::gemm8 {
 
@@ -28,8 +28,9 @@ struct Rows {
 
 struct End {
     Rows out, residual, gate;
-    int M, width;      // of out
-    int rows_of_gate;  // that each row of the gate serves
+    Requantized requantized;  // where outputs are of 8 bits
+    int M, width;             // of out
+    int rows_of_gate;         // that each row of the gate serves
     Activation activation;
     bool is_glu;
     bool in_fours;  // four columns of every matrix are one access
@@ -163,6 +164,28 @@ __device__ __forceinline__ void fetch_four(const std::uint8_t* scratch, float (&
     std::memcpy(values, &all, sizeof values);
 }
 
+__device__ __forceinline__ void store_bytes(const Rows& x, std::int64_t at, int count,
+                                            bool in_fours, std::uint32_t bytes) {
+    auto* const to = static_cast<std::uint8_t*>(x.data) + at;
+    if (in_fours) {
+        *reinterpret_cast<std::uint32_t*>(to) = bytes;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (i < count) to[i] = static_cast<std::uint8_t>(bytes >> 8 * i);
+    }
+}
+
+// What becomes of four outputs of which `count` exist, `at` elements into out, of the thread's i-th
+// row in a chunk, row m of out.
+struct StoreFloats {
+    __device__ __forceinline__ void operator()(const End& end, std::int64_t at, int, int, int count,
+                                               float (&values)[4]) const {
+        store_four(end.out, at, count, end.in_fours, values);
+    }
+};
+
 // Where a chunk of y that lies in a warp's scratch begins in out.
 struct ChunkPlace {
     int row, column;
@@ -171,11 +194,11 @@ struct ChunkPlace {
 // `chunks` chunks of y: stage(i) puts the i-th into scratch, 16 rows x 32 columns, or for a gated
 // activation 16 columns and 16 of what is activated; place(i) is where it goes; sync() lets those
 // who stage and those who read meet.
-template <typename Place, typename Stage, typename Sync>
+template <typename Place, typename Stage, typename Sync, typename Store = StoreFloats>
 __device__ __forceinline__ void finish_chunks(const End& end, int chunks, std::uint8_t* scratch,
                                               const Place& place, const Stage& stage,
-                                              const Sync& sync) {
-    constexpr int kMost = kWarpRows * kChunk / 4 / 32;  // rows of a chunk that a thread finishes
+                                              const Sync& sync, const Store& store = {}) {
+    constexpr int kMost = kThreadRows;
     const int lane = threadIdx.x % 32, lanes = lanes_of_row(end.is_glu);
     const int step = 32 / lanes, first = lane / lanes, offset = lane % lanes * 4;
     // What of row `i` of this thread's, in a chunk at `at`, is there.
@@ -224,22 +247,40 @@ __device__ __forceinline__ void finish_chunks(const End& end, int chunks, std::u
             if (end.residual.data != nullptr) widen_four(residual[i], end.residual.type, sum);
 #pragma unroll
             for (int j = 0; j < 4; ++j) values[j] = fmaf(factor[j], values[j], sum[j]);
-            store_four(end.out, (at.row + line) * end.out.stride + at.column + offset, left,
-                       end.in_fours, values);
+            const int m = at.row + line;
+            store(end, m * end.out.stride + at.column + offset, i, m, left, values);
         }
         sync();
     }
 }
 
-// The warp's 16 rows of y, of a tile's kN columns, from (row, column) of out on.
-template <int kN>
+// The warp's 16 rows of y, of a tile's kN columns, from (row, column) of out on. `Q`: what outputs
+// of 8 bits are, void for floating ones.
+template <int kN, typename Q>
 __device__ __forceinline__ void finish_rows(const End& end, const float (&y)[kN / 2], int row,
                                             int column, std::uint8_t* scratch) {
-    const int width = 4 * lanes_of_row(end.is_glu);
-    finish_chunks(
-        end, kN / kChunk, scratch,
-        [&](int chunk) { return ChunkPlace{row, column + chunk * width}; },
-        [&](int chunk) { stage_chunk<kN>(y, chunk, end.is_glu, scratch); }, [] { __syncwarp(); });
+    const int lanes = lanes_of_row(end.is_glu);
+    const auto finish = [&](const auto& store) {
+        finish_chunks(
+            end, kN / kChunk, scratch,
+            [&](int chunk) { return ChunkPlace{row, column + chunk * 4 * lanes}; },
+            [&](int chunk) { stage_chunk<kN>(y, chunk, end.is_glu, scratch); },
+            [] { __syncwarp(); }, store);
+    };
+    if constexpr (std::is_void_v<Q>) {
+        finish(StoreFloats{});
+    } else {
+        RowQuantizer<Q> quantizer{end.requantized};
+        finish([&](const End&, std::int64_t at, int i, int m, int count, float (&values)[4]) {
+            const std::uint32_t bytes = quantizer.round(i, m, values, count);
+            store_bytes(end.out, at, count, end.in_fours, bytes);
+        });
+        const int first = threadIdx.x % 32 / lanes, step = 32 / lanes;
+        quantizer.report(lanes, column, [&](int i) {
+            const int m = row + first + i * step;
+            return first + i * step < kWarpRows && m < end.M ? m : -1;
+        });
+    }
 }
 
 }  // namespace fewstep::cuda::gemm8

@@ -59,7 +59,29 @@ inline NamedActivation find_activation(const std::string& name) {
     return kAll[0];
 }
 
-inline End make_end(const ProductArguments& given, int M, int N) {
+// What outputs of 8 bits have beside a product's arguments, whose `scale` theirs is.
+struct Limits {
+    const TensorView& limit;
+    const TensorView& amax;
+    const TensorView& exceeded;
+};
+
+// Checked, and all but the limits zeroed.
+inline Requantized make_requantized(const ProductArguments& given, const Limits& limits,
+                                    std::int64_t M, cudaStream_t stream) {
+    FEWSTEP_CHECK(given.scale != nullptr, "scale: expected one with limits, got none");
+    expect_contiguous(limits.limit, "limit", DType::kFloat32, {M});
+    expect_contiguous(*given.scale, "scale", DType::kFloat32, {M});
+    expect_contiguous(limits.amax, "amax", DType::kFloat32, {M});
+    expect_contiguous(limits.exceeded, "exceeded", DType::kInt32, {1});
+    for (const TensorView* const x : {given.scale, &limits.amax, &limits.exceeded}) {
+        clear(x->ptr<void>(), static_cast<std::size_t>(4 * x->numel()), stream);
+    }
+    return {limits.limit.ptr<float>(), given.scale->ptr<std::uint32_t>(),
+            limits.amax.ptr<std::uint32_t>(), limits.exceeded.ptr<std::uint32_t>()};
+}
+
+inline End make_end(const ProductArguments& given, bool is_floating, DType bytes, int M, int N) {
     const NamedActivation activation = find_activation(given.activation);
     FEWSTEP_CHECK(!activation.is_glu || N % 2 == 0, "w: expected an even N for ", given.activation,
                   ", got ", N);
@@ -71,8 +93,14 @@ inline End make_end(const ProductArguments& given, int M, int N) {
     end.width = width;
     end.in_fours = width % 4 == 0;
     end.rows_of_gate = 1;
-    expect_contiguous(given.out, "out", given.out.dtype, {M, width});
-    end.out = rows_of(&given.out, "out", end.in_fours);
+    if (is_floating) {
+        expect_contiguous(given.out, "out", given.out.dtype, {M, width});
+        end.out = rows_of(&given.out, "out", end.in_fours);
+    } else {
+        expect_contiguous(given.out, "out", bytes, {M, width});
+        end.in_fours = end.in_fours && given.out.data % 4 == 0;
+        end.out = {given.out.ptr<void>(), bytes, width};
+    }
     if (given.residual != nullptr) {
         expect_rows(*given.residual, "residual", given.residual->dtype, {M, width});
     }
@@ -88,19 +116,24 @@ inline End make_end(const ProductArguments& given, int M, int N) {
     return end;
 }
 
-// Returns the blocks that share the tiles.
+// Returns their number.
 template <class C>
-unsigned place_tiles(Params& p, int multiprocessors) {
+std::int64_t place_tiles(Params& p) {
     p.row_tiles = tiles_of(p.end.M, C::kRows);
     p.column_tiles = tiles_of(p.end.width, p.end.is_glu ? C::kN / 2 : C::kN);
-    const std::int64_t tiles = std::int64_t{p.row_tiles} * p.column_tiles;
+    return std::int64_t{p.row_tiles} * p.column_tiles;
+}
+
+// That share the tiles.
+inline unsigned count_blocks(std::int64_t tiles, int multiprocessors) {
     FEWSTEP_CHECK(tiles < (std::int64_t{1} << 30), "a, w: expected fewer than 2^30 tiles, got ",
                   tiles);
     return static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors);
 }
 
+// What depends on the tiling; returns the number of tiles.
 template <class C>
-void launch(const ProductArguments& given, Params& p, int multiprocessors, cudaStream_t stream) {
+std::int64_t set_tiles(const ProductArguments& given, Params& p) {
     constexpr int kHalf = C::kN / 2;
     p.a = map_rows(given.a, "a", given.a.size(1) / 2, C::kRows);
     p.w = map_rows(given.w, "w", given.w.size(1) / 2, kHalf);
@@ -108,9 +141,15 @@ void launch(const ProductArguments& given, Params& p, int multiprocessors, cudaS
         p.low = map_rows(*given.low, "low", p.rank, C::kRows);
         p.up = map_rows(*given.up, "up", p.rank, kHalf);
     }
-    const unsigned blocks = place_tiles<C>(p, multiprocessors);
+    return place_tiles<C>(p);
+}
+
+template <class C>
+void launch(const typename C::Given& given, std::int64_t tiles, int multiprocessors,
+            cudaStream_t stream) {
+    const unsigned blocks = count_blocks(tiles, multiprocessors);
     launch_kernel(gemm8_sm90_kernel<C>, "gemm8_sm90", dim3(blocks), kThreads, C::kSharedBytes,
-                  stream, p);
+                  stream, given);
 }
 
 // The tiling that FEWSTEP_GEMM8_TILING asks for, for measurements; -1 without it or where it
@@ -125,18 +164,22 @@ inline int asked_tiling() {
 }
 
 // Checks all but the weight's scales and fills what does not depend on tiles; false where there is
-// nothing to do. Rows of w have `w_columns` elements of memory.
+// nothing to do. Rows of w have `w_columns` elements of memory. With limits outputs are of 8 bits.
 inline bool prepare(const ProductArguments& given, DType a_type, DType w_type,
-                    std::int64_t w_columns, Params& p) {
+                    std::int64_t w_columns, Params& p, const Limits* limits = nullptr,
+                    cudaStream_t stream = {}) {
     constexpr std::int64_t kMost = std::int64_t{1} << 30;
     const std::int64_t M = given.out.size(0), N = given.w.size(0), K = given.a.size(1);
     FEWSTEP_CHECK(given.a_scale != nullptr, "a_scale: expected one per row, got none");
     FEWSTEP_CHECK(given.smooth == nullptr && given.rotate == 0,
                   "smooth, rotate: expected rows that are quantised already, got one");
-    FEWSTEP_CHECK(given.scale == nullptr, "scale: expected floating outputs, got int8 ones");
+    FEWSTEP_CHECK(limits != nullptr || given.scale == nullptr,
+                  "scale: expected floating outputs, got int8 ones");
     expect_rows(given.a, "a", a_type, {M, K});
     expect_rows(given.w, "w", w_type, {N, w_columns});
     expect_contiguous(*given.a_scale, "a_scale", DType::kFloat32, {M});
+    Requantized requantized{};
+    if (limits != nullptr) requantized = make_requantized(given, *limits, M, stream);
     if (M == 0 || N == 0) return false;
     FEWSTEP_CHECK(K > 0 && K % 16 == 0, "a: expected a multiple of 16 columns, got ", K);
     FEWSTEP_CHECK(M < kMost && N < kMost, "a, w: expected fewer than 2^30 rows, got ", M, ", ", N);
@@ -163,28 +206,48 @@ inline bool prepare(const ProductArguments& given, DType a_type, DType w_type,
         p.rank = static_cast<int>(R);
         p.branch_slabs = tiles_of(p.rank, kBlockColumns);
     }
-    p.end = make_end(given, static_cast<int>(M), p.N);
+    p.end = make_end(given, limits == nullptr, a_type, static_cast<int>(M), p.N);
+    p.end.requantized = requantized;
     return true;
 }
 
-// `tiling`: one of gemm8_plan.h's, or -1 for the one that it finds best.
+// Checks a product of 8-bit rows and weights; as `prepare`.
+template <typename In>
+bool fill_params(const ProductArguments& given, const Limits* limits, cudaStream_t stream,
+                 Params& p) {
+    constexpr DType kType = std::is_same_v<In, std::int8_t> ? DType::kInt8 : DType::kUInt8;
+    expect_contiguous(given.w_scale, "w_scale", DType::kFloat32, {given.w.size(0)});
+    p = {};
+    p.w_scale = given.w_scale.ptr<float>();
+    return prepare(given, kType, kType, given.a.size(1), p, limits, stream);
+}
+
+// Calls f(Config) of a tiling: `given`, or where it is -1 the one that gemm8_plan.h finds best for
+// products of M[i] rows.
+template <typename In, typename Given, bool kRequantizes, typename F>
+void with_tiling(int given, const int* M, int problems, int N, int slabs, int multiprocessors,
+                 const F& f) {
+    constexpr bool kIsFloat = !std::is_same_v<In, std::int8_t>;
+    if (given < 0) given = choose_tiling(kIsFloat, M, problems, N, slabs, multiprocessors);
+    switch (given) {
+        case 0: return f(static_cast<Config<In, 0, Given, kRequantizes>*>(nullptr));
+        case 1: return f(static_cast<Config<In, 1, Given, kRequantizes>*>(nullptr));
+        default: return f(static_cast<Config<In, 2, Given, kRequantizes>*>(nullptr));
+    }
+}
+
+// `tiling`: one of gemm8_plan.h's, or -1.
 template <typename In>
 void run(const ProductArguments& given, cudaStream_t stream, int tiling = asked_tiling()) {
-    constexpr bool kIsFloat = !std::is_same_v<In, std::int8_t>;
-    constexpr DType kType = kIsFloat ? DType::kUInt8 : DType::kInt8;
-    expect_contiguous(given.w_scale, "w_scale", DType::kFloat32, {given.w.size(0)});
-    Params p{};
-    if (!prepare(given, kType, kType, given.a.size(1), p)) return;
-    p.w_scale = given.w_scale.ptr<float>();
+    Params p;
+    if (!fill_params<In>(given, nullptr, stream, p)) return;
     const int multiprocessors = count_multiprocessors();
-    if (tiling < 0) {
-        tiling = choose_tiling(kIsFloat, p.end.M, p.N, p.slabs, multiprocessors);
-    }
-    switch (tiling) {
-        case 0: return launch<Config<In, 0>>(given, p, multiprocessors, stream);
-        case 1: return launch<Config<In, 1>>(given, p, multiprocessors, stream);
-        default: return launch<Config<In, 2>>(given, p, multiprocessors, stream);
-    }
+    const auto go = [&](auto* config) {
+        using C = std::remove_pointer_t<decltype(config)>;
+        const std::int64_t tiles = set_tiles<C>(given, p);
+        launch<C>(p, tiles, multiprocessors, stream);
+    };
+    with_tiling<In, Params, false>(tiling, &p.end.M, 1, p.N, p.slabs, multiprocessors, go);
 }
 
 }  // namespace fewstep::cuda::gemm8

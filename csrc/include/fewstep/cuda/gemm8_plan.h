@@ -49,10 +49,14 @@ FEWSTEP_HOST_DEVICE constexpr int tiles_of(int size, int tile) {
     return (size + tile - 1) / tile;
 }
 
-// Cycles of the SM with the most tiles. In turns an end hides behind the other's products, or
-// the products behind both ends.
-constexpr std::int64_t cycles(const Tile& tile, int M, int N, int slabs, int multiprocessors) {
-    const std::int64_t count = std::int64_t{tiles_of(M, tile.rows())} * tiles_of(N, tile.columns);
+// Cycles of the SM with the most tiles, of `problems` products with M[i] rows in one launch. In
+// turns an end hides behind the other's products, or the products behind both ends.
+constexpr std::int64_t cycles(const Tile& tile, const int* M, int problems, int N, int slabs,
+                              int multiprocessors) {
+    std::int64_t count = 0;
+    for (int i = 0; i < problems; ++i) {
+        count += std::int64_t{tiles_of(M[i], tile.rows())} * tiles_of(N, tile.columns);
+    }
     const std::int64_t most = (count + multiprocessors - 1) / multiprocessors;
     const std::int64_t products = std::int64_t{slabs} * tile.slab_cycles, end = tile.end_cycles;
     if (!tile.in_turns) return most * (products + end);
@@ -61,16 +65,36 @@ constexpr std::int64_t cycles(const Tile& tile, int M, int N, int slabs, int mul
 }
 
 // The tiling with the fewest of them; the first of equals.
-constexpr int choose_tiling(bool is_float, int M, int N, int slabs, int multiprocessors) {
+constexpr int choose_tiling(bool is_float, const int* M, int problems, int N, int slabs,
+                            int multiprocessors) {
+    const Tile(&tiles)[kTilings] = kTiles[is_float];
     int best = 0;
     for (int i = 1; i < kTilings; ++i) {
-        const Tile(&tiles)[kTilings] = kTiles[is_float];
-        if (cycles(tiles[i], M, N, slabs, multiprocessors) <
-            cycles(tiles[best], M, N, slabs, multiprocessors)) {
+        if (cycles(tiles[i], M, problems, N, slabs, multiprocessors) <
+            cycles(tiles[best], M, problems, N, slabs, multiprocessors)) {
             best = i;
         }
     }
     return best;
+}
+constexpr int choose_tiling(bool is_float, int M, int N, int slabs, int multiprocessors) {
+    return choose_tiling(is_float, &M, 1, N, slabs, multiprocessors);
+}
+
+// From the end of a kernel to the first product of the next on its stream; an estimate, as above.
+constexpr int kLaunchCycles = 4000;
+
+// Whether one launch takes fewer cycles than one for each. A round that is hardly begun costs as
+// much as a full one, so it may not.
+constexpr bool grouping_pays(bool is_float, const int* M, int problems, int N, int slabs,
+                             int multiprocessors) {
+    const auto best = [&](const int* rows, int count) {
+        const int tiling = choose_tiling(is_float, rows, count, N, slabs, multiprocessors);
+        return cycles(kTiles[is_float][tiling], rows, count, N, slabs, multiprocessors);
+    };
+    std::int64_t apart = 0;
+    for (int i = 0; i < problems; ++i) apart += best(M + i, 1) + (i > 0 ? kLaunchCycles : 0);
+    return best(M, problems) <= apart;
 }
 
 struct TilePlace {

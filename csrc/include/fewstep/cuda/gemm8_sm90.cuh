@@ -39,10 +39,20 @@ __device__ __forceinline__ std::uint8_t* aligned_shared() {
     return raw + (past == 0 ? 0 : kAlignment - past);
 }
 
+// Several products with the same N, K and activation, whose tiles make one list.
+constexpr int kMostProblems = 8;
+struct GroupParams {
+    Params problems[kMostProblems];
+    int tiles;
+};
+static_assert(sizeof(GroupParams) <= 32764);  // of a kernel, from CUDA 12.1 on
+
 // The warp-wide facts of a kernel, and its shared memory.
-template <typename In_, int kTiling>
+template <typename In_, int kTiling, typename Given_ = Params, bool kRequantizes = false>
 struct Config {
     using In = In_;
+    using Given = Given_;
+    using Output = std::conditional_t<kRequantizes, In, void>;  // of 8 bits, else floating
     static constexpr bool kPromotes = !std::is_same_v<In, std::int8_t>;
     static constexpr Tile kTile = kTiles[kPromotes][kTiling];
     static constexpr int kParts = kTile.parts, kN = kTile.columns, kRows = kTile.rows();
@@ -94,6 +104,25 @@ __device__ __forceinline__ void for_tiles(const Params& p, const F& f) {
     }
 }
 
+// Likewise f(product, row, first column, index), where there may be several products.
+template <class C, typename F>
+__device__ __forceinline__ void for_products(const Params& p, const F& f) {
+    for_tiles<C>(p, [&](int row, int column, int i) { f(p, row, column, i); });
+}
+template <class C, typename F>
+__device__ __forceinline__ void for_products(const GroupParams& group, const F& f) {
+    int i = 0;
+    for (int at = blockIdx.x; at < group.tiles; at += gridDim.x, ++i) {
+        const Params* p = group.problems;
+        int tile = at;
+        for (; tile >= p->row_tiles * p->column_tiles; ++p) {
+            tile -= p->row_tiles * p->column_tiles;
+        }
+        const TilePlace place = place_of(tile, p->row_tiles, p->column_tiles, C::kTile.group);
+        f(*p, place.row * C::kRows, place.column * (p->end.is_glu ? C::kN / 2 : C::kN), i);
+    }
+}
+
 // The row of w that column `i` of a tile stands for; the second half of a gated one's is N / 2
 // further on.
 template <class C>
@@ -103,10 +132,10 @@ __device__ __forceinline__ int weight_row(const Params& p, int column, int i) {
 
 // By one thread.
 template <class C>
-__device__ void load_slabs(const Params& p, const C& shared) {
+__device__ void load_slabs(const typename C::Given& given, const C& shared) {
     RingPosition<C::kSlots> at;
-    const auto load = [&](const TensorMap& left, const TensorMap& right, int row, int column,
-                          int slab) {
+    const auto load = [&](const Params& p, const TensorMap& left, const TensorMap& right, int row,
+                          int column, int slab) {
         std::uint8_t* const slot = shared.slot(at.slot);
         Barrier& full = shared.full(at.slot);
         shared.empty(at.slot).wait(at.parity ^ 1);
@@ -120,9 +149,9 @@ __device__ void load_slabs(const Params& p, const C& shared) {
         }
         at.advance();
     };
-    for_tiles<C>(p, [&](int row, int column, int) {
-        for (int s = 0; s < p.slabs; ++s) load(p.a, p.w, row, column, s);
-        for (int s = 0; s < p.branch_slabs; ++s) load(p.low, p.up, row, column, s);
+    for_products<C>(given, [&](const Params& p, int row, int column, int) {
+        for (int s = 0; s < p.slabs; ++s) load(p, p.a, p.w, row, column, s);
+        for (int s = 0; s < p.branch_slabs; ++s) load(p, p.low, p.up, row, column, s);
     });
 }
 
@@ -136,9 +165,9 @@ __device__ __forceinline__ float load_bias(const void* bias, DType type, int at)
 
 // By one warp.
 template <class C>
-__device__ void load_vectors(const Params& p, const C& shared) {
+__device__ void load_vectors(const typename C::Given& given, const C& shared) {
     const int lane = threadIdx.x % 32;
-    for_tiles<C>(p, [&](int, int column, int index) {
+    for_products<C>(given, [&](const Params& p, int, int column, int index) {
         const int buffer = index % 2;
         shared.vectors_empty(buffer).wait((index / 2 & 1) ^ 1);
         float* const vectors = shared.vectors(buffer);
@@ -287,16 +316,17 @@ __device__ __forceinline__ void add_branch(const Params& p, const C& shared, int
 }
 
 template <class C>
-__device__ void multiply_tiles(const Params& p, const C& shared, int group) {
+__device__ void multiply_tiles(const typename C::Given& given, const C& shared, int group) {
     using In = typename C::In;
     constexpr int kGroupRows = C::kParts * kPartRows;
     const int thread = threadIdx.x % kGroupThreads;
     const int rows = C::kInTurns ? 0 : group * kGroupRows;  // of the tile, before this group's
-    const int slabs = p.slabs + p.branch_slabs;
     std::uint8_t* const scratch = shared.scratch(group * 4 + thread / 32);
     RingPosition<C::kSlots> at;
-    for_tiles<C>(p, [&](int row, int column, int index) {
-        if (C::kInTurns && index % kMultipliers != group) return skip(at, slabs);
+    for_products<C>(given, [&](const Params& p, int row, int column, int index) {
+        if (C::kInTurns && index % kMultipliers != group) {
+            return skip(at, p.slabs + p.branch_slabs);
+        }
         const int first = row + rows;  // of this group's
         float a_scale[C::kParts][2];
 #pragma unroll
@@ -343,24 +373,26 @@ __device__ void multiply_tiles(const Params& p, const C& shared, int group) {
         }
 #pragma unroll
         for (int part = 0; part < C::kParts; ++part) {
-            finish_rows<C::kN>(p.end, y[part], first + part * kPartRows + thread / 32 * kWarpRows,
-                               column, scratch);
+            finish_rows<C::kN, typename C::Output>(
+                p.end, y[part], first + part * kPartRows + thread / 32 * kWarpRows, column,
+                scratch);
         }
     });
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1) gemm8_sm90_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    gemm8_sm90_kernel(const __grid_constant__ typename C::Given given) {
     const C shared;
     if (threadIdx.x == 0) shared.init_barriers();
     __syncthreads();
     if (threadIdx.x < kGroupThreads) {
         give_registers<kLoaderRegisters>();
-        if (threadIdx.x == 0) load_slabs(p, shared);
-        if (threadIdx.x / 32 == 1) load_vectors(p, shared);
+        if (threadIdx.x == 0) load_slabs(given, shared);
+        if (threadIdx.x / 32 == 1) load_vectors(given, shared);
     } else {
         take_registers<kMultiplierRegisters>();
-        multiply_tiles(p, shared, static_cast<int>(threadIdx.x / kGroupThreads) - 1);
+        multiply_tiles(given, shared, static_cast<int>(threadIdx.x / kGroupThreads) - 1);
     }
 }
 

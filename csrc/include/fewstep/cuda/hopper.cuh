@@ -447,6 +447,13 @@ __device__ __forceinline__ float shuffle_xor(float x, int distance) {
 __device__ __forceinline__ void atomic_max(float* target, float x) {
     atomicMax(reinterpret_cast<int*>(target), __float_as_int(x));
 }
+// Of bits as unsigned numbers.
+__device__ __forceinline__ void atomic_max_bits(std::uint32_t* target, std::uint32_t bits) {
+    atomicMax(target, bits);
+}
+__device__ __forceinline__ void atomic_add(std::uint32_t* target, std::uint32_t count) {
+    atomicAdd(target, count);
+}
 
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
@@ -461,6 +468,15 @@ __device__ __forceinline__ float fast_divide(float x, float y) {
 }
 
 // ---- launch ------------------------------------------------------------------------------------
+
+// Zeros, on the stream.
+inline void clear(void* target, std::size_t bytes, cudaStream_t stream) {
+    const cudaError_t status = cudaMemsetAsync(target, 0, bytes, stream);
+    if (status != cudaSuccess) {
+        throw std::runtime_error(::fewstep::detail::concat("fewstep: clearing ", bytes, " bytes: ",
+                                                           cudaGetErrorString(status)));
+    }
+}
 
 // Of the current device.
 inline int count_multiprocessors() {

@@ -333,6 +333,15 @@ inline float widen(std::uint32_t sum) {
 inline void atomic_max(float* target, float x) {
     *target = std::max(*target, x);
 }
+inline void atomic_max_bits(std::uint32_t* target, std::uint32_t bits) {
+    *target = std::max(*target, bits);
+}
+inline void atomic_add(std::uint32_t* target, std::uint32_t count) {
+    *target += count;
+}
+inline void clear(void* target, std::size_t bytes, cudaStream_t) {
+    std::memset(target, 0, bytes);
+}
 
 inline float shuffle_xor(float x, int distance) {
     emulation::Machine& m = emulation::machine();
