@@ -244,7 +244,8 @@ void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView&
                const TensorView* up, const TensorView* smooth, std::int64_t rotate,
                const std::string& activation, const TensorView* gate, const TensorView* residual,
                const TensorView* scale, const TensorView& out) {
-    const std::int64_t N = w.size(0), K = a.size(1), groups = w_scale.size(1);
+    const product::Rows rows(a, a_scale, scale, out);
+    const std::int64_t N = w.size(0), K = rows.a.size(1), groups = w_scale.size(1);
     const std::int64_t group = groups > 0 ? K / groups : 0;
     FEWSTEP_CHECK(K == groups * group && (K == 0 || group == 32 || group == 64 || group == 128),
                   "w_scale: expected [N, K / G] with G 32, 64 or 128 and K = ", K, ", got ", groups,
@@ -257,8 +258,8 @@ void gemm_w4a8(const TensorView& a, const TensorView* a_scale, const TensorView&
             w.ptr<std::uint8_t>(),      w.stride(0), w_scale.ptr<Scale>(), K, groups,
             choose_expand<Scale>(group)};
         int8::multiply(weight, N,
-                       {a, a_scale, w, w_scale, bias, low, up, smooth, rotate, activation, gate,
-                        residual, scale, out});
+                       {rows.a, rows.a_scale, w, w_scale, bias, low, up, smooth, rotate, activation,
+                        gate, residual, rows.scale, rows.out});
     };
     switch (w_scale.dtype) {
         case DType::kBFloat16: return run(bfloat16{});

@@ -43,14 +43,15 @@ void gemm_w8a8(const TensorView& a, const TensorView* a_scale, const TensorView&
                const TensorView* up, const TensorView* smooth, std::int64_t rotate,
                const std::string& activation, const TensorView* gate, const TensorView* residual,
                const TensorView* scale, const TensorView& out) {
-    const std::int64_t N = w.size(0), K = a.size(1);
+    const product::Rows rows(a, a_scale, scale, out);
+    const std::int64_t N = w.size(0), K = rows.a.size(1);
     expect_rows(w, "w", DType::kInt8, {N, K});
     expect_contiguous(w_scale, "w_scale", DType::kFloat32, {N});
     const Weight weight{w.ptr<std::int8_t>(), w.stride(0), K, w_scale.ptr<float>(),
                         int8::choose_arrange(isa())};
     int8::multiply(weight, N,
-                   {a, a_scale, w, w_scale, bias, low, up, smooth, rotate, activation, gate,
-                    residual, scale, out});
+                   {rows.a, rows.a_scale, w, w_scale, bias, low, up, smooth, rotate, activation,
+                    gate, residual, rows.scale, rows.out});
 }
 
 }  // namespace fewstep::cpu

@@ -62,6 +62,11 @@ def unavailable(op: str, device: torch.device) -> str | None:
     return f"there is no native {device.type} kernel for this op"
 
 
+def cpu_kernel(op: str) -> Any:
+    """Return the native CPU kernel `op`, a function of views and numbers; None if not built."""
+    return None if _C is None else getattr(_C.cpu, op, None)
+
+
 def aligned(x: Tensor | None, unit: int = 16) -> Tensor | None:
     """Return x if its memory starts at a multiple of `unit` bytes, else a copy; None for None."""
     return x if x is None or x.data_ptr() % unit == 0 else x.clone()

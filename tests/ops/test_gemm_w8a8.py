@@ -125,6 +125,32 @@ def test_every_instruction_set(isa, monkeypatch):
         assert torch.equal(got, ops.gemm_w8a8(*args, bias=bias, **branch, impl="native"))
 
 
+@pytest.mark.parametrize("isa", ["", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bfloat16_outputs_are_rounded_to_nearest_even(isa, bias, monkeypatch):
+    """Subnormals, zeros, infinities and NaN too: some machines have an instruction for the rest."""
+    monkeypatch.setenv("FEWSTEP_CPU_ISA", isa)
+    M, N, K = 90, 128 + 16, 8
+    a = torch.randint(-128, 128, (M, K), dtype=torch.int8)
+    w = torch.randint(-128, 128, (N, K), dtype=torch.int8)
+    # Tiles of ordinary numbers, of one kind each and of all of them.
+    a_scale = torch.full((M,), 2.0**-8)
+    for first, scale in ((12, 1e-42), (24, 1e36), (36, float("nan")), (48, float("inf"))):
+        a_scale[first : first + 6] = scale
+    a_scale[60:66] = torch.tensor([1e-42, 1, float("inf"), 1e36, 2.0**-130, 1])
+    a[70] = 0
+    w_scale = torch.ones(N)
+    w_scale[64:128] = 1e-38
+    given = {"bias": torch.randint(-9, 9, (N,)) * 2.0**-9 if bias else None, "impl": "native"}
+    exact = ops.gemm_w8a8(a, a_scale, w, w_scale, **given)
+    out = ops.gemm_w8a8(a, a_scale, w, w_scale, out_dtype=torch.bfloat16, **given)
+    want = exact.bfloat16()
+    assert (want[12:18].abs() < 2.0**-126).any() or bias
+    assert torch.equal(out.isnan(), want.isnan())
+    number = ~want.isnan()
+    assert torch.equal(out.view(torch.int16)[number], want.view(torch.int16)[number])
+
+
 @pytest.mark.parametrize("layout", [padded, strided, row_sliced])
 def test_layouts_do_not_read_padding(layout, impl):
     a, a_scale, w, w_scale, bias = operands((3, 19), 70, 71)

@@ -2,6 +2,7 @@
 // words; these checks hold for whoever calls the module or the registered op directly.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "fewstep/dispatch.h"
@@ -44,6 +45,27 @@ inline void expect_contiguous(const TensorView& view, const char* argument, DTyp
                       axis);
         stride *= view.size(axis);
     }
+}
+
+// The view with its first axes as one, so that `axes` are left: [..., M, K] as rows of a matrix, of
+// which strides have to allow it. A view of as many axes or fewer is returned as it is.
+inline TensorView collapse(const TensorView& view, const char* argument, int axes) {
+    if (view.ndim <= axes) return view;
+    TensorView one = view;
+    one.ndim = axes;
+    const int merged = view.ndim - axes;  // axes [0, merged] become the first
+    std::copy_n(view.sizes.begin() + merged, axes, one.sizes.begin());
+    std::copy_n(view.strides.begin() + merged, axes, one.strides.begin());
+    std::int64_t& size = one.sizes[0];
+    for (int axis = merged - 1; axis >= 0; --axis) {
+        if (view.size(axis) == 1) continue;
+        if (size == 1) one.strides[0] = view.stride(axis);
+        FEWSTEP_CHECK(size == 1 || view.numel() == 0 || view.stride(axis) == one.strides[0] * size,
+                      argument, ": expected leading axes that lie like one, got stride ",
+                      view.stride(axis), " in axis ", axis);
+        size *= view.size(axis);
+    }
+    return one;
 }
 
 }  // namespace fewstep

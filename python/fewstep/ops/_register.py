@@ -26,7 +26,9 @@ _PLAIN_KEYS = frozenset(
     ["ADInplaceOrView", "BackendSelect"]
     + [kind + device for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA")]
 )
+_CPU_KEYS = frozenset(key for key in _PLAIN_KEYS if "CUDA" not in key)
 _plain_keys: dict[int, bool] = {}
+_cpu_keys: dict[int, bool] = {}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -52,8 +54,10 @@ def refuse_derivatives(op: str, args: Sequence[Any]) -> None:
             )
 
 
-def is_plain(args: Sequence[Any]) -> bool:
+def is_plain(args: Sequence[Any], cpu: bool = False) -> bool:
     """Return whether nothing stands between this call and its kernel but torch's dispatcher.
+
+    With `cpu`, whether all of the arguments are tensors with memory on the CPU or None, too.
 
     The way through it, with two kernels in Python, costs 20 us a call: as much as the arithmetic of
     a small layer. Nobody may want to see or differentiate the op, and the tensors must hold their
@@ -69,26 +73,34 @@ def is_plain(args: Sequence[Any]) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
+    known, allowed = (_cpu_keys, _CPU_KEYS) if cpu else (_plain_keys, _PLAIN_KEYS)
     for x in args:
-        if isinstance(x, Tensor) and not (
+        if x is None or not (cpu or isinstance(x, Tensor)):
+            continue
+        if not (
             type(x) in _PLAIN_TYPES
-            and _are_plain(torch._C._dispatch_keys(x))
+            and _are_plain(torch._C._dispatch_keys(x), known, allowed)
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
             return False
     return True
 
 
-def _are_plain(keys: Any) -> bool:
+def _are_plain(
+    keys: Any, known: dict[int, bool] = _plain_keys, allowed: frozenset[str] = _PLAIN_KEYS
+) -> bool:
     """Return whether these are keys of a tensor with memory on a CPU or CUDA device, or of no one.
+
+    `known` holds earlier answers by the keys' bits; `allowed` are the keys it may have.
 
     Views of -x, efficient zeros, and the wrappers of vmap, functionalize and of ended transforms
     are torch.Tensors too, most without memory of their own.
     """
-    plain = _plain_keys.get(keys.raw_repr())
+    bits = keys.raw_repr()
+    plain = known.get(bits)
     if plain is None:
         names = str(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", ")
-        _plain_keys[keys.raw_repr()] = plain = _PLAIN_KEYS.issuperset(names)
+        known[bits] = plain = allowed.issuperset(names)
     return plain
 
 

@@ -42,6 +42,7 @@ from ._gemm import (
     register_product,
     rounding_dtype,
 )
+from ._gemm_short import run_short
 from ._select import select
 from .quantize_int4 import expect_int4
 
@@ -121,6 +122,12 @@ def gemm_w4a8(
         DerivativeError: a scale carries a tangent or requires grad, or with out_dtype int8 any
             input does.
     """
+    bare = up is None and down is None and low is None and gate is None and residual is None
+    if bare and (impl == "auto" or impl == "native"):
+        first, rest = (a, a_scale, w, w_scale, bias), (smooth, rotate, activation, out_dtype)
+        out = run_short("gemm_w4a8", *first, *rest)
+        if out is not None:
+            return out
     expect_tensor("a", a)
     prologue, branch = (smooth, rotate), (down, up, low)
     epilogue, rounded = (activation, gate, residual), rounding_dtype(a, out_dtype)

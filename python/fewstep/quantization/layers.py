@@ -42,7 +42,7 @@ class _ByteLinear(QuantLinear):
 class W8A8Linear(_ByteLinear):
     """int8 weights, activations quantised to int8 as they come (`ops.gemm_w8a8`)."""
 
-    kind, storage, byte = "w8a8", "weight_int8", torch.int8
+    kind, storage, byte, short = "w8a8", "weight_int8", torch.int8, "gemm_w8a8"
 
     @staticmethod
     def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ class _Int4Linear(QuantLinear):
 class W4A8Linear(_Int4Linear):
     """4-bit weights, activations quantised to int8 as they come (`ops.gemm_w4a8`)."""
 
-    kind = "w4a8"
+    kind, short = "w4a8", "gemm_w4a8"
 
     @staticmethod
     def dequantize_weight(quantized: Tensor, scale: Tensor) -> Tensor:

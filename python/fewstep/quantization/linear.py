@@ -36,7 +36,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..ops._expect import expect_tensor
 from ..ops._gemm import MAX_K
+from ..ops._gemm_short import run_short
 from ..ops._layout import FLOATS
 from ..ops._prologue import rotate_blocks
 from .low_rank import split
@@ -77,6 +79,7 @@ class QuantLinear(nn.Linear):
     kinds: ClassVar[dict[str, type[QuantLinear]]] = {}  # by kind of scheme, of every subclass
     kind: ClassVar[str]
     storage: str  # name of the buffer with the low-bit values
+    short: ClassVar[str | None] = None  # the product that `run_short` may run
 
     weight_scale: Tensor
     bias: Tensor | None
@@ -284,6 +287,10 @@ class QuantLinear(nn.Linear):
             activation: of the output, before it is rounded: one of `ops/_epilogue.py`.
             rows: return `QuantizedRows` of the output, for another layer.
         """
+        if join is None and not rows:
+            out = self._forward_short(input, activation)
+            if out is not None:
+                return out
         x, options = input, {}
         if isinstance(x, QuantizedRows):
             self._expect_rows(x, join)
@@ -303,8 +310,25 @@ class QuantLinear(nn.Linear):
         q, scale = self._multiply(x, options | {"out_dtype": torch.int8})
         return QuantizedRows(q, scale, x.dtype)
 
+    def _forward_short(self, x: Any, activation: str | None) -> Tensor | None:
+        """Return the output where there is a short way to it, else None: see `_gemm_short.py`.
+
+        What QuantLinear.forward checks is what the product checks, autocast and a branch apart.
+        """
+        if self.short is None or torch.compiler.is_compiling():
+            return None
+        try:
+            own = self._buffers
+            if own["up"] is not None or torch.is_autocast_enabled("cpu"):
+                return None
+            weight = own[self.storage], own["weight_scale"], own["bias"], own["smooth"]
+        except KeyError:  # something else has taken a buffer's place
+            return None
+        return run_short(self.short, x, None, *weight, self.rotate, activation, None)
+
     def _expect_input(self, x: Tensor) -> Tensor:
         """Return x in the dtype to work in."""
+        expect_tensor("input", x)
         autocast = autocast_dtype(x)
         if autocast is not None:
             x = x.to(autocast)

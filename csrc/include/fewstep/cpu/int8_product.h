@@ -105,6 +105,7 @@ struct Operands {
     const LowRank* branch;
     const Epilogue* end;
     std::int64_t M, N, K;
+    bool rounds_bf16;
 };
 
 // Columns [n, n + columns) of the weight that a thread has at hand, and its memory.
@@ -143,6 +144,7 @@ inline Finish finish_of(const Operands& p, const Columns& at, std::int64_t m, in
     f.ldo = ldo;
     f.rows = rows;
     f.columns = at.columns;
+    f.rounds_bf16 = p.rounds_bf16;
     return f;
 }
 
@@ -380,6 +382,7 @@ void multiply(const Source& source, std::int64_t N, const ProductArguments& give
     p.M = given.out.size(0);
     p.N = N;
     p.K = a.size(1);
+    p.rounds_bf16 = has_bf16_dots();
     FEWSTEP_CHECK(p.K < kGemmW8A8MaxK, "a: expected K < ", kGemmW8A8MaxK, ", got ", p.K);
     const Epilogue end(given.activation, given.gate, given.residual, p.M, p.N);
     p.end = &end;

@@ -16,6 +16,32 @@
 
 namespace fewstep::cpu::product {
 
+// What has a row per row of a, with its leading axes as one: [..., M, K] as [M, K].
+class Rows {
+  public:
+    Rows(const TensorView& a, const TensorView* a_scale, const TensorView* scale,
+         const TensorView& out)
+        : a(collapse(a, "a", 2)),
+          out(collapse(out, "out", 2)),
+          a_scale(keep(a_scale, "a_scale", a_scale_)),
+          scale(keep(scale, "scale", scale_)) {}
+    Rows(const Rows&) = delete;
+    Rows& operator=(const Rows&) = delete;
+
+  private:
+    static const TensorView* keep(const TensorView* given, const char* argument, TensorView& one) {
+        if (given == nullptr) return nullptr;
+        one = collapse(*given, argument, 1);
+        return &one;
+    }
+    TensorView a_scale_, scale_;
+
+  public:
+    const TensorView a, out;
+    const TensorView* const a_scale;
+    const TensorView* const scale;
+};
+
 // Where the product goes: out, or with a scale per row int8 of what out would be in `rounded`.
 struct Destination {
     const TensorView& out;

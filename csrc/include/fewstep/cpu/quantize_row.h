@@ -12,6 +12,15 @@
 #include "fewstep/cpu/isa.h"
 #include "fewstep/numeric.h"
 #include "fewstep/ops/quantize_int8.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own AVX-512 headers start masked operations from an undefined register and then warn.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 namespace fewstep::cpu::quantize {
 
@@ -45,7 +54,17 @@ template <typename T>
     return top;
 }
 
+// q = the integers nearest to x * inverse, which are at most 127.
 template <typename T>
+[[gnu::always_inline]] inline void round_row(const T* x, float inverse, std::int8_t* q,
+                                             std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) {
+        q[i] = static_cast<std::int8_t>(static_cast<int>(std::rint(to_acc(x[i]) * inverse)));
+    }
+}
+
+// `Way` has a form of round_row.
+template <typename Way, typename T>
 [[gnu::always_inline]] inline float quantize_row(const T* x, std::int8_t* q, std::int64_t n) {
     const auto bits = max_magnitude(x, n);
     T top;
@@ -56,26 +75,55 @@ template <typename T>
         if (n > 0) std::memset(q, 0, static_cast<std::size_t>(n));
         return finite ? 1.0f : std::numeric_limits<float>::quiet_NaN();
     }
-    const float inverse = 127.0f / amax;
-    for (std::int64_t i = 0; i < n; ++i) {
-        q[i] = static_cast<std::int8_t>(static_cast<int>(std::rint(to_acc(x[i]) * inverse)));
-    }
+    Way::round(x, 127.0f / amax, q, n);
     return amax / 127.0f;
 }
 
+struct Plain {
+    template <typename T>
+    [[gnu::always_inline]] static void round(const T* x, float inverse, std::int8_t* q,
+                                             std::int64_t n) {
+        round_row(x, inverse, q, n);
+    }
+};
+
 #if defined(__x86_64__)
+// bfloat16 written out: a compiler takes vectors of half the width, rounds to floats before it
+// converts, and narrows in more steps: 6 cycles for 16 values with GCC 12 instead of 4.
+struct Avx512 : Plain {
+    using Plain::round;
+
+    FEWSTEP_TARGET_AVX512 static void round(const bfloat16* x, float inverse, std::int8_t* q,
+                                            std::int64_t n) {
+        const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+        const __m512 factor = _mm512_set1_ps(inverse);
+        std::int64_t i = 0;
+        for (; i + 32 <= n; i += 32) {
+            // Values at even places and at odd ones, and their integers as words in order again.
+            const __m512i pairs = _mm512_loadu_si512(x + i);
+            const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+            const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+            const __m512i words = _mm512_mask_blend_epi16(
+                0xaaaaaaaa, _mm512_cvtps_epi32(_mm512_mul_ps(even, factor)),
+                _mm512_slli_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(odd, factor)), 16));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm512_cvtepi16_epi8(words));
+        }
+        round_row(x + i, inverse, q + i, n - i);
+    }
+};
+
 template <typename T>
 FEWSTEP_TARGET_AVX512 float row_avx512(const T* x, std::int8_t* q, std::int64_t n) {
-    return quantize_row(x, q, n);
+    return quantize_row<Avx512>(x, q, n);
 }
 template <typename T>
 FEWSTEP_TARGET_AVX2 float row_avx2(const T* x, std::int8_t* q, std::int64_t n) {
-    return quantize_row(x, q, n);
+    return quantize_row<Plain>(x, q, n);
 }
 #endif
 template <typename T>
 float row_portable(const T* x, std::int8_t* q, std::int64_t n) {
-    return quantize_row(x, q, n);
+    return quantize_row<Plain>(x, q, n);
 }
 
 // Fills q[0 ... n) and returns the scale.

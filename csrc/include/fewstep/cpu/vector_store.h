@@ -26,5 +26,18 @@ FEWSTEP_TARGET_AVX512 inline void store(bfloat16* out, __m512 value) {
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
+// For each of 16 lanes the smaller magnitude of two, that of a number if the other is NaN.
+FEWSTEP_TARGET_AVX512 inline __m512 least_magnitude(__m512 a, __m512 b) {
+    return _mm512_range_ps(a, b, 0b1010);
+}
+
+// 32 values, none of them subnormal: the bits of two store(). Needs avx512bf16, which the functions
+// around it are not compiled for; a zero among the values is kept.
+FEWSTEP_TARGET_AVX512 inline void store_normal(bfloat16* out, __m512 first, __m512 second) {
+    __m512i rounded;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(rounded) : "v"(first), "v"(second));
+    _mm512_storeu_si512(out, rounded);
+}
+
 }  // namespace fewstep::cpu
 #endif
