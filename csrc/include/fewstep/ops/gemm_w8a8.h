@@ -14,6 +14,8 @@
 // activation (gelu, gelu_tanh, silu, geglu, swiglu or ""), gate [G, N'] and residual [M, N']:
 // cpu/epilogue.h; out is then [M, N'], N' = N / 2 with geglu and swiglu. With scale [M] float32 out
 // is int8: quantize_int8 of what would be out in a's dtype if it is floating, else in bfloat16.
+//
+// On the CPU M may stand for several axes of a, a_scale, scale and out, where they lie like one.
 #pragma once
 
 #include <string>
