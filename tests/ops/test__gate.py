@@ -105,7 +105,9 @@ def test_attention_passes_on_the_cpu(op):
     _gate.check(op, "native", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("op", ["quantize_int4", "gemm_w8a8", "gemm_w4a8", "gemm_w4a16"])
+@pytest.mark.parametrize(
+    "op", ["quantize_int4", "gemm_w8a8", "gemm_w4a8", "gemm_w4a16", "gemm_grouped"]
+)
 def test_low_bit_ops_pass_on_the_cpu(op):
     """The harness times a kernel only behind its gate, so a bound too tight would hide it."""
     _gate.check(op, "native", torch.device("cpu"))

@@ -133,17 +133,15 @@ def gemm_w8a8(
             input does.
     """
     bare = up is None and down is None and low is None and gate is None and residual is None
-    if bare and (impl == "auto" or impl == "native"):
+    if bare and limit is None and (impl == "auto" or impl == "native"):
         first, rest = (a, a_scale, w, w_scale, bias), (smooth, rotate, activation, out_dtype)
         out = run_short("gemm_w8a8", *first, *rest)
         if out is not None:
             return out
     expect_tensor("a", a)
     prologue, branch = (smooth, rotate), (down, up, low)
-    epilogue, rounded = (
-        (activation, gate, residual),
-        rounding_dtype(a, None if limit is not None else out_dtype),
-    )
+    epilogue = (activation, gate, residual)
+    rounded = rounding_dtype(a, None if limit is not None else out_dtype)
     first = (a, a_scale, w, w_scale, bias)
     operands = Operands(*first, *prologue, *branch, *epilogue, rounded)
     _validate(operands)
