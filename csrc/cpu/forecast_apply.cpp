@@ -12,83 +12,16 @@
 #include "fewstep/cpu/isa.h"
 #include "fewstep/dispatch.h"
 
-#define FEWSTEP_ISA_BODY "fewstep/cpu/forecast_apply_body.h"
+#define FEWSTEP_ISA_BODY "fewstep/cpu/slot_sums_body.h"
 #include "fewstep/cpu/foreach_isa.h"
+#include "fewstep/cpu/slot_sums.h"
 
 namespace fewstep::cpu {
 namespace {
 
 constexpr std::int64_t kBlock = 1024;
-constexpr std::int64_t kVector = 16;
 constexpr std::int64_t kTask = 16 * kBlock;
 constexpr std::int64_t kWorthThreads = 1 << 16;  // values read
-
-template <typename Acc>
-using AddFunction = void (*)(const void*, Acc, const float*, std::int64_t, std::int64_t,
-                             std::int64_t, Acc*);
-template <typename Acc>
-using StoreFunction = void (*)(const Acc*, void*, std::int64_t);
-
-template <typename Acc, typename S>
-AddFunction<Acc> choose_add() {
-#if defined(__x86_64__)
-    if (isa() == Isa::kAvx512) return avx512::add_columns<Acc, S>;
-    if (isa() == Isa::kAvx2) return avx2::add_columns<Acc, S>;
-#endif
-    return portable::add_columns<Acc, S>;
-}
-
-template <typename Acc, typename T>
-StoreFunction<Acc> choose_store() {
-#if defined(__x86_64__)
-    if (isa() == Isa::kAvx512) return avx512::store_sums<Acc, T>;
-    if (isa() == Isa::kAvx2) return avx2::store_sums<Acc, T>;
-#endif
-    return portable::store_sums<Acc, T>;
-}
-
-// f of the storage types whose sums are taken in Acc.
-template <typename Acc, typename F>
-auto dispatch_storage(DType dtype, const char* argument, F&& f) {
-    if constexpr (std::is_same_v<Acc, double>) {
-        return f(double{});
-    } else {
-        switch (dtype) {
-            case DType::kFloat32: return f(float{});
-            case DType::kBFloat16: return f(bfloat16{});
-            case DType::kFloat16: return f(float16{});
-            default:
-                FEWSTEP_CHECK(false, argument, ": expected float32, bfloat16 or float16, got ",
-                              name(dtype));
-                return f(float{});
-        }
-    }
-}
-
-template <typename Acc>
-AddFunction<Acc> choose_add_slot(SlotKind kind, DType dtype) {
-    if constexpr (std::is_same_v<Acc, float>) {
-        if (kind == SlotKind::kInt8) return choose_add<float, std::int8_t>();
-        if (kind == SlotKind::kE4m3) return choose_add<float, e4m3>();
-        if (kind == SlotKind::kInt4) return choose_add<float, int4x2>();
-    }
-    return dispatch_storage<Acc>(dtype, "snapshots",
-                                 [](auto tag) { return choose_add<Acc, decltype(tag)>(); });
-}
-
-// Bytes in the memory of a contiguous run.
-struct Stream {
-    const char* data;
-    std::int64_t bits;
-
-    const char* at(std::int64_t i) const { return data + i * bits / 8; }
-};
-
-std::int64_t bits_of(const TensorView& view, SlotKind kind) {
-    if (kind == SlotKind::kInt4) return 4;
-    if (kind != SlotKind::kFloat) return 8;
-    return view.dtype == DType::kFloat64 ? 64 : view.dtype == DType::kFloat32 ? 32 : 16;
-}
 
 template <typename Acc>
 struct Forecast {
@@ -114,7 +47,8 @@ struct Forecast {
           y(y),
           shape(y.size(1), y.size(2), group, scale != nullptr, is_dense(base)) {
         const SlotKind kind = slot_kind(snapshots, y.size(2));
-        add_slot = choose_add_slot<Acc>(kind, snapshots.dtype);
+        add_slot = dispatch_slot<Acc>(kind, snapshots.dtype,
+                                      [](auto tag) { return choose_add<Acc, decltype(tag)>(); });
         if (base != nullptr) {
             add_base = dispatch_storage<Acc>(
                 base->dtype, "base", [](auto tag) { return choose_add<Acc, decltype(tag)>(); });
@@ -154,7 +88,7 @@ struct Forecast {
             const std::int64_t at = b * base->stride(0) + row * base->stride(1) + col;
             add_base(bases.at(at), Acc(1), nullptr, group, col, n, sum);
         }
-        store(sum, const_cast<char*>(out.at(i)), n);
+        store(sum, out.at(i), n);
     }
 
     void run() const {

@@ -30,6 +30,16 @@ def line_length(scale: Tensor | None, group: int, columns: int) -> int:
     return group if scale is not None else min(1024, triton.next_power_of_2(columns))
 
 
+def lines_together(size: int, whole: bool, slots: int) -> int:
+    """Return how many lines of `size` values a program takes: what fits the registers.
+
+    More slots are loads that are under way together; where groups end within a line, or rows at odd
+    addresses, each value has an address and a mask of its own.
+    """
+    values = 512 if not whole else 2048 if slots <= 4 else 1024
+    return max(1, values // size)
+
+
 @triton.jit
 def decode_e4m3(raw):
     """Return the numbers of e4m3 bits, by integers: the interpreter and older GPUs have no e4m3."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ._common import narrow, present
-from ._slots import FLOAT, kind_of, line_length, line_mask, load_line
+from ._slots import FLOAT, kind_of, line_length, line_mask, lines_together, load_line
 
 
 @triton.jit
@@ -90,7 +90,8 @@ def launch_forecast_apply(
     length = line_length(scale, group, columns)
     size = max(16, triton.next_power_of_2(length))
     lines = triton.cdiv(columns, length)
-    per_program = max(1, 2048 // size)
+    whole = columns % length == 0 and size == length
+    per_program = lines_together(size, whole, slots)
     total = batch * rows * lines
     _forecast_apply_kernel[(triton.cdiv(total, per_program),)](
         ring,
@@ -107,7 +108,7 @@ def launch_forecast_apply(
         K=slots,
         KIND=kind_of(ring, columns),
         GROUP=length,
-        WHOLE=columns % length == 0 and size == length,
+        WHOLE=whole,
         HAS_BASE=base is not None,
         HAS_STEP=step is not None,
         LINES=per_program,

@@ -1,4 +1,4 @@
-"""Compile variants of the attention and product kernels for sm_90 as launched; no GPU needed.
+"""Compile variants of the larger kernels for sm_90 as launched; no GPU needed.
 
     python tests/ops/_hopper.py [PART_OF_A_NAME ...]
 
@@ -19,6 +19,7 @@ from fewstep.kernels import (
     _attention,
     attention_jvp,
     attention_jvp_backward,
+    forecast_apply,
     gemm_fp8,
     gemm_w4a8,
     gemm_w4a16,
@@ -28,6 +29,7 @@ from fewstep.kernels import (
     quantize_fp8,
     quantize_int4,
     quantize_int8,
+    snapshot_store,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -39,6 +41,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.int32: "*i32",
@@ -55,6 +58,8 @@ KERNELS = {
     quantize_fp8: ["_quantize_fp8_kernel"],
     quantize_int8: ["_quantize_int8_kernel"],
     norm_quantize_int8: ["_norm_quantize_int8_kernel"],
+    forecast_apply: ["_forecast_apply_kernel"],
+    snapshot_store: ["_snapshot_store_kernel", "_snapshot_store_finish_kernel"],
 }
 
 
@@ -283,6 +288,22 @@ def norm_quantize(columns, whole=True, rotate=0):
     )
 
 
+def slots(dtype, columns=3072, int4=False, count=3):
+    """Return the launches that store a snapshot with its products, and of a forecast."""
+    x = torch.empty((1, 4608, columns), dtype=torch.bfloat16, device="meta")
+    ring = x.new_empty((count, 1, 4608, columns // 2 if int4 else columns), dtype=dtype)
+    scale = None if dtype == torch.bfloat16 else x.new_empty((count, 1, 4608, -(-columns // 128)))
+    scale = scale if scale is None else scale.float()
+    step, table = x.new_empty(1, dtype=torch.int64), x.new_empty((50, count)).float()
+    gram = x.new_empty((1, count)).float()
+
+    def launch():
+        snapshot_store.launch_snapshot_store(x, x, ring, scale, 0, step, 128, gram)
+        forecast_apply.launch_forecast_apply(ring, table, x, scale, step, 128, x)
+
+    return launches(launch)
+
+
 # What is known to spill, bytes a thread at most.
 SPILLED = {
     "forward 256 additive": 64,
@@ -381,6 +402,11 @@ VARIANTS = {
     "quantize_fp8 row rotated": lambda: quantize_blocks(3072, torch.bfloat16, 256),
     "quantize_fp8 128 rotated": lambda: quantize_blocks(128, torch.bfloat16, 128),
     "quantize_fp8 128": lambda: quantize_blocks(128, torch.float32),
+    "slots bfloat16": lambda: slots(torch.bfloat16),
+    "slots int8": lambda: slots(torch.int8),
+    "slots e4m3": lambda: slots(torch.uint8),
+    "slots int4": lambda: slots(torch.uint8, int4=True),
+    "slots e4m3 of broken groups": lambda: slots(torch.uint8, columns=3000, count=8),
 }
 # Tiles of few rows do without warpgroups; a product that keeps float32's accuracy without either.
 ANY_TENSOR_CORES = rf"{WGMMA}|mma\.sync"

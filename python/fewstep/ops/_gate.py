@@ -9,6 +9,7 @@ kernel that fails is refused with the reason.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import importlib
@@ -159,7 +160,8 @@ def check(op: str, impl: str, device: torch.device) -> None:
     A case is (args, kwargs, rtol, atol), compared element by element with the reference in the same
     dtype, or (args, kwargs, bound), compared in norm with the reference in float64: what is left of
     the bound is then the kernel's own error, not that of single elements. Bounds are those of the
-    op's tests. Cases that the implementation refuses, and says so, are left out.
+    op's tests. Cases that the implementation refuses, and says so, are left out. In the first form
+    the arguments are compared too, each call having its own: an op may write to them.
     """
     module = importlib.import_module(f"fewstep.ops.{op}")
     function = getattr(module, op)
@@ -168,12 +170,15 @@ def check(op: str, impl: str, device: torch.device) -> None:
     if not cases:
         raise AssertionError(f"{op}: impl='{impl}' takes none of the gate's cases")
     for args, kwargs, *bounds in cases:
-        got = function(*args, **kwargs, impl=impl)
+        own_args, own_kwargs = copy.deepcopy((args, kwargs))
+        got = function(*own_args, **own_kwargs, impl=impl)
         if len(bounds) == 2:
             want = function(*args, **kwargs, impl="reference")
             if any(bounds):  # torch compares 8-bit floats by their bits alone
                 got, want = _widen(got), _widen(want)
             torch.testing.assert_close(got, want, rtol=bounds[0], atol=bounds[1])
+            ours, theirs = _tensors(own_args, own_kwargs), _tensors(args, kwargs)
+            torch.testing.assert_close(ours, theirs, rtol=bounds[0], atol=bounds[1], equal_nan=True)
             continue
         exact = function(*map(_double, args), **_double_values(kwargs), impl="reference")
         for i, (ours, want) in enumerate(zip(got, exact, strict=True)):
@@ -184,6 +189,11 @@ def _widen(found: Any) -> Any:
     if isinstance(found, (list, tuple)):
         return [_widen(x) for x in found]
     return found.float() if found.dtype == torch.float8_e4m3fn else found
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+    return [x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in tensors]
 
 
 def _double(x: Any) -> Any:

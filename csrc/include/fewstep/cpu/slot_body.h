@@ -13,7 +13,7 @@ typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
     const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     const Ints ints = (Ints)_mm256_cvtepi8_epi32(codes);
 #else
-    Ints ints;
+    Ints ints = {};
     for (int i = 0; i < Lanes<float>::kCount; ++i) ints[i] = p[i];
 #endif
     return __builtin_convertvector(ints, Vec<float>);
@@ -28,7 +28,7 @@ typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
     const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     const Ints ints = (Ints)_mm256_cvtepu8_epi32(codes);
 #else
-    Ints ints;
+    Ints ints = {};
     for (int i = 0; i < Lanes<float>::kCount; ++i) ints[i] = p[i].bits;
 #endif
     const Ints magnitude = ints & 0x7f;
@@ -52,7 +52,7 @@ typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
     const __m256i pairs = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
     const Ints ints = (Ints)_mm256_or_si256(pairs, _mm256_slli_epi64(pairs, 28));
 #else
-    Ints ints;
+    Ints ints = {};
     for (int i = 0; i < Lanes<float>::kCount; ++i) ints[i] = p[i / 2].bits >> i % 2 * 4;
 #endif
     return __builtin_convertvector((ints << 28) >> 28, Vec<float>);

@@ -1,4 +1,5 @@
-// The kernels of forecast_apply for a block that stays in the first cache; a body of foreach_isa.h.
+// Sums of what slots and other tensors hold, of a block that stays in the first cache; a body of
+// foreach_isa.h. slot_sums.h chooses among them.
 
 #include "fewstep/cpu/slot_body.h"
 
