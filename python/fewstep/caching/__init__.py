@@ -11,9 +11,11 @@ what depends on the time alone, exactly. Nothing here changes a model:
 from ._wrap import is_cached
 from .calibrate import calibrate
 from .fingerprint import Fingerprint
+from .methods import FoCa, Fora, HiCache, Newton, Scm, Taylor
 from .output import OutputStack
 from .plan import Plan
-from .policy import PRESETS, CachePolicy, FirstBlock, Interval, ScheduledPolicy, resolve_policy
+from .policy import CachePolicy, FirstBlock, Interval, ScheduledPolicy
+from .presets import PRESETS, resolve_policy
 from .scheduled import ScheduledSession
 from .session import Session
 from .stack import BlockStack
@@ -26,12 +28,18 @@ __all__ = [
     "CachePolicy",
     "Fingerprint",
     "FirstBlock",
+    "FoCa",
+    "Fora",
+    "HiCache",
     "Interval",
+    "Newton",
     "OutputStack",
     "Plan",
     "ScheduledPolicy",
     "ScheduledSession",
+    "Scm",
     "Session",
+    "Taylor",
     "TimePart",
     "TimeSession",
     "UNetStack",

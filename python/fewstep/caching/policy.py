@@ -15,20 +15,21 @@ per sample, so that one image does not depend on its batch-mates. interval is th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from .schedules import check_count
+
 __all__ = [
-    "PRESETS",
     "CachePolicy",
     "FirstBlock",
     "Forecasts",
     "Interval",
     "ScheduledPolicy",
-    "resolve_policy",
+    "check_ends",
 ]
 
 # Per step: None runs in full; else the weights of the newest outputs of full steps, newest first.
@@ -74,13 +75,6 @@ class ScheduledPolicy(Protocol):
         """
 
 
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-
-
 @dataclass(frozen=True)
 class FirstBlock:
     """Skip while the first block's residual barely changes.
@@ -107,7 +101,7 @@ class FirstBlock:
         if not math.isfinite(self.threshold) or self.threshold < 0:
             raise ValueError(f"threshold: expected a finite number >= 0, got {self.threshold}")
         for name, least in (("max_skips", 0), ("warmup", 1), ("first", 1), ("last", 0)):
-            _check_int(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least)
 
     def must_run(self, step: int, since_full: int) -> str | None:
         """Warm-up, or too many skips in a row."""
@@ -138,7 +132,7 @@ class Interval:
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("first", 1), ("last", 0)):
-            _check_int(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least)
 
     def must_run(self, step: int, since_full: int) -> str | None:
         """Every n-th step of the run, or a state that is older than that."""
@@ -149,30 +143,7 @@ class Interval:
         return True
 
 
-PRESETS: dict[str, Callable[[], CachePolicy]] = {"first-block": FirstBlock, "interval": Interval}
-
-
-def resolve_policy(
-    cache: str | CachePolicy | ScheduledPolicy,
-) -> CachePolicy | ScheduledPolicy:
-    """Return the policy of a preset name, or the policy itself.
-
-    Raises:
-        ValueError: no preset has this name, or a policy that leaves no block to measure.
-        TypeError: neither a name nor a policy, or a policy whose `first` or `last` is no integer.
-    """
-    names = ", ".join(repr(name) for name in PRESETS)
-    if isinstance(cache, str):
-        if cache not in PRESETS:
-            raise ValueError(f"cache: expected {names} or a policy object, got {cache!r}")
-        return PRESETS[cache]()
-    if isinstance(cache, ScheduledPolicy) and not isinstance(cache, type):
-        return cache
-    if isinstance(cache, type) or not isinstance(cache, CachePolicy):
-        raise TypeError(
-            f"cache: expected {names} or a policy object such as FirstBlock(threshold=0.08), "
-            f"got {cache!r}"
-        )
+def check_ends(policy: CachePolicy) -> None:
+    """Raise where a policy's `first` or `last` can't be."""
     for name, least in (("first", 1), ("last", 0)):
-        _check_int(f"cache: {name} of {cache!r}", getattr(cache, name), least)
-    return cache
+        check_count(f"cache: {name} of {policy!r}", getattr(policy, name), least)
