@@ -145,6 +145,18 @@ def test_every_code_in_every_instruction_set(isa, monkeypatch):
         check(ring, torch.randn(3), "native", torch.randn(2, 3, 78), scale)
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_subnormal_codes_survive_flushing(isa, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CPU_ISA", isa)
+    ring = torch.arange(8, dtype=torch.uint8).view(1, 1, 8).view(torch.float8_e4m3fn)
+    torch.set_flush_denormal(True)
+    try:
+        y = ops.forecast_apply(ring, torch.ones(1), scale=torch.ones(1, 1, 1), impl="native")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y, torch.arange(8)[None] * 2.0**-9)
+
+
 @pytest.mark.triton
 def test_every_code_in_triton():
     codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(1, 1, 256)

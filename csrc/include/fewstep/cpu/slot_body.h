@@ -19,24 +19,35 @@ typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
     return __builtin_convertvector(ints, Vec<float>);
 }
 
-// Without float subnormals on the way, which a process may flush to zero.
+// Without float subnormals on the way, which a process may flush to zero. As float16 a code's
+// exponent is 8 too small, also that of a subnormal; what is no number becomes none.
 [[gnu::always_inline]] inline Vec<float> load_as(const e4m3* p) {
 #if FEWSTEP_BODY_BITS == 512
     const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const Ints ints = (Ints)_mm512_maskz_cvtepu8_epi32(0xffff, codes);
+    const __m256i high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8);
+    const __m256i magnitude = _mm256_and_si256(high, _mm256_set1_epi16(0x7f00));
+    const __m256i sign = _mm256_xor_si256(high, magnitude);
+    const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f00));
+    const __m256i half = _mm256_or_si256(sign, _mm256_srli_epi16(magnitude, 1));
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_or_si256(half, nan)) * 256.0f;
 #elif FEWSTEP_BODY_BITS == 256
     const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    const Ints ints = (Ints)_mm256_cvtepu8_epi32(codes);
+    const __m128i high = _mm_slli_epi16(_mm_cvtepu8_epi16(codes), 8);
+    const __m128i magnitude = _mm_and_si128(high, _mm_set1_epi16(0x7f00));
+    const __m128i sign = _mm_xor_si128(high, magnitude);
+    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f00));
+    const __m128i half = _mm_or_si128(sign, _mm_srli_epi16(magnitude, 1));
+    return (Vec<float>)_mm256_cvtph_ps(_mm_or_si128(half, nan)) * 256.0f;
 #else
     Ints ints = {};
     for (int i = 0; i < Lanes<float>::kCount; ++i) ints[i] = p[i].bits;
-#endif
     const Ints magnitude = ints & 0x7f;
     const Ints small = (Ints)(__builtin_convertvector(magnitude, Vec<float>) * 0x1p-9f);
     const Ints normal = (magnitude << 20) + (120 << 23);
     const Ints finite = magnitude < 8 ? small : normal;
     const Ints bits = magnitude == 0x7f ? finite | 0x7fc00000 : finite;
     return (Vec<float>)(bits | (ints & 0x80) << 24);
+#endif
 }
 
 // Each byte lies in 64 bits, of which the upper half gets its upper nibble; the sign comes with
