@@ -60,19 +60,20 @@ def test_has_the_bits_of_the_long_way(op, watch, dtype):
     """Both under no_grad and with gradients on, where nothing requires one."""
     call, (w, w_scale) = getattr(ops, op), weight(op)
     rows = [(), (3,), (70,), (2, 5), (2, 1, 40), (0,), (4, 0)]
+    down, up = torch.randn(6, K).to(dtype), torch.randn(N, 6).to(dtype)
     smooth, bias = torch.rand(K).to(dtype) + 0.5, torch.randn(N).to(dtype)
     options = itertools.product(
         (None, bias), (None, smooth), (0, 32), (None, "silu", "geglu"), (None, torch.float32)
     )
-    for shape, (b, s, rotate, activation, out_dtype) in zip(
-        itertools.cycle(rows), options, strict=False
-    ):
+    for count, (b, s, rotate, activation, out_dtype) in enumerate(options):
+        shape = rows[count % len(rows)]
         x = torch.randn(*shape, K).to(dtype)
         given = {"bias": b, "smooth": s, "rotate": rotate, "activation": activation}
         given["out_dtype"] = out_dtype
+        given |= {"down": down, "up": up} if count % 5 < 2 else {}
         with torch.set_grad_enabled(rotate == 0):
             out = call(x, None, w, w_scale, **given)
-            assert watch.taken == (len(shape) > 0)
+            assert watch.taken == (len(shape) > 0 and 0 not in shape)
             want = watch.long(call, x, None, w, w_scale, **given)
         assert torch.equal(out, want)
         assert (out.shape, out.dtype, out.stride()) == (want.shape, want.dtype, want.stride())
@@ -179,11 +180,11 @@ def test_is_left_where_something_is_differentiated(op, watch):
 
 def test_is_left_for_other_arguments(op, watch):
     call, (w, w_scale) = getattr(ops, op), weight(op)
-    x, R = torch.randn(5, K), 3
+    x = torch.randn(5, K)
     want, gate = call(x, None, w, w_scale), torch.rand(N)
     assert watch.taken
     watch.taken = False
-    branch = {"down": torch.randn(R, K), "up": torch.zeros(N, R)}
+    branch = {"low": torch.randn(5, 3), "up": torch.zeros(N, 3)}
     assert torch.equal(call(x, None, w, w_scale, **branch), want)
     assert torch.equal(call(x, None, w, w_scale, gate=torch.ones(N)), want)
     assert torch.equal(call(x, None, w, w_scale, residual=torch.zeros(5, N)), want)
@@ -230,6 +231,15 @@ WRONG = [
     {"bias": 1.0},
     {"smooth": torch.ones(K).double()},
     {"smooth": torch.ones(K - 1)},
+    {"smooth": torch.ones(K - 1), "a": torch.randn(0, K)},
+    {"up": torch.randn(N, 3)},
+    {"down": torch.randn(3, K)},
+    {"down": torch.randn(3, K).bfloat16(), "up": torch.randn(N, 3)},
+    {"down": torch.randn(3, K + 1), "up": torch.randn(N, 3)},
+    {"down": torch.randn(3, K + 1), "up": torch.randn(N, 3), "a": torch.randn(0, K)},
+    {"down": torch.randn(3, K), "up": torch.randn(N, 4)},
+    {"down": torch.randn(3, K), "up": torch.randn(N, 3).double()},
+    {"down": torch.randn(3), "up": torch.randn(N, 3)},
     {"rotate": False},
     {"rotate": 24},
     {"rotate": 1 << 70},
@@ -242,7 +252,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("change", WRONG, ids=lambda c: str(*c))
+@pytest.mark.parametrize("change", WRONG, ids=lambda c: "-".join(c))
 def test_says_of_bad_input_what_the_long_way_says(op, watch, change):
     w, w_scale = weight(op)
     given = {"a": torch.randn(5, K), "a_scale": None, "w": w, "w_scale": w_scale} | change

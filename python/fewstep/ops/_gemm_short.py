@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._layout import FLOATS
+from ._layout import FLOATS, matrix
 from ._register import is_plain
+from .quantize_int8 import run_native as quantize_native
 
 _GLU = ("geglu", "swiglu")
 
@@ -32,6 +33,8 @@ def run_short(
     bias: Tensor | None,
     smooth: Tensor | None,
     rotate: int,
+    down: Tensor | None,
+    up: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype | None,
 ) -> Tensor | None:
@@ -45,7 +48,7 @@ def run_short(
         or a is None
         or w is None
         or w_scale is None
-        or not is_plain((a, w, w_scale, a_scale, bias, smooth), cpu=True)
+        or not is_plain((a, w, w_scale, a_scale, bias, smooth, down, up), cpu=True)
         or type(rotate) is not int
         or not (activation is None or (type(activation) is str and activation))
         or not (bias is None or bias.dtype in FLOATS)
@@ -56,14 +59,30 @@ def run_short(
         out_dtype = a.dtype if a_scale is None else torch.float32
     if out_dtype not in FLOATS or w.dim() != 2 or a.dim() == 0:
         return None
+    if (down is not None or up is not None) and (
+        down is None
+        or up is None
+        or a_scale is not None
+        or down.dtype != a.dtype
+        or up.dtype not in FLOATS
+        or down.dim() != 2
+        or up.dim() != 2
+    ):
+        return None
     N = w.shape[0]
     if activation in _GLU:
         N //= 2
     out = a.new_empty((*a.shape[:-1], N), dtype=out_dtype)
+    if not out.numel():  # the kernel has nothing to check then
+        return None
+    low = None
     try:
-        # Behind bias: low, up; behind activation: gate, residual, the scale of int8 rows.
+        if down is not None:  # low beside the rows, while they are in cache
+            a, a_scale, low = quantize_native(a, smooth, rotate, down)
+            low, smooth, rotate = matrix(low), None, 0
+        # Behind activation: gate, residual, the scale of int8 rows.
         kernel(
-            *(a, a_scale, w, w_scale, bias, None, None, smooth, rotate),
+            *(a, a_scale, w, w_scale, bias, low, up, smooth, rotate),
             *(activation or "", None, None, None, out),
         )
     except (TypeError, ValueError):

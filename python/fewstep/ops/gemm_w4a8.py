@@ -122,10 +122,10 @@ def gemm_w4a8(
         DerivativeError: a scale carries a tangent or requires grad, or with out_dtype int8 any
             input does.
     """
-    bare = up is None and down is None and low is None and gate is None and residual is None
+    bare = low is None and gate is None and residual is None
     if bare and (impl == "auto" or impl == "native"):
-        first, rest = (a, a_scale, w, w_scale, bias), (smooth, rotate, activation, out_dtype)
-        out = run_short("gemm_w4a8", *first, *rest)
+        first, branch = (a, a_scale, w, w_scale, bias), (down, up)
+        out = run_short("gemm_w4a8", *first, smooth, rotate, *branch, activation, out_dtype)
         if out is not None:
             return out
     expect_tensor("a", a)

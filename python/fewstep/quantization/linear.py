@@ -313,18 +313,19 @@ class QuantLinear(nn.Linear):
     def _forward_short(self, x: Any, activation: str | None) -> Tensor | None:
         """Return the output where there is a short way to it, else None: see `_gemm_short.py`.
 
-        What QuantLinear.forward checks is what the product checks, autocast and a branch apart.
+        What QuantLinear.forward checks is what the product checks, autocast apart.
         """
         if self.short is None or torch.compiler.is_compiling():
             return None
         try:
             own = self._buffers
-            if own["up"] is not None or torch.is_autocast_enabled("cpu"):
-                return None
             weight = own[self.storage], own["weight_scale"], own["bias"], own["smooth"]
+            branch = own["down"], own["up"]
         except KeyError:  # something else has taken a buffer's place
             return None
-        return run_short(self.short, x, None, *weight, self.rotate, activation, None)
+        if torch.is_autocast_enabled("cpu"):
+            return None
+        return run_short(self.short, x, None, *weight, self.rotate, *branch, activation, None)
 
     def _expect_input(self, x: Tensor) -> Tensor:
         """Return x in the dtype to work in."""
