@@ -68,6 +68,17 @@ def row_sliced(x: Tensor) -> Tensor:
     return view
 
 
+def steps_apart(q: Tensor, other: Tensor) -> Tensor:
+    """Return how many 8-bit numbers lie between two results in int8 or e4m3, element by element."""
+
+    def place(x: Tensor) -> Tensor:
+        bits = x.view(torch.int8).int()
+        # e4m3 has a sign and a magnitude, which numbers it from zero on.
+        return bits if x.dtype == torch.int8 else torch.where(bits < 0, -(bits & 0x7F), bits)
+
+    return (place(q) - place(other)).abs()
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Return the relative Frobenius error against a higher-precision result (0 for 0 / 0)."""
     got, want = got.double(), want.double()

@@ -161,7 +161,7 @@ def test_what_is_no_view_is_refused(kind):
 def test_parameters_and_slices_are_read_where_they_lie():
     for x in (torch.nn.Parameter(X[0]), torch.randn(3, 20)[:, 5:13], torch.randn(6, 8)[::2]):
         q, scale = torch.empty(3, 8, dtype=torch.int8), torch.empty(3)
-        _native.call("quantize_int8", x, None, 0, None, q, scale, None)
+        _native.call("quantize_int8", x, None, 0, None, "", q, scale, None)
         want = ops.quantize_int8(x.detach().clone(), impl="reference")
         assert torch.equal(q, want[0])
         assert torch.equal(scale, want[1])

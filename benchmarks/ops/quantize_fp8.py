@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fewstep import ops
 from fewstep.bench import Benchmark, Case, baseline, copy_limit, implementations
-from fewstep.bench.products import activation_cases
+from fewstep.bench.products import activated_cases, activation_cases, activation_of
+from fewstep.ops._epilogue import activate, is_glu
 
 CASES = [
     Case("SDXL 1280 channels", {"M": 1024, "K": 1280, "block": 0}, torch.bfloat16, quick=True),
@@ -17,16 +18,26 @@ CASES = [
     Case("FLUX.1 1024px", {"M": 4096, "K": 3072, "block": 0}, torch.bfloat16, ("cpu",)),
     Case("FLUX.1 1024px, blocks", {"M": 4096, "K": 3072, "block": 128}, torch.bfloat16, ("cuda",)),
     *activation_cases(block=0),
+    *activated_cases(block=0),
 ]
 
 
-def inputs(case: Case, device: torch.device) -> tuple[Tensor, int | None]:
-    x = torch.randn(case["M"], case["K"], device=device).to(case.dtype)
-    return x, case["block"] or None
+def width(case: Case) -> int:
+    """Return the columns of x."""
+    return case["K"] * (2 if is_glu(activation_of(case)) else 1)
 
 
-def eager(x: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
-    blocks = x.float().unflatten(-1, (-1, block or x.shape[-1]))
+def inputs(case: Case, device: torch.device) -> tuple[Tensor, int | None, str | None]:
+    x = torch.randn(case["M"], width(case), device=device).to(case.dtype)
+    return x, case["block"] or None, activation_of(case)
+
+
+def quantize(x: Tensor, block: int | None, activation: str | None, impl: str) -> tuple[Tensor, ...]:
+    return ops.quantize_fp8(x, block=block, activation=activation, impl=impl)
+
+
+def eager(x: Tensor, block: int | None, activation: str | None) -> tuple[Tensor, Tensor]:
+    blocks = activate(x, activation).float().unflatten(-1, (-1, block or x.shape[-1]))
     scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
     q = (blocks / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return q.flatten(-2), scale[..., 0]
@@ -38,7 +49,7 @@ def flops(case: Case) -> float:
 
 def bytes_moved(case: Case) -> float:
     scales = case["K"] // case["block"] if case["block"] else 1
-    return case["M"] * (case["K"] * (case.dtype.itemsize + 1.0) + 4 * scales)
+    return case["M"] * (width(case) * case.dtype.itemsize + case["K"] + 4.0 * scales)
 
 
 BENCHMARK = Benchmark(
@@ -46,9 +57,7 @@ BENCHMARK = Benchmark(
     CASES,
     inputs,
     [
-        *implementations(
-            "quantize_fp8", lambda x, block, impl: ops.quantize_fp8(x, block=block, impl=impl)
-        ),
+        *implementations("quantize_fp8", quantize),
         baseline("torch eager", eager),
         baseline("torch.compile", torch.compile(eager, dynamic=False)),
         copy_limit(),

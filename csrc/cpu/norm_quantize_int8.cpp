@@ -101,15 +101,7 @@ void norm_quantize_int8(const TensorView& x, const TensorView* weight, const Ten
                         const TensorView* scale, const TensorView* shift, const TensorView* smooth,
                         std::int64_t rotate, const TensorView& q, const TensorView& q_scale,
                         bool centred, double eps) {
-    FEWSTEP_CHECK(x.ndim == 3, "x: expected 3 axes, got ", x.ndim);
-    const std::int64_t batch = x.size(0), rows = x.size(1), columns = x.size(2);
-    expect_rows(x, "x", x.dtype, {batch, rows, columns});
-    if (scale != nullptr) expect_rows(*scale, "scale", x.dtype, {batch, rows, columns});
-    if (shift != nullptr) expect_rows(*shift, "shift", x.dtype, {batch, rows, columns});
-    if (weight != nullptr) expect_contiguous(*weight, "weight", DType::kFloat32, {columns});
-    if (bias != nullptr) expect_contiguous(*bias, "bias", DType::kFloat32, {columns});
-    expect_contiguous(q, "q", DType::kInt8, {batch, rows, columns});
-    expect_contiguous(q_scale, "q_scale", DType::kFloat32, {batch, rows});
+    check_norm_quantize_int8(x, weight, bias, scale, shift, q, q_scale);
     const Arguments arguments{x,      weight, bias,    scale,   shift, smooth,
                               rotate, q,      q_scale, centred, eps};
     switch (x.dtype) {

@@ -55,16 +55,13 @@ RowFunction<T> choose_row() {
 }  // namespace
 
 void quantize_fp8(const TensorView& x, const TensorView* smooth, std::int64_t rotate,
-                  const TensorView* down, const TensorView& q, const TensorView& scale,
-                  std::int64_t size, const TensorView* low) {
-    const std::int64_t R = x.size(0), K = x.size(1), blocks = scale.size(1);
-    FEWSTEP_CHECK(size > 0 && blocks == std::max<std::int64_t>((K + size - 1) / size, 1),
-                  "scale: expected [R, ceil(K / size)] for K = ", K, " and size = ", size, ", got ",
-                  blocks, " columns");
-    expect_rows(x, "x", x.dtype, {R, K});
-    expect_contiguous(q, "q", DType::kUInt8, {R, K});
-    expect_contiguous(scale, "scale", DType::kFloat32, {R, blocks});
-    quantize::each_row(x, "x", smooth, rotate, down, low, [&](auto tag) {
+                  const TensorView* down, const std::string& activation, const TensorView& q,
+                  const TensorView& scale, std::int64_t size, const TensorView* low) {
+    check_quantize_fp8_outputs(x, q, scale, size);
+    const std::int64_t K = q.size(1), blocks = scale.size(1);
+    check_activated_rows(x, activation, K);
+    const quantize::Steps steps{smooth, rotate, activation, down, low};
+    quantize::each_row(x, "x", K, steps, [&](auto tag) {
         return [&, row = choose_row<decltype(tag)>()](std::int64_t r, const decltype(tag)* values) {
             row(values, q.ptr<std::uint8_t>() + r * K, scale.ptr<float>() + r * blocks, K, size,
                 blocks);

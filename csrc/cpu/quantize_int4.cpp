@@ -89,7 +89,8 @@ void quantize_int4(const TensorView& w, std::int64_t rotate, const TensorView& q
     expect_rows(w, "w", w.dtype, {N, K});
     expect_contiguous(q, "q", DType::kUInt8, {N, K / 2});
     expect_contiguous(scale, "scale", DType::kBFloat16, {N, groups});
-    quantize::each_row(w, "w", nullptr, rotate, nullptr, nullptr, [&](auto tag) {
+    const quantize::Steps steps{nullptr, rotate};
+    quantize::each_row(w, "w", K, steps, [&](auto tag) {
         return [&, row = choose_row<decltype(tag)>()](std::int64_t r, const decltype(tag)* values) {
             row(values, q.ptr<std::uint8_t>() + r * K / 2, scale.ptr<bfloat16>() + r * groups,
                 groups, group);

@@ -1,4 +1,4 @@
-"""What comes before a row is quantised, in Triton: columns smoothed, blocks of neighbours rotated.
+"""What comes before a row is quantised, in Triton: an activation, columns smoothed, blocks rotated.
 
 Smoothing is one division and one product a value, rotation butterflies (a + b, a - b) at distance
 1, 2, 4, ... B / 2 and one product, as everywhere: launch with enable_fp_fusion=False, or a product
@@ -9,6 +9,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ._common import narrow
+from ._gemm import activate
+
+
+@triton.jit
+def load_activated(x_ptr, at, columns, mask, ACTIVATION: tl.constexpr):
+    """Return activation(x), rounded to x's dtype, in float32; a switch is `columns` behind."""
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if ACTIVATION == "geglu" or ACTIVATION == "swiglu":
+        switch = tl.load(x_ptr + columns + at, mask=mask, other=0.0).to(tl.float32)
+        x = narrow(x * activate(switch, ACTIVATION), x_ptr.dtype.element_ty).to(tl.float32)
+    elif ACTIVATION is not None:
+        x = narrow(activate(x, ACTIVATION), x_ptr.dtype.element_ty).to(tl.float32)
+    return x
 
 
 @triton.jit

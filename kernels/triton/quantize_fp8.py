@@ -1,8 +1,9 @@
 """quantize_fp8 in Triton: a program takes LINES scales and reads their values twice.
 
-x [R, K] with unit stride in K, q [R, K] uint8 and scale [R, S] fp32 contiguous: S blocks of `size`
-values in a row, the last one shorter. e4m3 is made of integers, so the interpreter and GPUs without
-the dtype round the same. Smoothing and rotation are done again at the second reading.
+x [R, K] ([R, 2 K] for geglu and swiglu) with unit stride in K, q [R, K] uint8 and scale [R, S] fp32
+contiguous: S blocks of `size` values in a row, the last one shorter. e4m3 is made of integers, so
+the interpreter and GPUs without the dtype round the same. The activation, smoothing and rotation
+are done again at the second reading.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._prologue import rotate_blocks, smooth_columns
+from ._prologue import load_activated, rotate_blocks, smooth_columns
 
 TINY = tl.constexpr(448 * 2.0**-126)
 
@@ -34,13 +35,15 @@ def _load(
     x_ptr,
     smooth_ptr,
     at,
+    columns,
     mask,
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
     SMOOTH: tl.constexpr,
     B: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = load_activated(x_ptr, at, columns, mask, ACTIVATION)
     if SMOOTH:
         x = smooth_columns(x, smooth_ptr, at, mask)
     if B > 0:
@@ -63,6 +66,7 @@ def _quantize_fp8_kernel(
     BLOCK: tl.constexpr,
     SMOOTH: tl.constexpr,
     B: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)  # of all scales
     r, first = i // blocks, (i % blocks) * size
@@ -74,7 +78,8 @@ def _quantize_fp8_kernel(
     bad = tl.zeros([LINES, BLOCK], tl.int32)
     for start in range(0, size, BLOCK):
         at = start + offs
-        x = _load(x_ptr, smooth_ptr, at, at < last[:, None], LINES, BLOCK, SMOOTH, B)
+        mask = at < last[:, None]
+        x = _load(x_ptr, smooth_ptr, at, columns, mask, LINES, BLOCK, SMOOTH, B, ACTIVATION)
         # NaN compares false, so it lands in `bad` with the infinities; maxima may drop it.
         finite = tl.abs(x) < float("inf")
         bad |= tl.where(finite, 0, 1)
@@ -89,13 +94,19 @@ def _quantize_fp8_kernel(
     for start in range(0, size, BLOCK):
         at = start + offs
         mask = at < last[:, None]
-        x = _load(x_ptr, smooth_ptr, at, mask, LINES, BLOCK, SMOOTH, B)
+        x = _load(x_ptr, smooth_ptr, at, columns, mask, LINES, BLOCK, SMOOTH, B, ACTIVATION)
         q = round_to_e4m3(tl.div_rn(tl.where(used[:, None], x, 0.0), divisors))
         tl.store(q_ptr + at, q.to(tl.uint8), mask=mask)
 
 
 def launch_quantize_fp8(
-    x: Tensor, smooth: Tensor | None, rotate: int, q: Tensor, scale: Tensor, size: int
+    x: Tensor,
+    smooth: Tensor | None,
+    rotate: int,
+    activation: str | None,
+    q: Tensor,
+    scale: Tensor,
+    size: int,
 ) -> None:
     """Fill `q` and `scale`; shapes as in the module docstring, at least one scale."""
     total, block = scale.numel(), min(2048, triton.next_power_of_2(max(size, 16)))
@@ -107,7 +118,7 @@ def launch_quantize_fp8(
         q,
         scale,
         x.stride(0),
-        x.shape[1],
+        q.shape[1],
         size,
         scale.shape[1],
         total,
@@ -115,6 +126,7 @@ def launch_quantize_fp8(
         BLOCK=block,
         SMOOTH=smooth is not None,
         B=rotate,
+        ACTIVATION=activation,
         num_warps=4,
         enable_fp_fusion=False,
     )

@@ -1,8 +1,9 @@
 """quantize_int8 in Triton: one program per row, which reads it twice (the second time from cache).
 
-x [R, K] with unit stride in K, q [R, K] int8 and scale [R] fp32 contiguous. The row is walked in
-blocks; each block's running maximum stays in registers. Smoothing and rotation are done again at
-the second reading: a row need not fit into registers.
+x [R, K] ([R, 2 K] for geglu and swiglu) with unit stride in K, q [R, K] int8 and scale [R] fp32
+contiguous. The row is walked in blocks; each block's running maximum stays in registers. The
+activation, smoothing and rotation are done again at the second reading: a row need not fit into
+registers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from ._prologue import rotate_blocks, smooth_columns
+from ._prologue import load_activated, rotate_blocks, smooth_columns
 
 TINY = tl.constexpr(127 * 2.0**-126)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even
@@ -38,9 +39,16 @@ def round_to_int8(steps):
 
 @triton.jit
 def _load(
-    x_ptr, smooth_ptr, at, columns, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, B: tl.constexpr
+    x_ptr,
+    smooth_ptr,
+    at,
+    columns,
+    BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    B: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    x = tl.load(x_ptr + at, mask=at < columns, other=0.0).to(tl.float32)
+    x = load_activated(x_ptr, at, columns, at < columns, ACTIVATION)
     if SMOOTH:
         x = smooth_columns(x, smooth_ptr, at, at < columns)
     if B > 0:
@@ -59,6 +67,7 @@ def _quantize_int8_kernel(
     BLOCK: tl.constexpr,
     SMOOTH: tl.constexpr,
     B: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     x_ptr += r * stride_xr
@@ -67,7 +76,7 @@ def _quantize_int8_kernel(
     top = tl.zeros([BLOCK], tl.float32)
     bad = tl.zeros([BLOCK], tl.int32)
     for start in range(0, columns, BLOCK):
-        x = _load(x_ptr, smooth_ptr, start + offs, columns, BLOCK, SMOOTH, B)
+        x = _load(x_ptr, smooth_ptr, start + offs, columns, BLOCK, SMOOTH, B, ACTIVATION)
         magnitude = tl.abs(x)
         # NaN compares false, so it lands in `bad` with the infinities; maxima may drop it.
         finite = magnitude < float("inf")
@@ -77,16 +86,21 @@ def _quantize_int8_kernel(
     inverse, scale = row_scales(amax, tl.max(bad, 0) == 0)
     tl.store(scale_ptr + r, scale)
     for start in range(0, columns, BLOCK):
-        x = _load(x_ptr, smooth_ptr, start + offs, columns, BLOCK, SMOOTH, B)
+        x = _load(x_ptr, smooth_ptr, start + offs, columns, BLOCK, SMOOTH, B, ACTIVATION)
         x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
         tl.store(q_ptr + start + offs, round_to_int8(x * inverse), mask=start + offs < columns)
 
 
 def launch_quantize_int8(
-    x: Tensor, smooth: Tensor | None, rotate: int, q: Tensor, scale: Tensor
+    x: Tensor,
+    smooth: Tensor | None,
+    rotate: int,
+    activation: str | None,
+    q: Tensor,
+    scale: Tensor,
 ) -> None:
     """Fill `q` and `scale`; shapes as in the module docstring, at least one row."""
-    rows, columns = x.shape
+    rows, columns = q.shape
     block = min(4096, triton.next_power_of_2(max(columns, 16)))
     # No fusion: x * inverse must be rounded before ROUND is added, as everywhere else.
     _quantize_int8_kernel[(rows,)](
@@ -99,6 +113,7 @@ def launch_quantize_int8(
         BLOCK=block,
         SMOOTH=smooth is not None,
         B=rotate,
+        ACTIVATION=activation,
         num_warps=max(4, block // 512),  # 16 values a thread: with 32, smoothing spills on sm_90
         enable_fp_fusion=False,
     )

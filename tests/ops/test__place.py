@@ -12,7 +12,7 @@ from helpers import place
         ("quantize_int8", "triton", "cpu", None, "cpu"),
         ("quantize_int8", "triton", "cuda", "cuda", None),
         ("quantize_int8", "native", None, "cpu", "cpu"),
-        ("quantize_int8", "native", "cuda", None, None),  # it has no CUDA C++ kernel
+        ("quantize_int4", "native", "cuda", None, None),  # it has no CUDA C++ kernel
         ("cache_metric", "native", "cuda", "cuda", "cuda"),
         ("cache_metric", "reference", "cuda", "cuda", "cuda"),
         ("quantize_int8", None, None, "cpu", "cpu"),

@@ -91,7 +91,7 @@ def test_native_writes_only_its_outputs(columns):
     blocks = -(-columns // 128)
     q = padded(torch.zeros(3, columns, dtype=torch.uint8))
     scale = padded(torch.zeros(3, blocks))
-    _native.call("quantize_fp8", x, None, 0, None, q, scale, 128, None)
+    _native.call("quantize_fp8", x, None, 0, None, "", q, scale, 128, None)
     assert padding_intact(q)
     assert padding_intact(scale)
     assert torch.equal(q, reference.quantize_fp8(x, block=128)[0].contiguous().view(torch.uint8))
@@ -172,11 +172,11 @@ def test_float64_oracle_agrees_with_float32():
 
 @pytest.mark.parametrize("impl", ["reference", "native"])
 def test_opcheck(impl, block):
-    args = (torch.randn(3, 4, 160), block, None, 0, impl)
+    args = (torch.randn(3, 4, 160), block, None, 0, "", impl)
     # No schema check: torch's compares outputs with allclose, which float8 has not.
     checks = ("test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.fewstep.quantize_fp8.default, args, test_utils=checks)
-    args = (*args[:2], torch.rand(160) + 0.1, 32, torch.randn(3, 160), impl)
+    args = (*args[:2], torch.rand(160) + 0.1, 32, torch.randn(3, 160), "", impl)
     torch.library.opcheck(torch.ops.fewstep.quantize_fp8_low.default, args, test_utils=checks)
 
 

@@ -83,7 +83,7 @@ def test_outputs_are_contiguous_as_the_fake_says(impl):
 def test_native_writes_only_its_outputs(columns):
     x = torch.randn(3, columns)
     q, scale = padded(torch.zeros(3, columns, dtype=torch.int8)), padded(torch.zeros(3))
-    _native.call("quantize_int8", x, None, 0, None, q, scale, None)
+    _native.call("quantize_int8", x, None, 0, None, "", q, scale, None)
     assert padding_intact(q)
     assert padding_intact(scale)
     assert torch.equal(q, reference.quantize_int8(x)[0])
@@ -153,7 +153,7 @@ def test_threads_do_not_change_a_bit():
 @pytest.mark.parametrize("impl", ["reference", "native"])
 def test_opcheck(impl):
     torch.library.opcheck(
-        torch.ops.fewstep.quantize_int8.default, (torch.randn(3, 8, 16), None, 0, impl)
+        torch.ops.fewstep.quantize_int8.default, (torch.randn(3, 8, 16), None, 0, "", impl)
     )
 
 

@@ -80,6 +80,27 @@ def activation_cases(**more: int) -> list[Case]:
     ]
 
 
+def activated_cases(**more: int) -> list[Case]:
+    """Return what feed-forward layers quantise before their second product, with its activation."""
+    layers = {
+        "PixArt": (4096, 1152 * 4, "gelu_tanh", ("cpu",)),
+        "FLUX.1 image": (4096, 12288, "gelu_tanh", ("cuda",)),
+        "SDXL 1280, batch 2": (2048, 5120, "geglu", ("cuda",)),
+        "SDXL 640, batch 2": (8192, 2560, "geglu", ("cuda",)),
+        "FLUX.2 image": (4096, 18432, "swiglu", ("cuda",)),
+    }
+    return [
+        Case(
+            f"{name} ff, {activation}",
+            {"M": M, "K": K} | more,
+            torch.bfloat16,
+            devices,
+            options={"activation": activation},
+        )
+        for name, (M, K, activation, devices) in layers.items()
+    ]
+
+
 def activation_of(case: Case) -> str | None:
     """Return the activation that ends the case's layer, if one does."""
     return case.options.get("activation")

@@ -33,6 +33,7 @@ from ._layout import FLOATS
 __all__ = [
     "ACTIVATIONS",
     "activate",
+    "expect_activation",
     "expect_epilogue",
     "gate_rows",
     "is_glu",
@@ -43,6 +44,13 @@ __all__ = [
 def width(N: int, activation: str | None) -> int:
     """Return how many columns are left of N."""
     return N // 2 if is_glu(activation) else N
+
+
+def expect_activation(activation: str | None) -> None:
+    """Refuse an activation without a name."""
+    if activation is not None and activation not in ACTIVATIONS:
+        wanted = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation: expected None or one of {wanted}, got {activation!r}")
 
 
 def _broadcasts(shape: torch.Size, out: tuple[int, ...]) -> bool:
@@ -63,9 +71,7 @@ def expect_epilogue(
     if activation is None and gate is None and residual is None:
         return
     expect_tensors(gate=gate, residual=residual)
-    if activation is not None and activation not in ACTIVATIONS:
-        wanted = ", ".join(ACTIVATIONS)
-        raise ValueError(f"activation: expected None or one of {wanted}, got {activation!r}")
+    expect_activation(activation)
     if is_glu(activation) and N % 2:
         raise ValueError(f"w: expected an even N for {activation}, got {N}")
     out = (*rows, width(N, activation))

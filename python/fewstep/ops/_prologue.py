@@ -1,8 +1,9 @@
-"""What may come before a row is quantised, in the same pass: smoothing, rotation, projection.
+"""What may come before a row is quantised, in the same pass.
 
+    x  <- activation(x)                       rounded to x's dtype; halves: [..., 2 K] to [..., K]
     x'  = x * (1 / smooth)                    columns evened out (SmoothQuant, arXiv 2211.10438)
     x'' = x' H_B / sqrt(B)                    every B neighbours rotated (QuaRot, arXiv 2404.00456)
-    low = x down^T                            the low-rank branch's first product, of x as it is
+    low = x down^T                            the low-rank branch's first product, of x before x'
 
 x       [..., K]   floating                   smooth  [K]     floating, positive
 rotate  B          0 for none, or 16, 32, 64, 128 or 256 that divides K
@@ -18,6 +19,11 @@ The weight that a product multiplies with x'' is (W diag(smooth)) H: H is symmet
 inverse up to rounding, so x'' ((W diag(smooth)) H)^T = x W^T. An outlier channel loses its hold on
 the scale of its row: smoothing moves it into the weight, rotation spreads it over B columns.
 
+The activations are those of `_epilogue.py`: x times a number in [0, 1] within 2^-22 of the exact
+one, in float32, rounded once to x's dtype, as a tensor between two layers would be. Implementations
+differ in those last bits, so where x is next to a tie of its dtype they may round to different
+sides; everything behind is of the same bits for the same x.
+
 low is summed in float32 and rounded once to x's dtype. With u half a unit of that dtype
 
     |low - exact| <= K 2^-24 sum_k |x_k down_rk| + u |exact|
@@ -28,22 +34,26 @@ nor on the other rows, but implementations and instruction sets sum in orders of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..reference._prologue import rotate_blocks
+from ..reference._prologue import activated, rotate_blocks
+from ._epilogue import expect_activation, is_glu, width
 from ._expect import expect_tensors
 from ._layout import DTYPES, FLOATS
 
 __all__ = [
     "ROTATIONS",
+    "activated",
     "expect_prologue",
     "expect_rotation",
     "project",
     "prologue_cases",
+    "quantise_apart",
     "rotate_blocks",
 ]
 
@@ -63,11 +73,19 @@ def expect_rotation(rotate: int, name: str, K: int) -> None:
 
 
 def expect_prologue(
-    name: str, x: Tensor, smooth: Tensor | None, rotate: int, down: Tensor | None = None
+    name: str,
+    x: Tensor,
+    smooth: Tensor | None,
+    rotate: int,
+    down: Tensor | None = None,
+    activation: str | None = None,
 ) -> None:
     """Refuse what does not fit x [..., K], the floating argument `name`."""
     expect_tensors(smooth=smooth, down=down)
-    K = x.shape[-1]
+    expect_activation(activation)
+    if is_glu(activation) and x.shape[-1] % 2:
+        raise ValueError(f"{name}: expected an even last axis for {activation}, got {x.shape[-1]}")
+    K = width(x.shape[-1], activation)
     expect_rotation(rotate, name, K)
     if smooth is not None:
         allowed = DTYPES if x.dtype == torch.float64 else FLOATS
@@ -82,6 +100,14 @@ def expect_prologue(
             raise ValueError(
                 f"{argument}: expected the device of {name}, {x.device}, got {value.device}"
             )
+
+
+def quantise_apart(
+    quantise: Callable[..., tuple[Tensor, ...]], x: Tensor, activation: str, down: Tensor
+) -> tuple[Tensor, ...]:
+    """Return (q, scale, low) of a kernel without a branch: `quantise(x)`, and torch's product."""
+    x = activated(x, activation or None)
+    return *quantise(x), project(x, down)
 
 
 def project(x: Tensor, down: Tensor | None, low: Tensor | None = None) -> Tensor:

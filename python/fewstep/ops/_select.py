@@ -21,6 +21,7 @@ from . import _gate
 # Asked once: a search of sys.path costs tens of microseconds.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 NAMES = ("auto", "reference", "native", "triton")
+KERNEL_NOT_RUN_YET = "the CUDA kernel was not run on a GPU yet; ask for impl='native' to use it"
 NO_RUN_YET = "the Hopper kernel was not run on a GPU yet; ask for impl='native' to use it"
 
 

@@ -12,12 +12,13 @@ q_scale           [...]      float32 (float64 for float64)
 
 This is what stands before the projections of an adaLN block whose layers multiply in int8: x is
 read once and a quarter or half of it written, z never reaches memory. It is `quantize_int8` of the
-y of `norm_jvp` in the same dtype: to the bit in the reference and in native code, and within the
-float32 rounding of y in Triton on a GPU, which contracts products and sums differently in the two
-(where z is next to a tie of its dtype it may round to the other side). Zero, tiny and non-finite
-rows are those of `quantize_int8`; so are `smooth` and `rotate`, which change what is quantised
-(`_prologue.py`). What is None is as in `norm_jvp`. There are no derivatives: q is an integer.
-Layout and error: docs/ops/norm_quantize_int8.md.
+y of `norm_jvp` in the same dtype: to the bit in the reference and in native code on CPUs, and
+within the float32 rounding of y on GPUs, where kernels take sums in orders of their own and Triton
+contracts products and sums differently in the two (where z is next to a tie of its dtype it may
+round to the other side). Zero, tiny and non-finite rows are those of `quantize_int8`; so are
+`smooth` and `rotate`, which change what is quantised (`_prologue.py`). What is None is as in
+`norm_jvp`. There are no derivatives: q is an integer. Layout and error:
+docs/ops/norm_quantize_int8.md.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from torch import Tensor
 from .. import _native
 from ..reference.norm_quantize_int8 import norm_quantize_int8 as _reference
 from ._expect import expect_number
-from ._layout import FLOATS, contiguous
+from ._layout import contiguous
 from ._norm import NAMES, parameter, refuse_triton_rows, validate
 from ._prologue import expect_prologue
 from ._register import register
 from ._rows import acc_dtype, choose_split, fold, fold_broadcast
-from ._select import Implementation, refuse_native, select
+from ._select import KERNEL_NOT_RUN_YET, Implementation, select
+from .quantize_int8 import refuse_native_rows
 
 __all__ = ["norm_quantize_int8"]
 
@@ -91,7 +93,8 @@ IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda *args, **kwargs: refuse_native("norm_quantize_int8", args, FLOATS),
+        lambda x, *rest, **kwargs: refuse_native_rows("norm_quantize_int8", x),
+        held_back=KERNEL_NOT_RUN_YET,
     ),
     Implementation("triton", _run_triton, refuse_triton_rows),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),

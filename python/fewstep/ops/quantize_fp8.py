@@ -17,8 +17,9 @@ compares the two.
 A row (block) below 448 * 2^-126 counts as zero: scale 1, q 0. One that holds an infinity or a NaN
 gets scale NaN and q 0: whatever it is multiplied into turns NaN and never into plausible numbers.
 
-`smooth` and `rotate` change what is quantised, x'' in the place of x, and with `down` the low-rank
-branch's first product comes out of the same pass: `_prologue.py` has formulas and bounds.
+`activation`, `smooth` and `rotate` change what is quantised, x'' in the place of x, and with `down`
+the low-rank branch's first product comes out of the same pass: `_prologue.py` has formulas and
+bounds.
 """
 
 from __future__ import annotations
@@ -30,31 +31,39 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.quantize_fp8 import quantize_fp8 as _reference
+from ._epilogue import width
 from ._layout import FLOATS, contiguous, matrix, unit_stride
-from ._prologue import expect_prologue, project, prologue_cases
+from ._prologue import expect_prologue, prologue_cases, quantise_apart
 from ._register import register
-from ._select import Implementation, refuse_native, refuse_triton, select
-from .quantize_int8 import expect_rows
+from ._select import KERNEL_NOT_RUN_YET, Implementation, refuse_triton, select
+from .quantize_int8 import expect_rows, refuse_native_rows, without_low
 
 __all__ = ["quantize_fp8"]
 
 BLOCK = 128
 
 
-def _outputs(x: Tensor, block: int | None, down: Tensor | None) -> tuple[Tensor, ...]:
+def _outputs(
+    x: Tensor, block: int | None, down: Tensor | None, activation: str
+) -> tuple[Tensor, ...]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    (*rows, K) = x.shape
-    shape = rows if block is None else [*rows, -(-K // block)]
+    rows, K = x.shape[:-1], width(x.shape[-1], activation)
+    shape = rows if block is None else (*rows, -(-K // block))
     low = () if down is None else (x.new_empty((*rows, down.shape[0])),)
-    q = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    q = x.new_empty((*rows, K), dtype=torch.float8_e4m3fn)
     return q, x.new_empty(shape, dtype=dtype), *low
 
 
 def _run_reference(
-    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, down: Tensor | None = None
+    x: Tensor,
+    block: int | None,
+    smooth: Tensor | None,
+    rotate: int,
+    down: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Tensor, ...]:
-    found = _reference(x, block=block, smooth=smooth, rotate=rotate, down=down)
-    return tuple(output.contiguous() for output in found)
+    named = {"smooth": smooth, "rotate": rotate, "down": down, "activation": activation or None}
+    return tuple(output.contiguous() for output in _reference(x, block=block, **named))
 
 
 def _views(q: Tensor, scale: Tensor, block: int | None) -> tuple[int, Tensor, Tensor, int]:
@@ -67,13 +76,20 @@ def _views(q: Tensor, scale: Tensor, block: int | None) -> tuple[int, Tensor, Te
 
 
 def _run_native(
-    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, down: Tensor | None = None
+    x: Tensor,
+    block: int | None,
+    smooth: Tensor | None,
+    rotate: int,
+    down: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Tensor, ...]:
-    q, scale, *low = outputs = _outputs(x, block, down)
+    if down is not None and x.device.type == "cuda":
+        return quantise_apart(lambda x: _run_native(x, block, smooth, rotate), x, activation, down)
+    q, scale, *low = outputs = _outputs(x, block, down, activation)
     if scale.numel():
         rows, *views = _views(q, scale, block)
         low_rows = low[0].view(rows, low[0].shape[-1]) if low else None
-        inputs = unit_stride(matrix(x)), contiguous(smooth), rotate, contiguous(down)
+        inputs = unit_stride(matrix(x)), contiguous(smooth), rotate, contiguous(down), activation
         _native.call("quantize_fp8", *inputs, *views, low_rows)
     elif low:
         low[0].zero_()  # rows without values have no scale to compute, but sums
@@ -81,23 +97,32 @@ def _run_native(
 
 
 def run_triton(
-    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, down: Tensor | None = None
+    x: Tensor,
+    block: int | None,
+    smooth: Tensor | None,
+    rotate: int,
+    down: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Tensor, ...]:
     """Run the Triton kernel; low is torch's own product."""
     from ..kernels.quantize_fp8 import launch_quantize_fp8
 
-    q, scale = _outputs(x, block, None)
+    if down is not None:
+        return quantise_apart(lambda x: run_triton(x, block, smooth, rotate), x, activation, down)
+    q, scale = _outputs(x, block, None, activation)
     if scale.numel():
         _, *views = _views(q, scale, block)
-        launch_quantize_fp8(unit_stride(matrix(x)), contiguous(smooth), rotate, *views)
-    return (q, scale) if down is None else (q, scale, project(x, down))
+        inputs = unit_stride(matrix(x)), contiguous(smooth), rotate, activation or None
+        launch_quantize_fp8(*inputs, *views)
+    return q, scale
 
 
 IMPLEMENTATIONS = (
     Implementation(
         "native",
         _run_native,
-        lambda x, **kwargs: refuse_native("quantize_fp8", [x], FLOATS),
+        lambda x, activation=None, **kwargs: refuse_native_rows("quantize_fp8", x, activation),
+        held_back=KERNEL_NOT_RUN_YET,
     ),
     Implementation("triton", run_triton, lambda x, **kwargs: refuse_triton([x], FLOATS)),
     Implementation("reference", _run_reference, lambda x, **kwargs: None),
@@ -105,22 +130,33 @@ IMPLEMENTATIONS = (
 
 
 def _fake(
-    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, impl: str
+    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, activation: str, impl: str
 ) -> tuple[Tensor, ...]:
-    return _outputs(x, block, None)
+    return _outputs(x, block, None, activation)
 
 
 def _fake_low(
-    x: Tensor, block: int | None, smooth: Tensor | None, rotate: int, down: Tensor, impl: str
+    x: Tensor,
+    block: int | None,
+    smooth: Tensor | None,
+    rotate: int,
+    down: Tensor,
+    activation: str,
+    impl: str,
 ) -> tuple[Tensor, ...]:
-    return _outputs(x, block, down)
+    return _outputs(x, block, down, activation)
 
 
 _INPUTS = "Tensor x, int? block, Tensor? smooth, int rotate"
-_op = register("quantize_fp8", f"({_INPUTS}, str impl) -> (Tensor, Tensor)", IMPLEMENTATIONS, _fake)
+_op = register(
+    "quantize_fp8",
+    f"({_INPUTS}, str activation, str impl) -> (Tensor, Tensor)",
+    without_low(IMPLEMENTATIONS, 4),
+    _fake,
+)
 _op_low = register(
     "quantize_fp8_low",
-    f"({_INPUTS}, Tensor down, str impl) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, Tensor down, str activation, str impl) -> (Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake_low,
 )
@@ -133,16 +169,18 @@ def quantize_fp8(
     smooth: Tensor | None = None,
     rotate: int = 0,
     down: Tensor | None = None,
+    activation: str | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Quantise each row (last axis) of x to e4m3 with one scale, or one for each 128 neighbours.
 
     Args:
-        x: [..., K], floating.
+        x: [..., K], floating; [..., 2 K] with "geglu" or "swiglu".
         block: None for one scale a row, or 128.
         smooth: floating [K], positive: columns are divided by it first.
         rotate: 0, or 16, 32, 64, 128 or 256: every so many neighbours are rotated after that.
-        down: [R, K] in x's dtype: low, x @ down.T of x as it is given, is returned too.
+        down: [R, K] in x's dtype: low, x @ down.T of x (activated, not smoothed), is returned too.
+        activation: None, "gelu", "gelu_tanh", "silu", "geglu" or "swiglu": comes before all else.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -160,11 +198,11 @@ def quantize_fp8(
     expect_rows(x)
     if block not in (None, BLOCK):
         raise ValueError(f"block: expected None or {BLOCK}, got {block!r}")
-    expect_prologue("x", x, smooth, rotate, down)
-    chosen = select("quantize_fp8", impl, IMPLEMENTATIONS, x)
+    expect_prologue("x", x, smooth, rotate, down, activation)
+    chosen = select("quantize_fp8", impl, IMPLEMENTATIONS, x, activation=activation)
     if down is None:
-        return _op(x, block, smooth, rotate, chosen)
-    return _op_low(x, block, smooth, rotate, down, chosen)
+        return _op(x, block, smooth, rotate, activation or "", chosen)
+    return _op_low(x, block, smooth, rotate, down, activation or "", chosen)
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:

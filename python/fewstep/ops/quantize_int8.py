@@ -13,13 +13,16 @@ implementation returns the same bits. A row below 127 * 2^-126 counts as zero: s
 that holds an infinity or a NaN gets scale NaN and q 0: whatever it is multiplied into turns NaN,
 as it would without quantisation, and never into plausible numbers.
 
-`smooth` and `rotate` change what is quantised, x'' in the place of x, and with `down` the low-rank
-branch's first product comes out of the same pass: `_prologue.py` has formulas and bounds. Weights
-take the same arguments; a weight for smoothed activations is W * smooth, and 1 / smooth does that.
+`activation`, `smooth` and `rotate` change what is quantised, x'' in the place of x, and with `down`
+the low-rank branch's first product comes out of the same pass: `_prologue.py` has formulas and
+bounds. Weights take smooth and rotate too; a weight for smoothed activations is W * smooth, and
+1 / smooth does that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,13 +30,16 @@ from torch import Tensor
 
 from .. import _native
 from ..reference.quantize_int8 import quantize_int8 as _reference
+from ._epilogue import width
 from ._expect import expect_tensor
 from ._layout import DTYPES, FLOATS, contiguous, matrix, unit_stride
-from ._prologue import expect_prologue, project, prologue_cases
+from ._prologue import expect_prologue, prologue_cases, quantise_apart
 from ._register import register
-from ._select import Implementation, refuse_native, refuse_triton, select
+from ._select import KERNEL_NOT_RUN_YET, Implementation, refuse_native, refuse_triton, select
 
 __all__ = ["quantize_int8"]
+
+MAX_CUDA_COLUMNS = 24576  # a row is held in registers
 
 
 def expect_rows(x: Tensor) -> None:
@@ -45,80 +51,119 @@ def expect_rows(x: Tensor) -> None:
         raise ValueError("x: expected [..., K] with at least one axis, got a 0-d tensor")
 
 
-def _outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, ...]:
+def refuse_native_rows(op: str, x: Tensor, activation: str | None = None) -> str | None:
+    """Return why the native kernel `op` can't take these rows."""
+    reason = refuse_native(op, [x], FLOATS)
+    K = width(x.shape[-1], activation)
+    if reason is None and x.device.type == "cuda" and K > MAX_CUDA_COLUMNS:
+        return f"expected at most {MAX_CUDA_COLUMNS} columns on a GPU, got {K}"
+    return reason
+
+
+def _outputs(x: Tensor, down: Tensor | None, activation: str) -> tuple[Tensor, ...]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.shape[:-1]
     low = () if down is None else (x.new_empty((*rows, down.shape[0])),)
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows, dtype=dtype), *low
+    q = x.new_empty((*rows, width(x.shape[-1], activation)), dtype=torch.int8)
+    return q, x.new_empty(rows, dtype=dtype), *low
 
 
 def run_reference(
-    x: Tensor, smooth: Tensor | None = None, rotate: int = 0, down: Tensor | None = None
+    x: Tensor,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
+    down: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Tensor, ...]:
     """Run the reference."""
     # Contiguous like every implementation's, whatever the strides of x: `_fake` promises it.
-    found = _reference(x, smooth=smooth, rotate=rotate, down=down)
+    found = _reference(x, smooth=smooth, rotate=rotate, down=down, activation=activation or None)
     return tuple(output.contiguous() for output in found)
 
 
 def run_native(
-    x: Tensor, smooth: Tensor | None = None, rotate: int = 0, down: Tensor | None = None
+    x: Tensor,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
+    down: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Tensor, ...]:
     """Run the native kernel."""
-    q, scale, *low = outputs = _outputs(x, down)
+    if down is not None and x.device.type == "cuda":
+        return quantise_apart(lambda x: run_native(x, smooth, rotate), x, activation, down)
+    q, scale, *low = outputs = _outputs(x, down, activation)
     rows = scale.numel()
     if rows:
         low_rows = low[0].view(rows, low[0].shape[-1]) if low else None
-        inputs = unit_stride(matrix(x)), contiguous(smooth), rotate, contiguous(down)
+        inputs = unit_stride(matrix(x)), contiguous(smooth), rotate, contiguous(down), activation
         outs = q.view(rows, q.shape[-1]), scale.view(rows), low_rows
         _native.call("quantize_int8", *inputs, *outs)
     return outputs
 
 
 def run_triton(
-    x: Tensor, smooth: Tensor | None = None, rotate: int = 0, down: Tensor | None = None
+    x: Tensor,
+    smooth: Tensor | None = None,
+    rotate: int = 0,
+    down: Tensor | None = None,
+    activation: str = "",
 ) -> tuple[Tensor, ...]:
     """Run the Triton kernel; low is torch's own product."""
     from ..kernels.quantize_int8 import launch_quantize_int8
 
-    q, scale = _outputs(x, None)
+    if down is not None:
+        return quantise_apart(lambda x: run_triton(x, smooth, rotate), x, activation, down)
+    q, scale = _outputs(x, None, activation)
     rows = scale.numel()
     if rows:
-        views = q.view(rows, q.shape[-1]), scale.view(rows)
-        launch_quantize_int8(unit_stride(matrix(x)), contiguous(smooth), rotate, *views)
-    return (q, scale) if down is None else (q, scale, project(x, down))
+        inputs = unit_stride(matrix(x)), contiguous(smooth), rotate, activation or None
+        launch_quantize_int8(*inputs, q.view(rows, q.shape[-1]), scale.view(rows))
+    return q, scale
 
 
 IMPLEMENTATIONS = (
     Implementation(
         "native",
         run_native,
-        lambda x, **kwargs: refuse_native("quantize_int8", [x], FLOATS),
+        lambda x, activation=None, **kwargs: refuse_native_rows("quantize_int8", x, activation),
+        held_back=KERNEL_NOT_RUN_YET,
     ),
     Implementation("triton", run_triton, lambda x, **kwargs: refuse_triton([x], FLOATS)),
     Implementation("reference", run_reference, lambda x, **kwargs: None),
 )
 
 
-def _fake(x: Tensor, smooth: Tensor | None, rotate: int, impl: str) -> tuple[Tensor, ...]:
-    return _outputs(x, None)
+def without_low(ways: Sequence[Implementation], at: int) -> tuple[Implementation, ...]:
+    """Return implementations whose argument `at`, down, is None."""
+
+    def bind(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: run(*args[:at], None, *args[at:])
+
+    return tuple(replace(way, run=bind(way.run)) for way in ways)
+
+
+def _fake(
+    x: Tensor, smooth: Tensor | None, rotate: int, activation: str, impl: str
+) -> tuple[Tensor, ...]:
+    return _outputs(x, None, activation)
 
 
 def _fake_low(
-    x: Tensor, smooth: Tensor | None, rotate: int, down: Tensor, impl: str
+    x: Tensor, smooth: Tensor | None, rotate: int, down: Tensor, activation: str, impl: str
 ) -> tuple[Tensor, ...]:
-    return _outputs(x, down)
+    return _outputs(x, down, activation)
 
 
+_INPUTS = "Tensor x, Tensor? smooth, int rotate"
 _op = register(
     "quantize_int8",
-    "(Tensor x, Tensor? smooth, int rotate, str impl) -> (Tensor, Tensor)",
-    IMPLEMENTATIONS,
+    f"({_INPUTS}, str activation, str impl) -> (Tensor, Tensor)",
+    without_low(IMPLEMENTATIONS, 3),
     _fake,
 )
 _op_low = register(
     "quantize_int8_low",
-    "(Tensor x, Tensor? smooth, int rotate, Tensor down, str impl) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, Tensor down, str activation, str impl) -> (Tensor, Tensor, Tensor)",
     IMPLEMENTATIONS,
     _fake_low,
 )
@@ -130,15 +175,17 @@ def quantize_int8(
     smooth: Tensor | None = None,
     rotate: int = 0,
     down: Tensor | None = None,
+    activation: str | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Quantise each row (last axis) of x to int8 with one scale.
 
     Args:
-        x: [..., K], floating.
+        x: [..., K], floating; [..., 2 K] with "geglu" or "swiglu".
         smooth: floating [K], positive: columns are divided by it first.
         rotate: 0, or 16, 32, 64, 128 or 256: every so many neighbours are rotated after that.
-        down: [R, K] in x's dtype: low, x @ down.T of x as it is given, is returned too.
+        down: [R, K] in x's dtype: low, x @ down.T of x (activated, not smoothed), is returned too.
+        activation: None, "gelu", "gelu_tanh", "silu", "geglu" or "swiglu": comes before all else.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -152,12 +199,12 @@ def quantize_int8(
         DerivativeError: a tensor carries a tangent or requires grad.
     """
     expect_rows(x)
-    if smooth is not None or rotate or down is not None:
-        expect_prologue("x", x, smooth, rotate, down)
-    chosen = select("quantize_int8", impl, IMPLEMENTATIONS, x)
+    if smooth is not None or rotate or down is not None or activation is not None:
+        expect_prologue("x", x, smooth, rotate, down, activation)
+    chosen = select("quantize_int8", impl, IMPLEMENTATIONS, x, activation=activation)
     if down is None:
-        return _op(x, smooth, rotate, chosen)
-    return _op_low(x, smooth, rotate, down, chosen)
+        return _op(x, smooth, rotate, activation or "", chosen)
+    return _op_low(x, smooth, rotate, down, activation or "", chosen)
 
 
 def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:

@@ -1,8 +1,9 @@
-"""Oracle of what comes before a row is quantised: smoothing, rotation, the low-rank projection.
+"""Oracle of what comes before a row is quantised: activation, smoothing, rotation, projection.
 
+    x   <- activation(x)                          rounded to x's dtype
     x'  = x * (1 / smooth)                        one division a column, one product a value
     x'' = x' H_B / sqrt(B)                        of every B neighbours
-    low = x down^T                                of x as it is given
+    low = x down^T                                of x as it is before smoothing
 
 H_B is the Hadamard matrix in Sylvester's order, H_2B = [[H_B, H_B], [H_B, -H_B]]: butterflies at
 distance 1, 2, 4, ... B / 2, then one product by B^-1/2.
@@ -12,6 +13,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ._epilogue import activate
+
+
+def activated(x: Tensor, activation: str | None) -> Tensor:
+    """Return activation(x) in x's dtype, computed in float64 for float64, else in float32."""
+    if activation is None:
+        return x
+    return activate(x if x.dtype == torch.float64 else x.float(), activation).to(x.dtype)
 
 
 def rotate_blocks(x: Tensor, size: int) -> Tensor:

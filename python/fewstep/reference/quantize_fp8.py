@@ -4,7 +4,8 @@
     q = round_to_e4m3(x / scale)         to nearest, ties to even, at most 448
 
 A block whose maximum is below TINY counts as zero (scale 1, q 0); one that holds an infinity or a
-NaN gets scale NaN and q 0. `_prologue.py` has what may come first: x smoothed and rotated, and low.
+NaN gets scale NaN and q 0. `_prologue.py` has what may come first: an activation, low, x smoothed
+and rotated.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._prologue import prepare, project
+from ._prologue import activated, prepare, project
 
 TOP = 448.0  # the largest e4m3 number
 TINY = TOP * 2.0**-126  # below it the scale would not be a normal float32
@@ -26,8 +27,10 @@ def quantize_fp8(
     smooth: Tensor | None = None,
     rotate: int = 0,
     down: Tensor | None = None,
+    activation: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Return (q, scale) and with down low; in float64 for float64, else in float32."""
+    x = activated(x, activation)
     low = () if down is None else (project(x, down),)
     x = prepare(x, smooth, rotate)
     K = x.shape[-1]

@@ -205,6 +205,19 @@ RoundFunction<Out> choose_round() {
     return round_portable<Out>;
 }
 
+// Of a name of ops/_epilogue.py, or null of an empty one.
+inline ActivateFunction choose_activate(const std::string& name) {
+    if (name.empty()) return nullptr;
+    if (name == "gelu" || name == "geglu") return choose_activate<Activation::kGelu>();
+    if (name == "gelu_tanh") return choose_activate<Activation::kGeluTanh>();
+    FEWSTEP_CHECK(name == "silu" || name == "swiglu", "activation: expected gelu, gelu_tanh, ",
+                  "silu, geglu, swiglu or none, got ", name);
+    return choose_activate<Activation::kSilu>();
+}
+inline bool is_glu(const std::string& name) {
+    return name == "geglu" || name == "swiglu";
+}
+
 }  // namespace epilogue
 
 class Epilogue {
@@ -213,19 +226,10 @@ class Epilogue {
     // columns.
     Epilogue(const std::string& activation, const TensorView* gate, const TensorView* residual,
              std::int64_t M, std::int64_t N)
-        : gate_(gate), residual_(residual) {
-        using epilogue::Activation;
-        is_glu_ = activation == "geglu" || activation == "swiglu";
-        if (activation == "gelu" || activation == "geglu") {
-            activate_ = epilogue::choose_activate<Activation::kGelu>();
-        } else if (activation == "gelu_tanh") {
-            activate_ = epilogue::choose_activate<Activation::kGeluTanh>();
-        } else if (activation == "silu" || activation == "swiglu") {
-            activate_ = epilogue::choose_activate<Activation::kSilu>();
-        } else {
-            FEWSTEP_CHECK(activation.empty(), "activation: expected gelu, gelu_tanh, silu, geglu, ",
-                          "swiglu or none, got ", activation);
-        }
+        : gate_(gate),
+          residual_(residual),
+          activate_(epilogue::choose_activate(activation)),
+          is_glu_(epilogue::is_glu(activation)) {
         FEWSTEP_CHECK(!is_glu_ || N % 2 == 0, "w: expected an even N for ", activation, ", got ",
                       N);
         width_ = is_glu_ ? N / 2 : N;
@@ -297,10 +301,10 @@ class Epilogue {
 
     const TensorView* gate_;
     const TensorView* residual_;
-    epilogue::ActivateFunction activate_ = nullptr;
+    epilogue::ActivateFunction activate_;
+    bool is_glu_;
     epilogue::BlendFunction blend_ = epilogue::choose_blend();
     std::int64_t width_ = 0, rows_of_gate_ = 1;
-    bool is_glu_ = false;
 };
 
 }  // namespace fewstep::cpu

@@ -173,19 +173,14 @@ inline const TileTable<bfloat16>& choose_tiles(const bfloat16*) {
 #endif
 #undef FEWSTEP_TILES
 
-// Rows of x [., K] against down [R, K] of the same dtype, contiguous, or null for none.
+// Rows of K values against down [R, K] of the same dtype, contiguous, or null for none.
 template <typename T>
 class Projection {
   public:
-    Projection(const TensorView& x, const TensorView* down)
-        : x_(x.ptr<T>()),
-          stride_(x.stride(0)),
-          K_(x.size(1)),
-          widen_(prologue::choose_widen<T>(isa())) {
+    Projection(const TensorView* down, std::int64_t K)
+        : K_(K), widen_(prologue::choose_widen<T>(isa())) {
         if (down == nullptr) return;
-        FEWSTEP_CHECK(down->ndim == 2, "down: expected 2 axes, got ", down->ndim);
         rank_ = down->size(0);
-        expect_contiguous(*down, "down", x.dtype, {rank_, K_});
         down_ = down->ptr<T>();
         if constexpr (std::is_same_v<T, bfloat16>) pairs_ = has_bf16_dots();
         if (std::is_same_v<T, float> || pairs_) return;
@@ -198,20 +193,21 @@ class Projection {
     // Floats that operator() wants lent.
     std::int64_t scratch() const { return wide_ == nullptr ? 0 : kRows * K_; }
 
-    // Calls put(m, r, low) for rows [first, first + count) of x, count at most kRows.
+    // Calls put(m, r, low) for `count` rows, at most kRows, at distance `stride`; the first is row
+    // m = `first`.
     template <typename Put>
-    void operator()(std::int64_t first, int count, float* scratch, const Put& put) const {
-        const T* const rows = x_ + first * stride_;
+    void operator()(const T* rows, std::int64_t stride, std::int64_t first, int count,
+                    float* scratch, const Put& put) const {
 #if defined(__x86_64__)
         if constexpr (std::is_same_v<T, bfloat16>) {
-            if (pairs_) return multiply(rows, stride_, down_, first, count, put);
+            if (pairs_) return multiply(rows, stride, down_, first, count, put);
         }
 #endif
         if constexpr (std::is_same_v<T, float>) {
-            multiply(rows, stride_, down_, first, count, put);
+            multiply(rows, stride, down_, first, count, put);
         } else {
             for (int i = 0; i < count; ++i) {
-                widen_(rows + i * stride_, nullptr, scratch + i * K_, K_);
+                widen_(rows + i * stride, nullptr, scratch + i * K_, K_);
             }
             multiply(scratch, K_, wide_.get(), first, count, put);
         }
@@ -234,8 +230,7 @@ class Projection {
         }
     }
 
-    const T* x_;
-    std::int64_t stride_, K_;
+    std::int64_t K_;
     prologue::WidenFunction<T> widen_;
     const T* down_ = nullptr;
     std::int64_t rank_ = 0;

@@ -21,10 +21,9 @@
 #include "fewstep/cpu/isa.h"
 #include "fewstep/cpu/low_rank.h"
 #include "fewstep/numeric.h"
+#include "fewstep/ops/quantize_int8.h"
 
 namespace fewstep::cpu::prologue {
-
-constexpr std::int64_t kSmallestBlock = 16, kLargestBlock = 256;
 
 // out[k] = x[k] or, with factors, x[k] * inverse[k].
 template <typename T>
@@ -158,14 +157,9 @@ class Prologue {
   public:
     Prologue(const TensorView* smooth, std::int64_t block, std::int64_t K)
         : K_(K), widen_(choose_widen<T>(isa())) {
-        if (block != 0) {
-            rotate_ = choose_rotate(isa(), block);
-            FEWSTEP_CHECK(rotate_ != nullptr && K % block == 0,
-                          "rotate: expected 0 or a power of two from ", kSmallestBlock, " to ",
-                          kLargestBlock, " that divides K = ", K, ", got ", block);
-        }
+        check_prologue(smooth, block, K);
+        if (block != 0) rotate_ = choose_rotate(isa(), block);
         if (smooth == nullptr) return;
-        expect_contiguous(*smooth, "smooth", smooth->dtype, {K});
         inverse_.reset(new float[static_cast<std::size_t>(K)]);
         widen(*smooth, "smooth", 0, K, inverse_.get());
         for (std::int64_t k = 0; k < K; ++k) inverse_[k] = 1.0f / inverse_[k];

@@ -24,7 +24,7 @@
 #include "cutlass/bfloat16.h"
 #include "cutlass/half.h"
 #include "fewstep/cuda/hopper_layout.h"
-#include "fewstep/cuda/launch.cuh"
+#include "fewstep/cuda/lanes.cuh"
 #include "fewstep/cuda/tensor_map.h"
 
 namespace fewstep::cuda {
@@ -99,10 +99,6 @@ __device__ __forceinline__ void take_registers() {
     cutlass::arch::warpgroup_reg_alloc<kRegisters>();
 }
 
-__device__ __forceinline__ std::uint8_t* dynamic_shared() {
-    extern __shared__ std::uint8_t bytes[];
-    return bytes;
-}
 __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
     return cute::cast_smem_ptr_to_uint(p);
 }
@@ -365,32 +361,6 @@ __device__ __forceinline__ void prefetch_global(const void* at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
-// ---- two 16-bit values in a register -----------------------------------------------------------
-
-template <typename T>
-__device__ __forceinline__ std::uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ std::uint32_t pack<__nv_bfloat16>(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const std::uint32_t&>(pair);
-}
-template <>
-__device__ __forceinline__ std::uint32_t pack<__half>(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const std::uint32_t&>(pair);
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(std::uint32_t pair);
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(std::uint32_t pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-template <>
-__device__ __forceinline__ float2 unpack<__half>(std::uint32_t pair) {
-    return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-
 // ---- 8-bit values
 // --------------------------------------------------------------------------------
 
@@ -439,10 +409,6 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// Another thread's x, of this warp; all take part.
-__device__ __forceinline__ float shuffle_xor(float x, int distance) {
-    return __shfl_xor_sync(0xffffffff, x, distance);
-}
 // Of values that are not negative: their bits have their order.
 __device__ __forceinline__ void atomic_max(float* target, float x) {
     atomicMax(reinterpret_cast<int*>(target), __float_as_int(x));
@@ -455,55 +421,17 @@ __device__ __forceinline__ void atomic_add(std::uint32_t* target, std::uint32_t 
     atomicAdd(target, count);
 }
 
-__device__ __forceinline__ float fast_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ float fast_log(float x) {
     return __logf(x);
 }
-__device__ __forceinline__ float fast_divide(float x, float y) {
-    return __fdividef(x, y);
-}
-
-// ---- launch ------------------------------------------------------------------------------------
 
 // Zeros, on the stream.
 inline void clear(void* target, std::size_t bytes, cudaStream_t stream) {
     const cudaError_t status = cudaMemsetAsync(target, 0, bytes, stream);
     if (status != cudaSuccess) {
-        throw std::runtime_error(::fewstep::detail::concat("fewstep: clearing ", bytes, " bytes: ",
-                                                           cudaGetErrorString(status)));
+        throw std::runtime_error(::fewstep::detail::concat("fewstep: clearing ", bytes,
+                                                           " bytes: ", cudaGetErrorString(status)));
     }
-}
-
-// Of the current device.
-inline int count_multiprocessors() {
-    int device = 0, count = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) {
-        status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (status != cudaSuccess) {
-        throw std::runtime_error(::fewstep::detail::concat("fewstep: asking for multiprocessors: ",
-                                                           cudaGetErrorString(status)));
-    }
-    return count;
-}
-
-template <typename Params>
-void launch_kernel(void (*kernel)(Params), const char* name, dim3 grid, int threads,
-                   int shared_bytes, cudaStream_t stream, const Params& params) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (status != cudaSuccess) {
-        throw std::runtime_error(::fewstep::detail::concat("fewstep: ", shared_bytes,
-                                                           " bytes of shared memory for ", name,
-                                                           ": ", cudaGetErrorString(status)));
-    }
-    kernel<<<grid, threads, shared_bytes, stream>>>(params);
-    FEWSTEP_LAUNCH_CHECK(name);
 }
 
 }  // namespace fewstep::cuda

@@ -12,9 +12,25 @@
 // those of quantize_int8 of it.
 #pragma once
 
+#include "fewstep/check.h"
 #include "fewstep/tensor.h"
 
 namespace fewstep {
+
+inline void check_norm_quantize_int8(const TensorView& x, const TensorView* weight,
+                                     const TensorView* bias, const TensorView* scale,
+                                     const TensorView* shift, const TensorView& q,
+                                     const TensorView& q_scale) {
+    FEWSTEP_CHECK(x.ndim == 3, "x: expected 3 axes, got ", x.ndim);
+    const std::int64_t batch = x.size(0), rows = x.size(1), columns = x.size(2);
+    expect_rows(x, "x", x.dtype, {batch, rows, columns});
+    if (scale != nullptr) expect_rows(*scale, "scale", x.dtype, {batch, rows, columns});
+    if (shift != nullptr) expect_rows(*shift, "shift", x.dtype, {batch, rows, columns});
+    if (weight != nullptr) expect_contiguous(*weight, "weight", DType::kFloat32, {columns});
+    if (bias != nullptr) expect_contiguous(*bias, "bias", DType::kFloat32, {columns});
+    expect_contiguous(q, "q", DType::kInt8, {batch, rows, columns});
+    expect_contiguous(q_scale, "q_scale", DType::kFloat32, {batch, rows});
+}
 
 namespace cpu {
 void norm_quantize_int8(const TensorView& x, const TensorView* weight, const TensorView* bias,
@@ -22,5 +38,12 @@ void norm_quantize_int8(const TensorView& x, const TensorView* weight, const Ten
                         std::int64_t rotate, const TensorView& q, const TensorView& q_scale,
                         bool centred, double eps);
 }
+namespace cuda {
+// At most 24,576 columns. z is that of norm_jvp up to float32's own error.
+void norm_quantize_int8(const TensorView& x, const TensorView* weight, const TensorView* bias,
+                        const TensorView* scale, const TensorView* shift, const TensorView* smooth,
+                        std::int64_t rotate, const TensorView& q, const TensorView& q_scale,
+                        bool centred, double eps, std::uintptr_t stream);
+}  // namespace cuda
 
 }  // namespace fewstep

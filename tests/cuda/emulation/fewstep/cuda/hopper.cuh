@@ -10,29 +10,11 @@
 // order of the coroutines hides, and what the compiler makes of the registers.
 #pragma once
 
-#include "fewstep/cuda/machine.h"
-
-inline void __syncthreads() {
-    namespace e = fewstep::emulation;
-    e::sync(e::kWholeBlock, static_cast<int>(e::machine().threads.size()), true);
-}
-inline void __syncwarp() {
-    namespace e = fewstep::emulation;
-    e::sync(e::kWarp + e::machine().running / 32, 32, true);
-}
+#include "fewstep/cuda/lanes.cuh"
 
 namespace fewstep::cuda {
 
 constexpr int kGroupThreads = 128;
-constexpr int kMaxSharedBytes = 227 << 10;
-
-inline cudaStream_t as_stream(std::uintptr_t stream) {
-    return stream;
-}
-template <typename T>
-float load(T value) {
-    return static_cast<float>(to_acc(value));
-}
 
 struct Barrier {
     std::uint64_t index;
@@ -75,9 +57,6 @@ void give_registers() {}
 template <int kRegisters>
 void take_registers() {}
 
-inline std::uint8_t* dynamic_shared() {
-    return emulation::machine().shared() + 16;
-}
 inline std::uint32_t shared_address(const void* p) {
     return static_cast<std::uint32_t>(static_cast<const std::uint8_t*>(p) -
                                       emulation::machine().shared());
@@ -231,20 +210,6 @@ void multiply_mixed(const std::uint32_t (&a)[4 * kSteps], std::uint64_t b, Sum<T
     });
 }
 
-template <typename T>
-float2 unpack(std::uint32_t pair) {
-    T halves[2];
-    std::memcpy(halves, &pair, sizeof pair);
-    return {static_cast<float>(to_acc(halves[0])), static_cast<float>(to_acc(halves[1]))};
-}
-template <typename T>
-std::uint32_t pack(float low, float high) {
-    const T halves[2] = {Convert<T>::from(low), Convert<T>::from(high)};
-    std::uint32_t pair;
-    std::memcpy(&pair, halves, sizeof pair);
-    return pair;
-}
-
 template <typename T, int kN, int kRows>
 void multiply_values(const std::uint32_t (&a)[kRows / 4], std::uint64_t b, float (&acc)[kN / 2]) {
     emulation::Machine& m = emulation::machine();
@@ -343,15 +308,6 @@ inline void clear(void* target, std::size_t bytes, cudaStream_t) {
     std::memset(target, 0, bytes);
 }
 
-inline float shuffle_xor(float x, int distance) {
-    emulation::Machine& m = emulation::machine();
-    std::memcpy(&m.thread().exchanged, &x, sizeof x);
-    __syncwarp();
-    float other;
-    std::memcpy(&other, &m.threads[m.running ^ distance].exchanged, sizeof other);
-    __syncwarp();
-    return other;
-}
 inline float quad_max(float x) {
     x = fmaxf(x, shuffle_xor(x, 1));
     return fmaxf(x, shuffle_xor(x, 2));
@@ -360,36 +316,7 @@ inline float quad_sum(float x) {
     x += shuffle_xor(x, 1);
     return x + shuffle_xor(x, 2);
 }
-inline float fast_exp2(float x) {
-    return std::exp2(x);
-}
 inline float fast_log(float x) {
     return std::log(x);
 }
-inline float fast_divide(float x, float y) {
-    return x / y;
-}
-
-// Few, so that blocks that stay take several tiles each.
-inline int count_multiprocessors() {
-    return 2;
-}
-
-template <typename Params>
-void launch_kernel(void (*kernel)(Params), const char*, dim3 grid, int threads, int shared_bytes,
-                   cudaStream_t, const Params& params) {
-    FEWSTEP_CHECK(shared_bytes <= kMaxSharedBytes, "emulation: too much shared memory");
-    emulation::Machine& m = emulation::machine();
-    m.grid = grid;
-    m.body = [&] { kernel(params); };
-    for (unsigned z = 0; z < grid.z; ++z) {
-        for (unsigned y = 0; y < grid.y; ++y) {
-            for (unsigned x = 0; x < grid.x; ++x) {
-                m.block = dim3(x, y, z);
-                emulation::run_block(threads);
-            }
-        }
-    }
-}
-
 }  // namespace fewstep::cuda

@@ -33,6 +33,7 @@
 #define __launch_bounds__(...)
 #define threadIdx (::fewstep::emulation::thread_index())
 #define blockIdx (::fewstep::emulation::machine().block)
+#define blockDim (::fewstep::emulation::block_size())
 #define gridDim (::fewstep::emulation::machine().grid)
 
 using __nv_bfloat16 = fewstep::bfloat16;
@@ -143,6 +144,9 @@ inline Machine& machine() {
 }
 inline dim3 thread_index() {
     return dim3(machine().running);
+}
+inline dim3 block_size() {
+    return dim3(static_cast<std::int64_t>(machine().threads.size()));
 }
 
 template <typename Condition>
