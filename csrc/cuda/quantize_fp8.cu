@@ -1,6 +1,6 @@
 // quantize_fp8 on the GPU: quantize_rows.cuh, with a scale a row or for each 128 neighbours, which
 // are eight threads' units. Bytes: one read of x and one write of q; the copy rate is the limit.
-#include "fewstep/cuda/quantize_source.cuh"
+#include "fewstep/cuda/quantize_low.cuh"
 #include "fewstep/ops/quantize_fp8.h"
 
 namespace fewstep::cuda {

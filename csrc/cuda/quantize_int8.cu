@@ -1,6 +1,6 @@
 // quantize_int8 on the GPU: quantize_rows.cuh. Bytes: one read of x and one write of q; a row stays
 // in registers between its largest value and its rounding, so the copy rate is the limit.
-#include "fewstep/cuda/quantize_source.cuh"
+#include "fewstep/cuda/quantize_low.cuh"
 #include "fewstep/ops/quantize_int8.h"
 
 namespace fewstep::cuda {

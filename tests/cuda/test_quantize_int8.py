@@ -152,6 +152,41 @@ def test_activations_come_first(activation, dtype, form, target):
     assert q.shape == (3, 96 if "glu" in activation else 192)
 
 
+# Rows (one block, a rest, two), columns, rotation, rank: part of a tile and of its rows, all of it.
+LOW = [(5, 96, 32, 4), (17, 256, 256, 64), (20, 48, 16, 33), (2, 1040, 16, 8)]
+
+
+@pytest.mark.parametrize("activation", [None, "geglu"])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_low_keeps_its_bound_and_changes_no_bit(dtype, form, activation, target):
+    for R, K, rotate, rank in LOW:
+        x = torch.randn(R, K * (2 if activation else 1)).to(dtype)
+        down, smooth = torch.randn(rank, K).to(dtype), torch.rand(K) + 0.1
+        options = {"smooth": smooth, "rotate": rotate, "activation": activation}
+        q, scale, low = quantize(target, form, x, down=down, **options)
+        assert same_bits((q, scale), quantize(target, form, x, **options))
+        v = x.double()
+        if activation:  # what the kernel made of x: each may be a unit off in a sum of K
+            v = reference._prologue.activated(x, activation).double()
+        exact, terms = v @ down.double().mT, v.abs() @ down.double().abs().mT
+        unit = torch.finfo(dtype).eps / 2
+        # The bound of ops/_prologue.py; tensor cores cut where other units round.
+        bound = 2 * K * 2.0**-24 * terms + unit * exact.abs()
+        bound = bound * (1 + unit) + (0.05 * 2 * unit * terms if activation else 0)
+        assert ((low.double() - exact).abs() <= bound).all()
+
+
+def test_what_low_needs_is_asked_for(kernels):
+    x, down = torch.randn(3, 96).bfloat16(), torch.randn(4, 96).bfloat16()
+    with pytest.raises(ValueError, match="x: expected bfloat16 or float16 with down, got float32"):
+        quantize(kernels, "int8", x.float(), down=down.float())
+    with pytest.raises(ValueError, match="down: expected a rank from 1 to 64, got 65"):
+        quantize(kernels, "int8", x, down=torch.randn(65, 96).bfloat16())
+    with pytest.raises(ValueError, match=r"multiples of 16 bytes.*K = 90"):
+        quantize(kernels, "int8", x[:, :90].contiguous(), down=down[:, :90].contiguous())
+
+
 def norm(target, x, *, rotate=0, kind="layer", eps=1e-6, **operands):
     """Return (q, q_scale) of x [B, N, C]; scale and shift broadcast against it."""
     names = ("weight", "bias", "scale", "shift", "smooth")

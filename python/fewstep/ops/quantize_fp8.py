@@ -36,7 +36,7 @@ from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._prologue import expect_prologue, prologue_cases, quantise_apart
 from ._register import register
 from ._select import KERNEL_NOT_RUN_YET, Implementation, refuse_triton, select
-from .quantize_int8 import expect_rows, refuse_native_rows, without_low
+from .quantize_int8 import expect_rows, has_low, refuse_native_rows, without_low
 
 __all__ = ["quantize_fp8"]
 
@@ -83,7 +83,7 @@ def _run_native(
     down: Tensor | None = None,
     activation: str = "",
 ) -> tuple[Tensor, ...]:
-    if down is not None and x.device.type == "cuda":
+    if down is not None and not has_low(x, smooth, down):
         return quantise_apart(lambda x: _run_native(x, block, smooth, rotate), x, activation, down)
     q, scale, *low = outputs = _outputs(x, block, down, activation)
     if scale.numel():

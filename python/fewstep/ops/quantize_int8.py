@@ -32,7 +32,7 @@ from .. import _native
 from ..reference.quantize_int8 import quantize_int8 as _reference
 from ._epilogue import width
 from ._expect import expect_tensor
-from ._layout import DTYPES, FLOATS, contiguous, matrix, unit_stride
+from ._layout import DTYPES, FLOATS, contiguous, matrix, refuse_rows, unit_stride
 from ._prologue import expect_prologue, prologue_cases, quantise_apart
 from ._register import register
 from ._select import KERNEL_NOT_RUN_YET, Implementation, refuse_native, refuse_triton, select
@@ -40,6 +40,7 @@ from ._select import KERNEL_NOT_RUN_YET, Implementation, refuse_native, refuse_t
 __all__ = ["quantize_int8"]
 
 MAX_CUDA_COLUMNS = 24576  # a row is held in registers
+MAX_LOW_RANK = 64  # what a GPU's warps hold of low
 
 
 def expect_rows(x: Tensor) -> None:
@@ -58,6 +59,24 @@ def refuse_native_rows(op: str, x: Tensor, activation: str | None = None) -> str
     if reason is None and x.device.type == "cuda" and K > MAX_CUDA_COLUMNS:
         return f"expected at most {MAX_CUDA_COLUMNS} columns on a GPU, got {K}"
     return reason
+
+
+def has_low(x: Tensor, smooth: Tensor | None, down: Tensor) -> bool:
+    """Return whether the native kernel makes low itself; on a GPU it needs 16 rows in one place.
+
+    csrc/include/fewstep/cuda/quantize_low.cuh has the layout that is counted here.
+    """
+    if x.device.type != "cuda":
+        return True
+    R, K = down.shape
+    if x.dtype not in FLOATS[1:] or not 0 < R <= MAX_LOW_RANK or K == 0 or K % 16:
+        return False
+    if any(refuse_rows("", rows) for rows in (matrix(x), down.contiguous())):
+        return False
+    area = max(2048 * -(-R // 8), 0 if smooth is None else 256 * -(-K // 64))
+    needed = area + 16 * (128 * -(-K // 64) + 64)
+    properties = torch.cuda.get_device_properties(x.device)
+    return needed <= getattr(properties, "shared_memory_per_block_optin", 0)
 
 
 def _outputs(x: Tensor, down: Tensor | None, activation: str) -> tuple[Tensor, ...]:
@@ -89,7 +108,7 @@ def run_native(
     activation: str = "",
 ) -> tuple[Tensor, ...]:
     """Run the native kernel."""
-    if down is not None and x.device.type == "cuda":
+    if down is not None and not has_low(x, smooth, down):
         return quantise_apart(lambda x: run_native(x, smooth, rotate), x, activation, down)
     q, scale, *low = outputs = _outputs(x, down, activation)
     rows = scale.numel()

@@ -41,21 +41,4 @@ struct Given {
     }
 };
 
-// Rows of x to plan.q and plan.scale, and to low where there is a down.
-template <typename Format>
-void quantize_given(const TensorView& x, const Plan& plan, const std::string& activation,
-                    const TensorView* down, const TensorView* low, const char* name,
-                    cudaStream_t stream) {
-    const Activation named = Activation::named(activation);
-    check_activated_rows(x, activation, plan.columns);
-    check_low(x, down, low, plan.columns);
-    dispatch_device_float(x.dtype, "x", [&](auto tag) {
-        using T = decltype(tag);
-        const Given<T> given{x.ptr<const T>(), x.stride(0), named};
-        const bool in_units =
-            at_sixteen(given.x, given.stride * static_cast<std::int64_t>(sizeof(T)));
-        launch_rows<Format>(plan, given, in_units, name, stream);
-    });
-}
-
 }  // namespace fewstep::cuda::quantize

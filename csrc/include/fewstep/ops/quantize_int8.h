@@ -46,11 +46,13 @@ inline void check_activated_rows(const TensorView& x, const std::string& activat
 // Refuses a low-rank branch of rows [R, K] that is half one, or doesn't fit.
 inline void check_low(const TensorView& x, const TensorView* down, const TensorView* low,
                       std::int64_t K) {
+    if (down != nullptr) {
+        FEWSTEP_CHECK(down->ndim == 2, "down: expected 2 axes, got ", down->ndim);
+        expect_contiguous(*down, "down", x.dtype, {down->size(0), K});
+    }
     FEWSTEP_CHECK((down == nullptr) == (low == nullptr), "low: expected one with down, got ",
                   low == nullptr ? "none" : "one without");
     if (down == nullptr) return;
-    FEWSTEP_CHECK(down->ndim == 2, "down: expected 2 axes, got ", down->ndim);
-    expect_contiguous(*down, "down", x.dtype, {down->size(0), K});
     expect_contiguous(*low, "low", x.dtype, {x.size(0), down->size(0)});
 }
 
@@ -60,7 +62,8 @@ void quantize_int8(const TensorView& x, const TensorView* smooth, std::int64_t r
                    const TensorView& scale, const TensorView* low);
 }
 namespace cuda {
-// At most 24,576 columns. low: 16-bit rows and what `fits_low` of quantize_low.cuh says.
+// At most 24,576 columns. low: of 16-bit rows of a multiple of 16 columns, 16 of which fit into
+// shared memory, and ranks up to 64; x's rows, down and q at multiples of 16 bytes.
 void quantize_int8(const TensorView& x, const TensorView* smooth, std::int64_t rotate,
                    const TensorView* down, const std::string& activation, const TensorView& q,
                    const TensorView& scale, const TensorView* low, std::uintptr_t stream);
