@@ -7,6 +7,9 @@ activation end in the rows of a feed-forward layer's second product; "activation
 The other baselines are the same formula in eager torch and compiled.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep import ops
-from fewstep.bench import Benchmark, Case, baseline, copy_limit, implementations
+from fewstep.bench import Benchmark, Case, Provider, baseline, copy_limit, implementations
 from fewstep.bench.products import (
     activated_cases,
     activation_cases,
@@ -60,21 +63,39 @@ def prepared(case: Case, x: Tensor, activation: str | None) -> tuple[Tensor, ...
     return x, torch.rand(case["K"], device=x.device) + 0.5
 
 
-def smoothed_and_rotated(x: Tensor, smooth: Tensor) -> tuple[Tensor, ...]:
-    return ops.quantize_int8(x, smooth=smooth, rotate=128)
+def smoothed_and_rotated(x: Tensor, smooth: Tensor, impl: str = "auto") -> tuple[Tensor, ...]:
+    return ops.quantize_int8(x, smooth=smooth, rotate=128, impl=impl)
 
 
 def projected(case: Case, x: Tensor, activation: str | None) -> tuple[Tensor, ...]:
     return x, torch.randn(32, case["K"], device=x.device).to(case.dtype)
 
 
-def with_low(x: Tensor, down: Tensor) -> tuple[Tensor, ...]:
-    return ops.quantize_int8(x, down=down)
+def with_low(x: Tensor, down: Tensor, impl: str = "auto") -> tuple[Tensor, ...]:
+    return ops.quantize_int8(x, down=down, impl=impl)
 
 
 def activated(case: Case, *inputs: Any) -> str | None:
     """Say that the case has an activation, or return None where it has none."""
     return "of cases without an activation" if activation_of(case) else None
+
+
+def unrotated(case: Case, *inputs: Any) -> str | None:
+    """Say why the case's rows are not rotated, or return None where they can be."""
+    return activated(case) or ("128 does not divide K" if case["K"] % 128 else None)
+
+
+def on_gpu(impl: str, name: str, call: Callable[..., Any], prepare: Any) -> Provider:
+    """Return `call` by one implementation, for GPUs, where `auto` may leave it alone."""
+    ways = ops.module("quantize_int8").IMPLEMENTATIONS
+    refuse = next(way.refuse for way in ways if way.name == impl)
+
+    def unless(case: Case, x: Tensor, activation: str | None) -> str | None:
+        return (unrotated if prepare is prepared else activated)(case) or refuse(x)
+
+    call = functools.partial(call, impl=impl)
+    provider = baseline(f"fewstep {impl}, {name}", call, prepare, unless=unless)
+    return dataclasses.replace(provider, devices=("cuda",))
 
 
 def flops(case: Case) -> float:
@@ -91,8 +112,16 @@ BENCHMARK = Benchmark(
     inputs,
     [
         *implementations("quantize_int8", quantize),
-        baseline("fewstep, smoothed and rotated", smoothed_and_rotated, prepared, unless=activated),
+        baseline("fewstep, smoothed and rotated", smoothed_and_rotated, prepared, unless=unrotated),
         baseline("fewstep, with low", with_low, projected, unless=activated),
+        *(
+            on_gpu(impl, name, call, prepare)
+            for impl in ("native", "triton")
+            for name, call, prepare in (
+                ("smoothed and rotated", smoothed_and_rotated, prepared),
+                ("with low", with_low, projected),
+            )
+        ),
         baseline("torch linear, low alone", F.linear, projected, unless=activated),
         baseline("fewstep, activation apart", apart, unless=needs_activation),
         baseline("torch eager", eager),

@@ -42,13 +42,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..reference._prologue import activated, rotate_blocks
-from ._epilogue import expect_activation, is_glu, width
+from ._epilogue import ACTIVATIONS, expect_activation, is_glu, width
 from ._expect import expect_tensors
 from ._layout import DTYPES, FLOATS
 
 __all__ = [
     "ROTATIONS",
     "activated",
+    "activation_cases",
     "expect_prologue",
     "expect_rotation",
     "project",
@@ -134,4 +135,23 @@ def prologue_cases(
         cases.append(((x,), {"smooth": smooth.to(dtype)}, 0.0, 0.0))
         cases += [((x,), {"rotate": rotate}, 0.0, 0.0) for rotate in (16, 256)]
         cases.append(((x,), {"smooth": smooth, "rotate": 128}, 0.0, 0.0))
+    return cases
+
+
+def activation_cases(
+    device: torch.device, K: int
+) -> list[tuple[tuple[Any, ...], dict[str, Any], float]]:
+    """Return gate cases of a quantising op on rows that K values are left of, bounded in norm.
+
+    Against an oracle that rounds nothing but q: half a unit of bfloat16 moves one in 2^-9 |v| of
+    int8's v by one, and one in 40 of e4m3's by a sixteenth, which is 1.5e-2 of either in norm;
+    float32's 2^-22 as many times less.
+    """
+    generator = torch.Generator().manual_seed(3)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], float]] = []
+    for dtype, bound in ((torch.float32, 5e-3), (torch.bfloat16, 4e-2)):
+        for activation in ACTIVATIONS:
+            columns = 2 * K if is_glu(activation) else K
+            x = torch.randn((5, columns), generator=generator).to(device, dtype)
+            cases.append(((x,), {"activation": activation}, bound))
     return cases

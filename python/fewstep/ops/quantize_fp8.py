@@ -33,7 +33,7 @@ from .. import _native
 from ..reference.quantize_fp8 import quantize_fp8 as _reference
 from ._epilogue import width
 from ._layout import FLOATS, contiguous, matrix, unit_stride
-from ._prologue import expect_prologue, prologue_cases, quantise_apart
+from ._prologue import activation_cases, expect_prologue, prologue_cases, quantise_apart
 from ._register import register
 from ._select import KERNEL_NOT_RUN_YET, Implementation, refuse_triton, select
 from .quantize_int8 import expect_rows, has_low, refuse_native_rows, without_low
@@ -205,10 +205,13 @@ def quantize_fp8(
     return _op_low(x, block, smooth, rotate, down, activation or "", chosen)
 
 
-def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
-    """Return (args, kwargs, rtol, atol) for the gate on a new machine; bits must agree."""
+def gate_cases(device: torch.device) -> list[tuple[Any, ...]]:
+    """Return (args, kwargs, rtol, atol) for the gate on a new machine; bits must agree.
+
+    With an activation (args, kwargs, bound), in norm.
+    """
     generator = torch.Generator().manual_seed(0)
-    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    cases: list[tuple[Any, ...]] = []
     for dtype in FLOATS:
         for block in (None, BLOCK):
             x = torch.randn((5, 7, 300), generator=generator).to(device, dtype)
@@ -218,4 +221,4 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
             (args, kwargs | {"block": block}, *bounds)
             for args, kwargs, *bounds in prologue_cases(device, 2560)
         ]
-    return cases
+    return cases + activation_cases(device, 2560)

@@ -33,7 +33,7 @@ from ..reference.quantize_int8 import quantize_int8 as _reference
 from ._epilogue import width
 from ._expect import expect_tensor
 from ._layout import DTYPES, FLOATS, contiguous, matrix, refuse_rows, unit_stride
-from ._prologue import expect_prologue, prologue_cases, quantise_apart
+from ._prologue import activation_cases, expect_prologue, prologue_cases, quantise_apart
 from ._register import register
 from ._select import KERNEL_NOT_RUN_YET, Implementation, refuse_native, refuse_triton, select
 
@@ -226,10 +226,13 @@ def quantize_int8(
     return _op_low(x, smooth, rotate, down, activation or "", chosen)
 
 
-def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, Any], float, float]]:
-    """Return (args, kwargs, rtol, atol) for the gate on a new machine; bits must agree."""
+def gate_cases(device: torch.device) -> list[tuple[Any, ...]]:
+    """Return (args, kwargs, rtol, atol) for the gate on a new machine; bits must agree.
+
+    With an activation (args, kwargs, bound), in norm.
+    """
     generator = torch.Generator().manual_seed(0)
-    cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    cases: list[tuple[Any, ...]] = []
     for dtype in FLOATS:
         for shape in ((5, 77, 96), (3, 5001)):
             x = torch.randn(shape, generator=generator).to(device, dtype)
@@ -242,4 +245,4 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
     # of 1280 terms of order one.
     unit = torch.finfo(torch.bfloat16).eps
     cases.append(((x,), {"rotate": 64, "down": down}, unit, 1280**2 * 2.0**-24))
-    return cases
+    return cases + activation_cases(device, 2560)
