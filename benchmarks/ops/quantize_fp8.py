@@ -37,7 +37,8 @@ def quantize(x: Tensor, block: int | None, activation: str | None, impl: str) ->
 
 
 def eager(x: Tensor, block: int | None, activation: str | None) -> tuple[Tensor, Tensor]:
-    blocks = activate(x, activation).float().unflatten(-1, (-1, block or x.shape[-1]))
+    x = activate(x, activation).float()
+    blocks = x.unflatten(-1, (-1, block or x.shape[-1]))
     scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
     q = (blocks / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     return q.flatten(-2), scale[..., 0]
