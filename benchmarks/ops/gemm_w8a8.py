@@ -3,7 +3,7 @@
 "fewstep native" and "fewstep triton" time the product on int8 operands. "..., from x" starts from
 the floating activations, so it is what replaces a linear layer: quantise, product, scales, bias.
 "..., kernel" calls the C++ kernel into an output that is there already: what the arithmetic reaches
-on its threads. The op adds the way from Python to it, 0.1 to 0.3 ms where a product before it has
+on its threads. The op adds the way from Python to it, 0.1 ms and more where a product before it has
 swept the caches (docs/ops/gemm_w8a8.md).
 "..., 8-bit output" is what the next layer reads, where there is an activation: quantised by its own
 rows, or by limits in the product's end (`limit`).
