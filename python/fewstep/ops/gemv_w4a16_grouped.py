@@ -11,9 +11,10 @@ x has at most 8 rows, K and G are those of all. In adaLN every block's modulatio
 same silu(temb): FLUX.1 has 76 of them, 3.2 billion weights for one row. One by one each is a launch
 that lasts a few microseconds and leaves most of the memory's rate unused at its beginning and end.
 
-The weights stay where they are: kernels get their addresses. One buffer for all, of which the
-layers' weights were slices, would be lost or doubled by what moves, copies or offloads layers one
-by one (docs/ops/gemv_w4a16_grouped.md).
+The weights stay where they are: kernels get their addresses. CUDA C++ gets them as arguments of the
+launch, so nothing on the device can be stale, and a CUDA graph holds them as it holds those of any
+kernel. One buffer for all, of which the layers' weights were slices, would be lost or doubled by
+what moves, copies or offloads layers one by one (docs/ops/gemv_w4a16_grouped.md).
 
 The error is gemm_w4a16's, and so are the bits, where `same_bits` says so. There is no derivative.
 """
@@ -100,12 +101,31 @@ def _first(x: Tensor | Sequence[Tensor]) -> Tensor:
     return x if isinstance(x, Tensor) else x[0]
 
 
+def _refuse_native(x: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> str | None:
+    first = _first(x)
+    on_gpu = first.device.type == "cuda"
+    dtypes = FLOATS[1:] if on_gpu else FLOATS  # tensor cores take 16 bits
+    reason = refuse_native("gemv_w4a16_grouped", [first], dtypes)
+    if reason is None and on_gpu:
+        return _refuse_rows(first)
+    return reason
+
+
+def _refuse_rows(x: Tensor) -> str | None:
+    """Return why rows don't fit a block's shared memory (cuda/gemv_w4a16_launch.cuh), or None."""
+    M, K = math.prod(x.shape[:-1]), x.shape[-1]
+    if K == 0:
+        return "the CUDA kernel: expected K above 0, got 0"
+    needs = 512 + M * (-(-K // 128) * 256 + 64)
+    most = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    if needs <= most:
+        return None
+    return f"the CUDA kernel: expected rows in {most} bytes of shared memory, got {needs}"
+
+
+NO_RUN_YET = "the CUDA kernel was not run on a GPU yet; ask for impl='native' to use it"
 IMPLEMENTATIONS = (
-    Implementation(
-        "native",
-        _run_native,
-        lambda x, *args, **kwargs: refuse_native("gemv_w4a16_grouped", [_first(x)], FLOATS),
-    ),
+    Implementation("native", _run_native, _refuse_native, held_back=NO_RUN_YET),
     Implementation(
         "triton", _run_triton, lambda x, *args, **kwargs: refuse_triton([_first(x)], FLOATS)
     ),
