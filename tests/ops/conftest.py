@@ -66,7 +66,8 @@ def pytest_pyfunc_call(pyfuncitem):
     try:
         return (yield)
     except UnsupportedError as error:
-        known = any(reason in str(error) for reason in ("got float32", "the Hopper kernel: ", "the CUDA kernel: "))
+        reasons = "got float32", "the Hopper kernel: ", "the CUDA kernel: "
+        known = any(reason in str(error) for reason in reasons)
         if pyfuncitem.stash.get(PLACE, "cpu") != "cuda" or not known:
             raise
         pytest.skip(str(error))

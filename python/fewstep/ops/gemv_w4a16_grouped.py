@@ -117,7 +117,8 @@ def _refuse_rows(x: Tensor) -> str | None:
     if K == 0:
         return "the CUDA kernel: expected K above 0, got 0"
     needs = 512 + M * (-(-K // 128) * 256 + 64)
-    most = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(x.device)
+    most = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     if needs <= most:
         return None
     return f"the CUDA kernel: expected rows in {most} bytes of shared memory, got {needs}"
