@@ -264,3 +264,38 @@ def test_problems_of_two_groups_are_refused():
         ops.gemv_w4a16_grouped(torch.zeros(3, 64), w, w_scale, bias=bias)
     with pytest.raises(TypeError, match="w: expected a list of tensors, got Tensor"):
         ops.gemv_w4a16_grouped(torch.zeros(3, 64), w[0], w_scale[0])
+
+
+def test_on_gpus_both_ops_share_a_kernel_for_few_plain_rows(monkeypatch):
+    from types import SimpleNamespace
+
+    apart, grouped = (ops.module(op) for op in ("gemm_w4a16", "gemv_w4a16_grouped"))
+    monkeypatch.setattr(grouped, "refuse_native", lambda *_: None)
+    properties = SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def fake(*shape):
+        device = torch.device("cuda")
+        return SimpleNamespace(shape=shape, device=device, dtype=torch.bfloat16)
+
+    for refuse in (apart._refuse_native, grouped._refuse_native):
+        assert refuse(fake(8, 3072)) is None
+        assert "up to 8 rows and K above 0, got 9 x 3072" in refuse(fake(9, 3072))
+        assert "in 232448 bytes of shared memory, got 263168" in refuse(fake(8, 16384))
+    for end in ({"up": fake(3, 2)}, {"activation": "gelu"}, {"out_dtype": torch.int8}):
+        assert "expected a product and a bias" in apart._refuse_native(fake(1, 64), **end)
+    assert apart.IMPLEMENTATIONS[0].held_back == grouped.IMPLEMENTATIONS[0].held_back
+    assert "not run on a GPU yet" in grouped.NO_RUN_YET
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cuda_has_the_bits_of_gemm_w4a16(shape, dtype):
+    rows, K, group = shape
+    w, w_scale, bias = weights(K, group, device="cuda")
+    x = torch.randn(*rows, K).to("cuda", dtype)
+    outs = ops.gemv_w4a16_grouped(x, w, w_scale, bias=bias, impl="native")
+    for i, out in enumerate(outs):
+        alone = ops.gemm_w4a16(x, w[i], w_scale[i], bias=bias[i], impl="native")
+        assert torch.equal(out, alone)

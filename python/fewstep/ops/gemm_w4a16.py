@@ -39,6 +39,8 @@ from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._prologue import project
 from ._register import register
 from ._select import Implementation, refuse_native, refuse_triton, select
+from .gemv_w4a16_grouped import NO_RUN_YET, launch_few_rows, refuse_few_rows
+from .gemv_w4a16_grouped import gate_cases as gate_cases_of_groups
 from .quantize_int4 import expect_int4
 from .quantize_int8 import run_native as quantize_native
 from .quantize_int8 import run_reference as quantize_reference
@@ -91,7 +93,27 @@ def _launch_native(*args: Any) -> None:
 
 
 def _run_native(*args: Any) -> Tensor:
-    return _run_kernel(_launch_native, _Operands(*args))
+    p = _Operands(*args)
+    return _run_kernel(_launch_native if p.x.device.type == "cpu" else launch_few_rows, p)
+
+
+def _refuse_native(
+    x: Tensor,
+    *args: Any,
+    up: Tensor | None = None,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> str | None:
+    if x.device.type != "cuda":
+        return refuse_native("gemm_w4a16", [x], FLOATS)
+    reason = refuse_few_rows(x)
+    plain = activation is None and all(part is None for part in (up, gate, residual))
+    if reason is None and not (plain and out_dtype in (None, x.dtype)):
+        reason = "the CUDA kernel: expected a product and a bias, got a branch or an end"
+    return reason
 
 
 def _run_triton(*args: Any) -> Tensor:
@@ -101,11 +123,7 @@ def _run_triton(*args: Any) -> Tensor:
 
 
 IMPLEMENTATIONS = (
-    Implementation(
-        "native",
-        _run_native,
-        lambda x, *args, **kwargs: refuse_native("gemm_w4a16", [x], FLOATS),
-    ),
+    Implementation("native", _run_native, _refuse_native, held_back=NO_RUN_YET),
     Implementation("triton", _run_triton, lambda x, *args, **kwargs: refuse_triton([x], FLOATS)),
     Implementation("reference", _run_reference, lambda *args, **kwargs: None),
 )
@@ -165,6 +183,9 @@ def gemm_w4a16(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return x @ W.T + bias + low @ up.T for a 4-bit weight W.
 
+    On GPUs the native kernel is that of `gemv_w4a16_grouped`: for up to 8 rows of 16 bits, without
+    a branch, an activation, a gate, a residual and int8 outputs.
+
     Args:
         x: floating [..., M, K].
         w: uint8 [N, K / 2], as from `quantize_int4`.
@@ -206,7 +227,8 @@ def gemm_w4a16(
     if out_dtype not in (None, x.dtype, torch.int8):
         raise ValueError(f"out_dtype: expected x's {x.dtype} or torch.int8, got {out_dtype}")
     op = _op_int8 if out_dtype == torch.int8 else _op
-    impl = select("gemm_w4a16", impl, IMPLEMENTATIONS, x)
+    end = {"activation": activation, "gate": gate, "residual": residual, "out_dtype": out_dtype}
+    impl = select("gemm_w4a16", impl, IMPLEMENTATIONS, x, up=up, **end)
     return op(x, w, w_scale, bias, down, up, low, activation, gate, residual, impl)
 
 
@@ -214,6 +236,10 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
     """Return (args, kwargs, rtol, atol) for the gate on a new machine; see `_gate.check`."""
     generator = torch.Generator().manual_seed(0)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
+    if device.type == "cuda":  # what its native kernel takes: one problem of a group
+        for (x, w, w_scale), options, *bounds in gate_cases_of_groups(device):
+            if isinstance(x, Tensor):
+                cases.append(((x, w[0], w_scale[0]), {"bias": options["bias"][0]}, *bounds))
     for dtype in FLOATS:
         for M, N, K, group in ((1, 64, 64, 32), (5, 130, 192, 64), (70, 257, 1024, 128)):
             x = torch.randn((M, K), generator=generator).to(device, dtype)

@@ -101,21 +101,29 @@ def _first(x: Tensor | Sequence[Tensor]) -> Tensor:
     return x if isinstance(x, Tensor) else x[0]
 
 
+def launch_few_rows(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, *rest: Any) -> None:
+    """Fill the last argument, [M, N], by the CUDA kernel: gemm_w4a16 where it is native there."""
+    out = rest[-1]
+    for begin in range(0, x.shape[0], MAX_ROWS):  # more than one of them under vmap
+        rows = slice(begin, begin + MAX_ROWS)
+        _launch_native(x[None, rows], [_native.aligned(w)], [w_scale], [bias], out[rows].view(-1))
+
+
 def _refuse_native(x: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> str | None:
     first = _first(x)
-    on_gpu = first.device.type == "cuda"
-    dtypes = FLOATS[1:] if on_gpu else FLOATS  # tensor cores take 16 bits
-    reason = refuse_native("gemv_w4a16_grouped", [first], dtypes)
-    if reason is None and on_gpu:
-        return _refuse_rows(first)
-    return reason
+    if first.device.type == "cuda":
+        return refuse_few_rows(first)
+    return refuse_native("gemv_w4a16_grouped", [first], FLOATS)
 
 
-def _refuse_rows(x: Tensor) -> str | None:
-    """Return why rows don't fit a block's shared memory (cuda/gemv_w4a16_launch.cuh), or None."""
+def refuse_few_rows(x: Tensor) -> str | None:
+    """Return why the CUDA kernel can't take x (cuda/gemv_w4a16_launch.cuh), or None."""
+    reason = refuse_native("gemv_w4a16_grouped", [x], FLOATS[1:])  # tensor cores take 16 bits
+    if reason is not None:
+        return reason
     M, K = math.prod(x.shape[:-1]), x.shape[-1]
-    if K == 0:
-        return "the CUDA kernel: expected K above 0, got 0"
+    if K == 0 or M > MAX_ROWS:
+        return f"the CUDA kernel: expected up to {MAX_ROWS} rows and K above 0, got {M} x {K}"
     needs = 512 + M * (-(-K // 128) * 256 + 64)
     properties = torch.cuda.get_device_properties(x.device)
     most = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
@@ -228,8 +236,8 @@ def _expect(x: Any, w: Any, w_scale: Any, bias: Any) -> _Operands:
 def same_bits(x: Tensor) -> bool:
     """Return whether `auto` gives an x the bits here that `gemm_w4a16` gives it for each weight.
 
-    Both have to run by one implementation. On GPUs Triton's gemm_w4a16 takes tensor cores for more
-    than two rows of 16 bits, and sums in another order there.
+    Both have to run by one implementation; natively they share a kernel. On GPUs Triton's
+    gemm_w4a16 takes tensor cores for more than two rows of 16 bits, and sums in another order.
     """
     from .gemm_w4a16 import IMPLEMENTATIONS as APART
 
