@@ -278,7 +278,7 @@ def test_on_gpus_both_ops_share_a_kernel_for_few_plain_rows(monkeypatch):
         device = torch.device("cuda")
         return SimpleNamespace(shape=shape, device=device, dtype=torch.bfloat16)
 
-    for refuse in (apart._refuse_native, grouped._refuse_native):
+    for refuse in (apart._refuse_native, lambda x: grouped._refuse_native([x])):
         assert refuse(fake(8, 3072)) is None
         assert "up to 8 rows and K above 0, got 9 x 3072" in refuse(fake(9, 3072))
         assert "in 232448 bytes of shared memory, got 263168" in refuse(fake(8, 16384))
