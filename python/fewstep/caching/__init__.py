@@ -14,6 +14,7 @@ from .fingerprint import Fingerprint
 from .methods import FoCa, Fora, HiCache, Newton, Scm, Taylor
 from .output import OutputStack
 from .plan import Plan
+from .plans import PlanChoice, find_plans, parse_target
 from .policy import CachePolicy, FirstBlock, Interval, ScheduledPolicy
 from .presets import PRESETS, resolve_policy
 from .scheduled import ScheduledSession
@@ -35,6 +36,7 @@ __all__ = [
     "Newton",
     "OutputStack",
     "Plan",
+    "PlanChoice",
     "ScheduledPolicy",
     "ScheduledSession",
     "Scm",
@@ -44,7 +46,9 @@ __all__ = [
     "TimeSession",
     "UNetStack",
     "calibrate",
+    "find_plans",
     "is_cached",
     "is_time_cached",
+    "parse_target",
     "resolve_policy",
 ]

@@ -16,10 +16,10 @@ which the Gram matrix of undisturbed runs can't; on the digits teacher that is w
 from __future__ import annotations
 
 import math
-import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from ._wrap import is_cached
 from .fingerprint import Fingerprint
+from .guard import Check
 from .output import OutputStack
 from .plan import Plan
+from .plans import parse_target
 from .policy import Forecasts
 from .quality import psnr
 from .record import Run, record, repeatable, responses
@@ -40,11 +42,10 @@ from .solve import affine_weights, best_schedule, fit_affine, gap_costs, gaps
 __all__ = ["calibrate"]
 
 _DENOISERS = ("transformer", "unet")
-_TARGET = re.compile(r"psnr\s*>=\s*(\d+(?:\.\d+)?)")
 
 
 @contextmanager
-def _following(pipe: Any, denoiser: nn.Module, plan: Plan) -> Iterator[None]:
+def _following(pipe: Any, denoiser: nn.Module, plan: Plan) -> Iterator[ScheduledSession]:
     """Let the pipeline follow a plan."""
     session = ScheduledSession(plan, lambda: pipe.scheduler)
     before = {}
@@ -52,7 +53,7 @@ def _following(pipe: Any, denoiser: nn.Module, plan: Plan) -> Iterator[None]:
         for module, name, value in OutputStack(denoiser).replacements(session):
             before[name] = (module, module.__dict__.get(name))
             module.__dict__[name] = value
-        yield
+        yield session
     finally:
         session.close()
         for name, (module, value) in before.items():
@@ -69,6 +70,7 @@ class _Runs:
     outputs: Tensor
     latents: Tensor
     images: list[Any]
+    errors: dict[int, list[float]]  # of what full steps were forecast to be, all branches
 
 
 class _Calibration:
@@ -94,8 +96,9 @@ class _Calibration:
         self.gram = self.grams.mean(0)
         self.sizes = self.full.latents.double().square().mean((1, 2)).numpy()
 
-    def _run(self) -> tuple[_Runs, Run]:
+    def _run(self, session: ScheduledSession | None = None) -> tuple[_Runs, Run]:
         runs = []
+        errors: dict[int, list[float]] = defaultdict(list)
         for index, call in enumerate(self.calls):
             seed = self.seed + index
             watching = record(self.pipe.scheduler, values=self.values, seed=self.seed)
@@ -114,9 +117,12 @@ class _Calibration:
                     f"{index}"
                 )
             runs.append(run)
+            for branch in session.errors().values() if session else ():
+                for step, found in branch.items():
+                    errors[step] += found
         outputs = torch.cat([torch.stack(run.outputs) for run in runs], 1)
         latents = torch.cat([torch.stack(run.latents) for run in runs], 1)
-        return _Runs(outputs, latents, [run.images for run in runs]), runs[0]
+        return _Runs(outputs, latents, [run.images for run in runs], errors), runs[0]
 
     def _share(self, start: int, end: int, at: int) -> np.ndarray:
         """What a unit of each output in the gap start..end does to the latents of step `at`."""
@@ -145,10 +151,20 @@ class _Calibration:
                 steps.append(tuple(affine_weights(self.gram, known[:order], index).tolist()))
         return tuple(steps)
 
-    def try_out(self, steps: Forecasts) -> tuple[_Runs, dict[str, Any]]:
+    def checks(self, full: tuple[int, ...], order: int) -> tuple[Check | None, ...]:
+        """What the guard compares, nothing expected yet."""
+        checks: list[Check | None] = [None] * self.steps
+        for place, index in enumerate(full):
+            known = full[:place][::-1][:order]
+            if len(known) > 1:
+                weights = affine_weights(self.gram, known, index)
+                checks[index] = Check(tuple(float(f"{x:.7g}") for x in weights))
+        return tuple(checks)
+
+    def try_out(self, plan: Plan) -> tuple[_Runs, dict[str, Any]]:
         """Run all calls with a plan; return the runs and what they lost."""
-        with _following(self.pipe, self.denoiser, Plan(self.times, steps)):
-            runs, _ = self._run()
+        with _following(self.pipe, self.denoiser, plan) as session:
+            runs, _ = self._run(session)
         size = self.full.outputs.double().square().mean((1, 2))
         error = (runs.outputs - self.full.outputs).double().square().mean((1, 2))
         lost = psnr(self.full.images, runs.images)
@@ -195,39 +211,37 @@ class _Calibration:
                 prior=-before,
             )
             for index in range(start + 1, end):
-                corrected[index] = tuple((np.asarray(steps[index]) + shift).tolist())
+                moved_to = np.asarray(steps[index]) + shift
+                corrected[index] = tuple(float(f"{x:.7g}") for x in moved_to)
             change = torch.from_numpy(shift) @ snapshots
             moved.append((start, end, change.view_as(missed)))
         return tuple(corrected)
 
     def plan(self, full_steps: int, order: int, passes: int, power: float) -> Plan:
         """The best plan with so many full steps."""
-        base = self.forecasts(self.schedule(full_steps, power), order)
-        steps, best = base, None
+        full = self.schedule(full_steps, power)
+        base = steps = self.forecasts(full, order)
+        plan = Plan(
+            self.times,
+            steps,
+            Fingerprint.of(self.denoiser, self.pipe.scheduler),
+            lookback=self.checks(full, order),
+            gram=tuple(tuple(float(f"{value:.6g}") for value in row) for row in self.gram),
+            made={"calls": len(self.calls), "order": order, "passes": passes, "tail": power},
+        )
+        best = plan
         for turn in range(passes + 1):
-            runs, predicted = self.try_out(steps)
-            if best is None or predicted["final_mse"] < best[1]["final_mse"]:
-                best = steps, predicted
+            runs, predicted = self.try_out(replace(plan, steps=steps))
+            if not best.predicted or predicted["final_mse"] < best.predicted["final_mse"]:
+                expected = {step: float(np.mean(errors)) for step, errors in runs.errors.items()}
+                judged = tuple(
+                    check._replace(expected=expected[step]) if check and step in expected else None
+                    for step, check in enumerate(plan.lookback)
+                )
+                best = replace(plan, steps=steps, predicted=predicted, lookback=judged)
             if turn < passes:
                 steps = self.correct(steps, base, runs)
-        made = {"calls": len(self.calls), "order": order, "passes": passes, "tail": power}
-        return Plan(
-            self.times,
-            tuple(w if w is None else tuple(float(f"{x:.7g}") for x in w) for w in best[0]),
-            Fingerprint.of(self.denoiser, self.pipe.scheduler),
-            best[1],
-            tuple(tuple(float(f"{value:.6g}") for value in row) for row in self.gram),
-            made,
-        )
-
-
-def _wanted(target: str | None) -> float | None:
-    if target is None:
-        return None
-    found = _TARGET.fullmatch(target) if isinstance(target, str) else None
-    if found is None:
-        raise ValueError(f'target: expected such as "psnr>=30", got {target!r}')
-    return float(found[1])
+        return best
 
 
 def _check(**counts: int) -> None:
@@ -295,7 +309,7 @@ def calibrate(
     _check(full_steps=full_steps, order=order, passes=passes, values=values)
     if order > MAX_ORDER:
         raise ValueError(f"order: expected at most {MAX_ORDER}, got {order}")
-    wanted = _wanted(target)
+    wanted = None if target is None else parse_target(target)
     for name, value in (("tail", tail), ("speedup", 1.0 if speedup is None else speedup)):
         if not isinstance(value, int | float) or not 1 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number of at least 1, got {value!r}")

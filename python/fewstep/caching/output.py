@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._wrap import Followed, Replacement, follow
+from .scheduled import ScheduledSession
 from .session import Call, Session
 
 __all__ = ["OutputStack"]
@@ -43,15 +44,32 @@ class OutputStack:
 class _Output(Followed):
     """`forward` of the model; a skipped call returns the forecast in the form of the last one."""
 
+    session: ScheduledSession
+
     def run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if call.skip:
             call.done = True
-            return call.branch.rebuild(self.session.recall(call))
+            forecast = self.session.recall(call)
+            if call.flags is not None or self.session.verify:
+                forecast = self._beside(call, forecast, self.below(*args, **kwargs))
+            return call.branch.rebuild(forecast)
         output = self.below(*args, **kwargs)
         if call.branch is not None:
             parts, call.branch.rebuild = _take_apart(output)
             self.session.keep(call, *parts)
         return output
+
+    def _beside(self, call: Call, forecast: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+        """Return the forecast, given what the model computes on the same step."""
+        computed, _ = _take_apart(output)
+        if self.session.verify:
+            self.session.compare(call, computed, forecast)
+        if call.flags is None:
+            return forecast
+        return tuple(
+            call.flags.mix(own, other) if isinstance(own, Tensor) else other
+            for own, other in zip(computed, forecast, strict=True)
+        )
 
 
 def _take_apart(output: Any) -> tuple[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .fingerprint import Fingerprint
+from .guard import Check
 from .policy import Forecasts
 from .ring import MAX_ORDER
 from .solve import affine_weights
@@ -41,6 +42,9 @@ class Plan:
         predicted: what was measured in calibration: "psnr" and "psnr_min" in dB over its samples
             and "of" what ("images" or "latents"), "step_error" the relative RMS error of every
             forecast.
+        lookback: per time what the guard compares at a full step: weights of the full ones before
+            it, and the error expected (`guard.Check`); () without.
+        guard: how many times the expected error trips it; None never.
         gram: [S, S] mean inner products of the outputs, for other step counts; None without.
         made: how: settings of the calibration.
 
@@ -53,6 +57,8 @@ class Plan:
     steps: Forecasts
     fingerprint: Fingerprint | None = None
     predicted: dict[str, Any] = field(default_factory=dict)
+    lookback: tuple[Check | None, ...] = ()
+    guard: float | None = None
     gram: tuple[tuple[float, ...], ...] | None = None
     made: dict[str, Any] = field(default_factory=dict)
 
@@ -78,6 +84,17 @@ class Plan:
                 raise ValueError(
                     f"steps: expected finite weights that sum to 1 at step {index}, got {weights}"
                 )
+
+        if self.lookback and len(self.lookback) != len(self.steps):
+            raise ValueError(
+                f"lookback: expected one entry per time ({len(self.times)}) or none, "
+                f"got {len(self.lookback)}"
+            )
+        if self.guard is not None and not (0 < self.guard < math.inf and self.lookback):
+            raise ValueError(
+                "guard: expected None, or a finite factor above 0 in a plan with lookback, "
+                f"got {self.guard!r}{'' if self.lookback else ' without'}"
+            )
 
     @property
     def order(self) -> int:
@@ -109,6 +126,14 @@ class Plan:
         if self.is_on(times):
             return self.steps
         return self.at(times).steps
+
+    def checks(self, times: Sequence[float]) -> tuple[Check | None, ...]:
+        """Return what the guard compares on a grid."""
+        return self.lookback if self.is_on(times) else self.at(times).lookback
+
+    def guarded(self, factor: float | None = 2.0) -> Plan:
+        """Return the plan with the guard at a factor of the expected error; None takes it out."""
+        return replace(self, guard=factor)
 
     def is_on(self, times: Sequence[float]) -> bool:
         """Whether a grid is the plan's."""
@@ -146,20 +171,32 @@ class Plan:
         gram = _interpolate(np.asarray(self.gram), place)
         nearest = {int(np.abs(place - index).argmin()) for index in self.full}
         steps: list[tuple[float, ...] | None] = []
+        checks: list[Check | None] = []
         known: list[int] = []
         for index in range(len(times)):
-            if index in nearest or index == 0:
+            weights = tuple(affine_weights(gram, known[: self.order], index).tolist())
+            full = index in nearest or index == 0
+            old = self.lookback[round(place[index])] if self.lookback else None
+            judged = full and known and old is not None
+            checks.append(Check(weights, old.expected) if judged else None)
+            steps.append(None if full else weights)
+            if full:
                 known.insert(0, index)
-                steps.append(None)
-            else:
-                steps.append(tuple(affine_weights(gram, known[: self.order], index).tolist()))
-        made = {**self.made, "carried_over_from": count}
-        return Plan(tuple(times), tuple(steps), self.fingerprint, {}, _rows(gram), made)
+        return replace(
+            self,
+            times=tuple(times),
+            steps=tuple(steps),
+            predicted={},
+            lookback=tuple(checks) if self.lookback else (),
+            gram=_rows(gram),
+            made={**self.made, "carried_over_from": count},
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
         data = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
-        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+        lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in data.items())
+        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -177,6 +214,9 @@ class Plan:
                 times=tuple(data.pop("times")),
                 steps=tuple(None if w is None else tuple(w) for w in data.pop("steps")),
                 fingerprint=None if mark is None else _fingerprint(mark),
+                lookback=tuple(
+                    None if c is None else Check(tuple(c[0]), c[1]) for c in data.pop("lookback")
+                ),
                 gram=None if (gram := data.pop("gram")) is None else _rows(gram),
                 **data,
             )

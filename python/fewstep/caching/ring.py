@@ -23,16 +23,20 @@ __all__ = ["MAX_ORDER", "Ring", "slot_table"]
 MAX_ORDER = 8  # what `forecast_apply` sums
 
 
-def slot_table(forecasts: Forecasts, order: int) -> Tensor:
-    """Return the weights [T, K] by slot; the rows of full steps and unused slots are 0."""
-    table = torch.zeros(len(forecasts), order, dtype=torch.float64)
+def slot_table(weights: Forecasts, order: int, schedule: Forecasts) -> Tensor:
+    """Return weights [T, K] by slot, 0 where a step has none or doesn't use a slot.
+
+    Args:
+        weights: of the newest full steps before each step, newest first.
+        order: K.
+        schedule: None where a step runs in full.
+    """
+    table = torch.zeros(len(schedule), order, dtype=torch.float64)
     rank = 0
-    for index, weights in enumerate(forecasts):
-        if weights is None:
-            rank += 1
-            continue
-        for back, weight in enumerate(weights, 1):
+    for index, own in enumerate(weights):
+        for back, weight in enumerate(own or (), 1):
             table[index, (rank - back) % order] = weight
+        rank += schedule[index] is None
     return table
 
 

@@ -11,12 +11,14 @@ is, and the schedule goes on as soon as enough of its full steps are in it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .guard import Check, Flags, lookback
 from .policy import Forecasts, ScheduledPolicy
 from .ring import Ring, slot_table
 from .session import Branch, Call, Session
@@ -44,39 +46,61 @@ class ScheduledSession(Session):
     Args:
         policy: gives the schedule of a grid.
         scheduler: returns the pipeline's present scheduler, or None.
+        verify: run the model on skipped steps too, to measure the forecasts; they are used all the
+            same.
     """
 
     policy: ScheduledPolicy
 
-    def __init__(self, policy: ScheduledPolicy, scheduler: Callable[[], Any]) -> None:
+    def __init__(
+        self, policy: ScheduledPolicy, scheduler: Callable[[], Any], *, verify: bool = False
+    ) -> None:
+        self.verify = verify
         self.forecasts: Forecasts | None = None
-        self._tables: dict[torch.device, Tensor] = {}  # the weights by slot
-        self._taken: Forecasts | None = None  # the schedule that they are of
+        self._taken: Forecasts | None = None  # the last run's
+        self._checks: tuple[Check | None, ...] = ()
+        self._tables: dict[Any, Tensor] = {}  # weights by slot: of forecasts and of checks
         super().__init__(policy, scheduler)
 
     def _start_run(self, timesteps: Any) -> None:
         super()._start_run(timesteps)
         self.forecasts = None
 
-    def _take(self, forecasts: Forecasts) -> None:
-        """Use a schedule from now on."""
-        if forecasts is not self._taken:
-            self._tables, self._taken = {}, forecasts
-        self.forecasts = forecasts
+    def _plan_run(self) -> None:
+        """Ask the policy about the grid of this run."""
+        times = times_of(self._scheduler())
+        forecasts = self.policy.forecasts(times)
+        checks = self.policy.checks(times) if hasattr(self.policy, "checks") else ()
+        if (forecasts, checks) != (self._taken, self._checks):
+            self._tables = {}
+        self.forecasts = self._taken = forecasts
+        self._checks = checks
+
+    def _row(self, call: Call, what: str) -> Tensor:
+        """Return the weights of a call's step by slot, on its device."""
+        device = call.form[-1] if call.form else torch.device("cpu")
+        if (what, device) not in self._tables:
+            weights = self.forecasts
+            if what == "check":
+                weights = tuple(None if check is None else check.weights for check in self._checks)
+            table = slot_table(weights, self.policy.order, self.forecasts)
+            self._tables[what, device] = table.to(device, torch.float32)
+        return self._tables[what, device][call.step]
 
     def _foresee(self, call: Call, timesteps: Any, index: Any) -> None:
         branch = call.branch
         if self.forecasts is None:
-            self._take(self.policy.forecasts(times_of(self._scheduler())))
+            self._plan_run()
         if branch.ring is None:
             branch.ring = Ring(self.policy.order)
         # The scheduler's own count, so that a run that starts in the middle of its grid (image to
         # image) is at the right place of the schedule.
         call.step = index if isinstance(index, int) else call.step
         reason = self._must_run_now(call, branch)
-        if reason is None:
-            call.skip = True
-        else:
+        call.skip = reason is None
+        if call.skip and branch.flags is not None and branch.flags.any():
+            reason, call.flags = "guard", branch.flags
+        if reason is not None:
             self.reasons[reason] += 1
         branch.decisions.append("full" if reason else "skip")
 
@@ -106,14 +130,56 @@ class ScheduledSession(Session):
             self.reasons["gradients wanted"] += 1
             branch.ring.clear()
         elif self.forecasts[call.step] is None:
+            self._look_back(call, kept)
             rank = sum(weights is None for weights in self.forecasts[: call.step])
             branch.ring.push(kept, rank, call.form)
+
+    def _look_back(self, call: Call, kept: tuple[Any, ...]) -> None:
+        branch, check = call.branch, self._checks[call.step] if self._checks else None
+        branch.flags = None
+        known = len(branch.ring) if branch.ring.form == call.form else 0
+        if check is None or known < len(check.weights):
+            return
+        forecast = branch.ring.forecast(self._row(call, "check"))
+        error = branch.errors[call.step] = lookback(kept[0], forecast[0])
+        factor = getattr(self.policy, "guard", None)
+        if factor is not None and check.expected < math.inf:
+            branch.flags = Flags(error, factor * check.expected)
 
     @torch.compiler.disable
     def recall(self, call: Call) -> tuple[Any, ...]:
         """Return the forecast."""
-        device = call.form[-1] if call.form else torch.device("cpu")
-        if device not in self._tables:
-            table = slot_table(self.forecasts, self.policy.order)
-            self._tables[device] = table.to(device, torch.float32)
-        return call.branch.ring.forecast(self._tables[device][call.step])
+        return call.branch.ring.forecast(self._row(call, "forecast"))
+
+    @torch.compiler.disable
+    def compare(self, call: Call, computed: tuple[Any, ...], forecast: tuple[Any, ...]) -> None:
+        """Note how far a forecast is off what the model computes."""
+        call.branch.errors[call.step] = lookback(computed[0], forecast[0])
+
+    def errors(self) -> dict[str, dict[int, list[float]]]:
+        """Return the relative L1 errors that were measured, by branch, step and sample."""
+        return {
+            branch.name: {step: error.tolist() for step, error in sorted(branch.errors.items())}
+            for branch in self._branches.values()
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Return what every session does, and the forecasts' errors.
+
+        `step_error`: relative RMS, what calibration lets expect per step. `measured_error`:
+        relative L1 by branch, step and sample; at full steps of the forecast that was not used, and
+        with `verify` of those that were.
+        """
+        numbers = super().report()
+        expected = getattr(self.policy, "predicted", {}).get("step_error")
+        if expected is not None and self.forecasts is getattr(self.policy, "steps", None):
+            numbers["step_error"] = list(expected)
+        measured = self.errors()
+        if any(measured.values()):
+            numbers["measured_error"] = measured
+        return numbers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScheduledSession:
+        twin = super().__deepcopy__(memo)
+        twin.verify = self.verify
+        return twin

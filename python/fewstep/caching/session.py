@@ -54,11 +54,14 @@ class Branch:
     rebuild: Any = None  # makes an output of the model of its parts
     steady: bool = False  # whether its conditioning was the same tensor on two steps of the run
     replaced: bool = False  # whether it is another one now
+    flags: Any = None  # which samples the guard has found off since the last full step
+    errors: dict[int, Tensor] = field(default_factory=dict)  # of forecasts, by step of the run
     decisions: list[str] = field(default_factory=list)  # of the run: "full" or "skip"
 
     def forget(self) -> None:
         """Drop the tensors, keep the record of decisions."""
         self.full_at, self.probe, self.kept, self.conditioning = None, None, (), None
+        self.flags = None
         if self.ring is not None:
             self.ring.clear()
 
@@ -71,6 +74,7 @@ class Call:
     step: int = 0
     is_last: bool = False
     skip: bool = False
+    flags: Any = None  # of the guard: the samples that a skipped step computes all the same
     form: tuple[Any, ...] = ()  # of what entered the model
     entry: Tensor | None = None  # the layout's scratch: what entered the first block,
     head: tuple[Any, ...] = ()  # what left the last block that always runs,

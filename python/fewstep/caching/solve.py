@@ -64,6 +64,8 @@ def affine_weights(
 ) -> Array:
     """Return the weights of the outputs of the steps `known` that forecast step `target` best."""
     index = list(known)
+    if not index:
+        return np.zeros(0)
     return fit_affine(gram[np.ix_(index, index)], gram[index, target], 1.0, ridge=ridge)
 
 

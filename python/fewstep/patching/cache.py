@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..caching import (
+    PRESETS,
     OutputStack,
     Plan,
+    PlanChoice,
     ScheduledPolicy,
     ScheduledSession,
     Session,
+    find_plans,
     is_cached,
+    parse_target,
     resolve_policy,
 )
+from ..caching.plans import DEFAULT_TARGET, FOLDER
 from .pipeline import SchedulerOf
 from .recognise import Target
 from .undo import Change, PatchError, Slot
@@ -35,10 +41,49 @@ class _CacheChange(Change):
         return self._session.report()
 
 
-def _resolve(cache: Any) -> Any:
+class CacheOptions(NamedTuple):
+    """What goes with `cache`."""
+
+    target: str | None = None
+    speedup: float | None = None
+    verify: bool = False
+
+
+def _resolve(cache: Any, options: CacheOptions, pipe: Any, target: Target, scheduler: Any) -> Any:
+    """Return the policy that was asked for."""
     if isinstance(cache, Path) or (isinstance(cache, str) and cache.endswith(".json")):
-        return Plan.load(cache)
+        cache = Plan.load(cache)
+    if isinstance(cache, Plan):
+        _expect_fit(cache, target, scheduler)
+    elif cache == "auto":
+        return _choice(pipe, target, options, scheduler)
+    for name in ("target", "speedup"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f'{name}: expected with cache="auto" alone, got it with {cache!r}; '
+                f"fewstep.caching.calibrate takes it, too"
+            )
     return resolve_policy(cache)
+
+
+def _choice(pipe: Any, target: Target, options: CacheOptions, scheduler: Any) -> PlanChoice:
+    """Return the plans that lie beside the checkpoint, with the target."""
+    wanted, speedup = options.target, options.speedup
+    if speedup is not None and not (isinstance(speedup, int | float) and 1 <= speedup < math.inf):
+        raise ValueError(f"speedup: expected a finite number of at least 1, got {speedup!r}")
+    if wanted is None and speedup is None:
+        wanted = DEFAULT_TARGET
+    psnr = None if wanted is None else parse_target(wanted)
+    folder = Path(str(pipe.config.get("_name_or_path") or "."))
+    plans, refused = find_plans(folder, target.denoiser, scheduler)
+    if not plans:
+        why = f" ({'; '.join(refused)})" if refused else ""
+        raise ValueError(
+            f'cache="auto": expected plans for this pipeline in {folder / FOLDER}, got none'
+            f"{why}; fewstep.caching.calibrate(pipe, calls) makes one, or name a preset: "
+            f"{', '.join(PRESETS)}"
+        )
+    return PlanChoice(tuple(plans), psnr, speedup)
 
 
 def _expect_fit(plan: Plan, target: Target, scheduler: Any) -> None:
@@ -51,22 +96,23 @@ def _expect_fit(plan: Plan, target: Target, scheduler: Any) -> None:
         )
 
 
-def plan_cache(pipe: Any, target: Target, cache: Any, scheduler: Any) -> Change:
+def plan_cache(
+    pipe: Any, target: Target, cache: Any, options: CacheOptions, scheduler: Any
+) -> Change:
     """Plan the replacements of `forward`; nothing is changed yet.
 
     Args:
         pipe: the pipeline.
         target: its denoiser.
-        cache: a preset's name, a policy, a plan or a file with one.
+        cache: a preset's name, a policy, a plan or a file with one, or "auto".
+        options: what was given beside it.
         scheduler: the one that the pipeline will have.
 
     Raises:
         TypeError, ValueError: not a preset or policy, or a model that it can't serve.
         PatchError: the model is cached already, by this library or by diffusers.
     """
-    policy = _resolve(cache)
-    if isinstance(policy, Plan):
-        _expect_fit(policy, target, scheduler)
+    policy = _resolve(cache, options, pipe, target, scheduler)
     if getattr(policy, "scope", "blocks") == "output":
         target.require_eager("cache")
         target.require_alone("cache")
@@ -83,11 +129,21 @@ def plan_cache(pipe: Any, target: Target, cache: Any, scheduler: Any) -> Change:
             f"cache: expected a {target.model} without a cache, got one with diffusers' "
             "enable_cache; call disable_cache first"
         )
-    kind = ScheduledSession if isinstance(policy, ScheduledPolicy) else Session
-    session = kind(policy, SchedulerOf(pipe))
+    scheduled = isinstance(policy, ScheduledPolicy)
+    if options.verify and not (scheduled and policy.scope == "output"):
+        raise ValueError(
+            f"verify: expected a cache that forecasts the model's output, got {policy!r}"
+        )
+    session: Session = (
+        ScheduledSession(policy, SchedulerOf(pipe), verify=options.verify)
+        if scheduled
+        else Session(policy, SchedulerOf(pipe))
+    )
     change = _CacheChange(repr(policy), session)
     change.done.append(layout.describe(session))
-    ends = "the first" if kind is ScheduledSession else "the first and the last"
+    ends = "the first" if scheduled else "the first and the last"
+    if options.verify:
+        change.done.append("the model runs on skipped steps too, to measure the forecasts")
     change.done.append(
         f"{ends} step of an image runs in full; state is per guidance pass and starts anew with "
         "every image"

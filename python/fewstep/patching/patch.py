@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from ..quantization import Calibration, Plan, Scheme
-from .cache import plan_cache
+from .cache import CacheOptions, plan_cache
 from .fusions import Fusions
 from .grid import fixed_steps
 from .guidance import plan_guidance
@@ -212,6 +212,9 @@ def patch(
     activations: str | None = "fuse",
     modulations: str | None = None,
     cache: Any = None,
+    target: str | None = None,
+    speedup: float | None = None,
+    verify: bool = False,
     time: str | None = None,
     guidance: str | float | None = None,
 ) -> Patch:
@@ -237,7 +240,13 @@ def patch(
         cache: a plan of `fewstep.caching.calibrate` or a file with one: run the plan's steps in
             full and forecast the model's output at the others. Or "first-block", "interval", or a
             policy of `fewstep.caching`: skip the middle blocks on steps that barely differ from
-            the last one that ran in full.
+            the last one that ran in full. "auto" takes one of the plans that lie in the folder
+            `cache_plans` of the pipeline's checkpoint.
+        target: for cache="auto": the fastest plan that was measured to reach it, such as
+            "psnr>=30"; without it and without `speedup`, "psnr>=40".
+        speedup: for cache="auto": the best plan that leaves out so much, in steps per full step.
+        verify: for plans: run the model on skipped steps too, and report how far the forecasts are
+            off; nothing is saved then.
         time: "cache": modules whose output depends on the time alone are evaluated once per step of
             the grid, and their values used by all later calls and images. The same bits.
         guidance: "off" or a scale for calls that give none, on pipelines that keep that in their
@@ -248,13 +257,17 @@ def patch(
             is given without it.
         PatchError: the same feature is on this pipeline already.
     """
-    target = recognise(pipe)
+    found = recognise(pipe)
     seen = {"smooth": smooth, "compensate": compensate}
     fusions = Fusions(norms, activations, modulations)
     for name, option in (seen | fusions._asdict()).items():
         if quantize is None and option != Fusions._field_defaults.get(name):
             raise ValueError(f"{name}: expected quantize beside it, got none")
     fusions.expect()
+    options = CacheOptions(target, speedup, verify)
+    for name, option in options._asdict().items():
+        if cache is None and option != CacheOptions._field_defaults[name]:
+            raise ValueError(f"{name}: expected cache beside it, got none")
     given = {
         "steps": steps,
         "quantize": quantize,
@@ -268,24 +281,23 @@ def patch(
     record = _records.get(pipe) or _Record()
     _check_not_patched(record, wanted)
 
-    recognised = f"{target.describe()}; {type(getattr(pipe, 'scheduler', None)).__name__}"
+    recognised = f"{found.describe()}; {type(getattr(pipe, 'scheduler', None)).__name__}"
     changes: list[Change] = []
     if steps is not None:
         changes.append(plan_steps(pipe, steps, record.config))
     if guidance is not None:
         changes.append(plan_guidance(pipe, guidance, record.config))
     if quantize is not None:
-        changes.append(plan_quantize(target, quantize, seen, fusions))
+        changes.append(plan_quantize(found, quantize, seen, fusions))
     if cache is not None:
-        wanted_scheduler = _scheduler_after(pipe, changes)
-        changes.append(plan_cache(pipe, target, cache, wanted_scheduler))
+        changes.append(plan_cache(pipe, found, cache, options, _scheduler_after(pipe, changes)))
     if time is not None:
-        changes.append(plan_time(pipe, target, time))
+        changes.append(plan_time(pipe, found, time))
 
     left = []
     if missing := [name for name in given if name not in wanted]:
         left.append(f"{', '.join(missing)}: not asked for")
-    outside, unknown = target.rest(pipe)
+    outside, unknown = found.rest(pipe)
     if outside:
         left.append(f"{', '.join(outside)}: not part of the denoising loop")
     if unknown:

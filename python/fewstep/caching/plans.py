@@ -1,0 +1,123 @@
+"""Choosing among several plans: by what they were calibrated for, by the grid and by a target.
+
+Plans lie beside the checkpoint they belong to, in the folder `cache_plans` of a saved pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .guard import Check
+from .plan import Plan
+from .policy import Forecasts
+
+__all__ = ["FOLDER", "PlanChoice", "find_plans", "parse_target"]
+
+FOLDER = "cache_plans"
+DEFAULT_TARGET = "psnr>=40"
+_TARGET = re.compile(r"psnr\s*>=\s*(\d+(?:\.\d+)?)")
+
+
+def parse_target(target: str) -> float:
+    """Return the PSNR in dB that a target asks for.
+
+    Raises:
+        ValueError: not such as "psnr>=30".
+    """
+    found = _TARGET.fullmatch(target) if isinstance(target, str) else None
+    if found is None:
+        raise ValueError(f'target: expected such as "psnr>=30", got {target!r}')
+    return float(found[1])
+
+
+def find_plans(folder: Path, denoiser: nn.Module, scheduler: Any) -> tuple[list[Plan], list[str]]:
+    """Return the plans of a pipeline's folder that fit it, and why the others don't."""
+    plans, refused = [], []
+    for path in sorted((folder / FOLDER).glob("*.json")):
+        plan = Plan.load(path)
+        wrong = plan.fingerprint.differences(denoiser, scheduler) if plan.fingerprint else []
+        if wrong:
+            refused.append(f"{path.name}: {wrong[0]}")
+        else:
+            plans.append(plan)
+    return plans, refused
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """A policy that takes, on each grid, the plan for it that meets the target.
+
+    Args:
+        plans: to choose from.
+        psnr: dB that a plan must have been measured to reach on average; of those that do, the one
+            with the fewest full steps is taken.
+        speedup: instead, steps per full step that a plan must give; of those that do, the one with
+            the highest PSNR.
+
+    Raises:
+        ValueError: no plan meets the target; the message says the best there is.
+    """
+
+    plans: tuple[Plan, ...]
+    psnr: float | None = None
+    speedup: float | None = None
+
+    scope = "output"
+
+    def __post_init__(self) -> None:
+        if not self.plans:
+            raise ValueError("plans: expected at least one, got none")
+        if self._best(self.plans) is None:
+            said = "; ".join(
+                f"{plan.speedup:.2f}x at {_reached(plan):.1f} dB ({len(plan.times)} steps)"
+                for plan in self.plans
+            )
+            wanted = [] if self.psnr is None else [f"{self.psnr:g} dB"]
+            wanted += [] if self.speedup is None else [f"{self.speedup:g}x"]
+            raise ValueError(f"target: expected {' and '.join(wanted)}, got plans of {said}")
+
+    def __repr__(self) -> str:
+        return f"one of {', '.join(repr(plan) for plan in self.plans)}"
+
+    @property
+    def order(self) -> int:
+        """Snapshots that the largest plan keeps."""
+        return max(plan.order for plan in self.plans)
+
+    def _best(self, plans: Sequence[Plan]) -> Plan | None:
+        meets = [
+            plan
+            for plan in plans
+            if (self.psnr is None or _reached(plan) >= self.psnr)
+            and (self.speedup is None or plan.speedup >= self.speedup)
+        ]
+        if not meets:
+            return None
+        if self.speedup is not None:
+            return max(meets, key=_reached)
+        return min(meets, key=lambda plan: (-plan.speedup, -_reached(plan)))
+
+    def on(self, times: Sequence[float]) -> Plan | None:
+        """Return the plan for a grid, or None: then every step runs in full."""
+        return self._best([plan for plan in self.plans if plan.is_on(times)])
+
+    def forecasts(self, times: Sequence[float]) -> Forecasts:
+        """Return the decisions of the plan for a grid."""
+        plan = self.on(times)
+        return (None,) * len(times) if plan is None else plan.steps
+
+    def checks(self, times: Sequence[float]) -> tuple[Check | None, ...]:
+        """Return what the guard of that plan compares."""
+        plan = self.on(times)
+        return () if plan is None else plan.lookback
+
+
+def _reached(plan: Plan) -> float:
+    return plan.predicted.get("psnr", -math.inf)
