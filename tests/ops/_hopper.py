@@ -255,14 +255,15 @@ def quantize_rows(rotate):
     """Return the launches of the int8 quantisation of rows, smoothed and rotated."""
     x = torch.empty((4096, 3072), dtype=torch.bfloat16, device="meta")
     q, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(4096).float()
-    return launches(lambda: quantize_int8.launch_quantize_int8(x, x[0], rotate, q, scale))
+    return launches(lambda: quantize_int8.launch_quantize_int8(x, x[0], rotate, None, q, scale))
 
 
 def quantize_blocks(size, dtype, rotate=0):
     """Return the launches of the e4m3 quantisation of rows, in blocks of `size`."""
     x = torch.empty((4096, 3072), dtype=dtype, device="meta")
     q, scale = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((4096, 3072 // size)).float()
-    return launches(lambda: quantize_fp8.launch_quantize_fp8(x, x[0], rotate, q, scale, size))
+    outputs = q, scale, size
+    return launches(lambda: quantize_fp8.launch_quantize_fp8(x, x[0], rotate, None, *outputs))
 
 
 def quantize(group, dtype, rotate=0):
