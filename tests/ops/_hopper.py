@@ -251,11 +251,13 @@ def grouped(M, group=64, dtype=torch.bfloat16):
     return launches(lambda: launch(x, w, w_scale, bias, memory, out))
 
 
-def quantize_rows(rotate):
-    """Return the launches of the int8 quantisation of rows, smoothed and rotated."""
-    x = torch.empty((4096, 3072), dtype=torch.bfloat16, device="meta")
-    q, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(4096).float()
-    return launches(lambda: quantize_int8.launch_quantize_int8(x, x[0], rotate, None, q, scale))
+def quantize_rows(rotate, activation=None):
+    """Return the launches of the int8 quantisation of rows, activated, smoothed and rotated."""
+    smooth = torch.empty(3072, dtype=torch.bfloat16, device="meta")
+    x = smooth.new_empty((4096, 6144 if activation == "geglu" else 3072))
+    q, scale = x.new_empty((4096, 3072), dtype=torch.int8), x.new_empty(4096).float()
+    inputs = x, smooth, rotate, activation
+    return launches(lambda: quantize_int8.launch_quantize_int8(*inputs, q, scale))
 
 
 def quantize_blocks(size, dtype, rotate=0):
@@ -398,6 +400,8 @@ VARIANTS = {
     "norm_quantize_int8 16384 alone": lambda: norm_quantize(16384, whole=False),
     "quantize_int8": lambda: quantize_rows(0),
     "quantize_int8 rotated": lambda: quantize_rows(256),
+    "quantize_int8 geglu": lambda: quantize_rows(0, "geglu"),
+    "quantize_int8 gelu_tanh": lambda: quantize_rows(0, "gelu_tanh"),
     "quantize_int4 32 rotated": lambda: quantize(32, torch.bfloat16, 256),
     "quantize_fp8 row": lambda: quantize_blocks(3072, torch.bfloat16),
     "quantize_fp8 row rotated": lambda: quantize_blocks(3072, torch.bfloat16, 256),
