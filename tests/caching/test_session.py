@@ -113,20 +113,63 @@ def test_blocks_that_run():
     assert [block.runs for block in model.blocks] == [6, 2, 2, 2]
 
 
-def test_one_changing_sample_keeps_the_batch_in_full():
-    still = torch.randn(1, 3, 8)
+def wander(model, scheduler, noise, sizes):
+    """Run a batch whose samples move by these sizes per step; return outputs [T, B, ...]."""
+    scheduler.set_timesteps(len(scheduler.timesteps))
+    outputs, hidden = [], noise.clone()
+    with torch.no_grad():
+        for step, t in enumerate(scheduler.timesteps):
+            outputs.append(model(hidden, 1 - step / 100 + 0 * t))
+            hidden = hidden + sizes.view(-1, 1, 1) * torch.cos(noise + step)
+            scheduler.step()
+    return torch.stack(outputs)
+
+
+def test_samples_decide_by_themselves_whatever_their_mates_do():
+    torch.manual_seed(3)
+    noise, scheduler = torch.randn(3, 3, 8), Scheduler(9)
+    sizes = torch.tensor([0.02, 0.3, 0.001])
+    policy = FirstBlock(threshold=0.1, max_skips=2)
+    model, session = cached(policy, scheduler)
+    want = wander(model, scheduler, noise, sizes)
+    report = session.report()
+    assert report["blended"] > 0
+    alike = []
+    for index in range(3):
+        # A batch of three of one kind: they all skip, or all run, at the same steps.
+        same = noise[index].expand(3, 3, 8).clone()
+        got = wander(model, scheduler, same, sizes[index].expand(3))
+        assert session.report()["blended"] == 0
+        alike.append(session.report()["full"])
+        assert torch.equal(got[:, 0], want[:, index])
+    assert len(set(alike)) > 1
+    assert report["full"] >= max(alike)
+    # Other mates, and a NaN among them, change no bit either.
+    for mates in (torch.randn(2, 3, 8) * 5, torch.full((2, 3, 8), float("nan"))):
+        got = wander(model, scheduler, torch.cat([noise[:1], mates]), torch.tensor([0.02, 1, 2]))
+        assert torch.equal(got[:, 0], want[:, 0])
+
+
+def test_a_step_that_one_sample_wants_is_computed_for_it_alone():
     scheduler = Scheduler(4)
     scheduler.timesteps = torch.tensor([1.0, 0.999, 0.998, 0.997])
-    for other, expected in ((still, "skip"), (None, "full")):
-        model, session = cached(FirstBlock(threshold=0.05), scheduler)
-        scheduler.step_index = None
-        scheduler.timesteps = scheduler.timesteps.clone()
-        with torch.no_grad():
-            for t in scheduler.timesteps:
-                mate = torch.randn(1, 3, 8) if other is None else other
-                model(torch.cat([still, mate]), t)
-                scheduler.step()
-        assert session.report()["branches"]["call 0"][1:3] == [expected, expected]
+    still = torch.randn(1, 3, 8)
+    model, session = cached(FirstBlock(threshold=0.05), scheduler)
+    plain = cached(Interval(every=1))[0]
+    with torch.no_grad():
+        first = torch.cat([still, torch.randn(1, 3, 8)])
+        second = torch.cat([still, torch.randn(1, 3, 8)])
+        model(first, scheduler.timesteps[0])
+        scheduler.step()
+        found = model(second, scheduler.timesteps[1])
+        head = plain.blocks[0](second, scheduler.timesteps[1])
+        before = plain.blocks[0](first, scheduler.timesteps[0])
+        kept = plain(first, scheduler.timesteps[0]) - before
+        assert torch.equal(found[0], (head + kept)[0])
+        assert torch.equal(found[1], plain(second, scheduler.timesteps[1])[1])
+    assert session.report()["branches"]["call 0"] == ["full", "full"]
+    assert session.report()["blended"] == 1
+    assert session._branches[("call", 0)].full_at == (0, 1)
 
 
 def test_new_timesteps_start_a_new_image():

@@ -1,15 +1,19 @@
 """When a step may skip its middle blocks.
 
-    first-block   r_t = h_first - h_0 at step t;  skip if for every sample
-                  sum |r_t - r_p| / sum |r_p| < threshold,  p = the last step that ran in full
+    first-block   r_t = h_first - h_0 at step t;  a sample skips if
+                  sum |r_t - r_p| / sum |r_p| < threshold,  p = its last step that ran in full
     interval      run in full every n-th step, skip the middle blocks in between
 
 A skipped step adds the middle blocks' residual of the last full step instead of running them. The
 first step, the last step and every step whose state is missing or too old always run in full.
 
-first-block is ParaAttention's First Block Cache (diffusers: FirstBlockCache), with the change taken
-per sample, so that one image does not depend on its batch-mates. interval is the rule of DeepCache
-(arXiv 2312.00858) and FORA (arXiv 2407.01425), on residuals.
+Every sample of a batch has decisions and a state of its own: where one of them wants a full step
+the model runs, and the others take what a skipped step would have given them. So, for one size of
+the batch, no bit of an image depends on its batch-mates.
+
+first-block is ParaAttention's First Block Cache (diffusers: FirstBlockCache), which decides by the
+mean over the batch. interval is the rule of DeepCache (arXiv 2312.00858) and FORA (arXiv
+2407.01425), on residuals.
 """
 
 from __future__ import annotations
@@ -50,11 +54,15 @@ class CachePolicy(Protocol):
     def must_run(self, step: int, since_full: int) -> str | None:
         """Reason why this step runs in full, known before it starts; None if it may skip.
 
-        `step` counts from 0 in the run, `since_full` the distance to the branch's last full one.
+        `step` counts from 0 in the run, `since_full` the distance to the sample's last full one.
         """
 
-    def small_change(self, change: Tensor) -> bool:
-        """Whether the change [B] of the first blocks' residual is small enough to skip."""
+    def small_change(self, change: Tensor) -> Tensor | bool:
+        """Whether the change [B] of the first blocks' residual is small enough to skip.
+
+        Returns:
+            [B] by sample, or one answer for all of them.
+        """
 
 
 @runtime_checkable
@@ -109,9 +117,9 @@ class FirstBlock:
             return "warm-up"
         return "max_skips reached" if since_full > self.max_skips else None
 
-    def small_change(self, change: Tensor) -> bool:
-        """All samples must agree; a NaN never does. Reads one value back from the device."""
-        return bool((change < self.threshold).all())
+    def small_change(self, change: Tensor) -> Tensor:
+        """By sample; a NaN is never small."""
+        return change < self.threshold
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Branch:
 
     name: str
     conditioning: Any = None
-    full_at: int | None = None  # step of the last full run
+    full_at: tuple[int, ...] | None = None  # step of the last full run, by sample
     form: tuple[Any, ...] = ()  # shape, dtype and device of the hidden state there
     probe: Tensor | None = None  # the first blocks' residual there
     ring: Ring | None = None  # outputs of the newest full steps, where a schedule forecasts
@@ -79,6 +80,9 @@ class Call:
     entry: Tensor | None = None  # the layout's scratch: what entered the first block,
     head: tuple[Any, ...] = ()  # what left the last block that always runs,
     done: bool = False  # and whether the stored features were put in
+    stays: Tensor | None = None  # [B], the samples of a full step that take the stored features,
+    before: tuple[Any, ...] = ()  # these features,
+    since: tuple[int, ...] = ()  # and the step of every sample's last full run after this one
 
 
 class Session:
@@ -95,6 +99,7 @@ class Session:
         self.call: Call | None = None
         self.closed = False
         self.reasons: Counter[str] = Counter()
+        self.blended = 0
         self._scheduler = scheduler
         self._branches: dict[tuple[str, int], Branch] = {}
         self._start_run(None)
@@ -184,6 +189,7 @@ class Session:
         if self._stale:
             self._branches.clear()
             self.reasons.clear()
+            self.blended = 0
             self._stale = False
         branch = self._branch(conditioning)
         self.call = Call(branch, self._step, self._is_last(timesteps, clock[0]), form=form)
@@ -239,40 +245,76 @@ class Session:
             call.branch = None
             return
         form = (output.shape, output.dtype, output.device)
-        reason = self._must_run(call, branch, form)
+        reasons = self._must_run(call, branch, form)
         residual = None
         if self.policy.measures and not call.is_last:
-            previous = branch.probe if reason is None else None
+            previous = None if all(reasons) else branch.probe
             change, residual = cache_metric(
                 output, entry, previous=previous, return_residual=True, per_sample=True
             )
-            if reason is None and not self.policy.small_change(change):
-                reason = "changed too much"
-        if reason is None:
+            if previous is not None:
+                reasons = self._judge(reasons, change)
+        probe = branch.probe
+        self._settle(call, reasons, output.device)
+        if not call.skip:
+            branch.form = form
+            branch.probe = residual if call.stays is None else blend(call.stays, probe, residual)
+
+    def _must_run(self, call: Call, branch: Branch, form: tuple[Any, ...]) -> list[str | None]:
+        """Return, by sample, why it must run in full; None where it may skip."""
+        if branch.replaced:
+            reason = "conditioning changed"
+        elif branch.full_at is None:
+            reason = "first step"
+        elif branch.form != form:
+            reason = "shape changed"
+        elif call.is_last:
+            reason = "last step"
+        else:
+            return [self.policy.must_run(call.step, call.step - at) for at in branch.full_at]
+        return [reason] * form[0][0]
+
+    def _judge(self, reasons: list[str | None], change: Tensor) -> list[str | None]:
+        """Let the policy look at the change of the samples that may skip; reads it back, [B]."""
+        small = self.policy.small_change(change)
+        each = small.tolist() if isinstance(small, Tensor) else [small] * len(reasons)
+        return [
+            reason or (None if fine else "changed too much")
+            for reason, fine in zip(reasons, each, strict=True)
+        ]
+
+    def _settle(self, call: Call, reasons: list[str | None], device: torch.device) -> None:
+        """Skip where no sample wants a full step; else run, for those that want it.
+
+        So whether a sample's output is computed or forecast depends on this sample alone.
+        """
+        branch = call.branch
+        wanted = [reason for reason in reasons if reason]
+        if not wanted:
             call.skip = True
             branch.decisions.append("skip")
             return
-        self.reasons[reason] += 1
+        batched = all(part.shape[0] == len(reasons) for part in branch.kept if part is not None)
+        if len(wanted) < len(reasons) and batched:
+            call.stays = torch.tensor([reason is None for reason in reasons], device=device)
+            call.before = branch.kept
+            pairs = zip(reasons, branch.full_at, strict=True)
+            call.since = tuple(call.step if reason else at for reason, at in pairs)
+            self.blended += 1
+        self.reasons[wanted[0]] += 1
         branch.decisions.append("full")
         branch.full_at, branch.kept = None, ()
-        branch.probe, branch.form = residual, form
-
-    def _must_run(self, call: Call, branch: Branch, form: tuple[Any, ...]) -> str | None:
-        if branch.replaced:
-            return "conditioning changed"
-        if branch.full_at is None:
-            return "first step"
-        if branch.form != form:
-            return "shape changed"
-        if call.is_last:
-            return "last step"
-        return self.policy.must_run(call.step, call.step - branch.full_at)
 
     @torch.compiler.disable
     def keep(self, call: Call, *kept: Any) -> None:
         """Store the features of a full step for the steps after it; the last step stores none."""
-        if call.branch is not None and not call.is_last:
-            call.branch.kept, call.branch.full_at = kept, call.step
+        branch = call.branch
+        if branch is None or call.is_last:
+            return
+        if call.stays is not None:
+            kept = tuple(map(partial(blend, call.stays), call.before, kept))
+        branch.kept = kept
+        branch.full_at = call.since or (call.step,) * branch.form[0][0]
 
     def recall(self, call: Call) -> tuple[Any, ...]:
         """Return what a skipped call puts in, in the order in which `keep` was given it."""
@@ -282,7 +324,7 @@ class Session:
     def finish(self, call: Call) -> None:
         """Close a call; a skipped one must have put the stored features in."""
         self.call = None
-        if call.skip and not call.done:
+        if (call.skip or call.stays is not None) and not call.done:
             self.abort()
             raise RuntimeError(
                 "cache: expected the model to run all blocks in order, but a skipped step never "
@@ -317,6 +359,7 @@ class Session:
         return {
             "full": every.count("full"),
             "skipped": every.count("skip"),
+            "blended": self.blended,  # full steps that some samples took no part in
             "branches": branches,
             "why_full": dict(self.reasons),
         }
@@ -325,6 +368,13 @@ class Session:
 def add_residual(head: Any, tail: Any) -> Any:
     """head + tail of one stream; a stream that the model ends early is None in `tail`."""
     return None if tail is None else head + tail
+
+
+def blend(stays: Tensor, old: Any, new: Any) -> Any:
+    """Return `old` for the samples that stay and `new` for the others, None where there is none."""
+    if new is None:
+        return None
+    return torch.where(stays.view(-1, *[1] * (new.dim() - 1)), old, new)
 
 
 def residual_of(output: Any, head: Any) -> Any:

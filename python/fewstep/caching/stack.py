@@ -5,7 +5,8 @@
     full step          keep R = h_tail - h_first
     skipped step       h_tail := h_first + R; the blocks between hand their inputs through
 
-Where a schedule forecasts, R is the weighted sum of several full steps' residuals.
+Where a schedule forecasts, R is the weighted sum of several full steps' residuals. In a full step
+that only some samples of the batch want, h_tail of the others is h_first + R as in a skipped one.
 
 Two-stream blocks (FLUX, SD3) return (encoder_hidden_states, hidden_states); both are kept. What a
 ControlNet adds between blocks is inside R, so a skipped step reuses it too.
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ._wrap import Replacement, Wrapped, follow, uncompiled
-from .session import Call, Session, add_residual, residual_of
+from .session import Call, Session, add_residual, blend, residual_of
 
 __all__ = ["BlockStack"]
 
@@ -107,8 +109,12 @@ class _Block(Wrapped):
             call.head = self._split(output)
             session.decide(call, call.entry, call.head[0])
         elif self.index == self.middle[-1]:
-            streams = zip(self._split(output), call.head, strict=True)
-            session.keep(call, *(residual_of(new, head) for new, head in streams))
+            streams = self._split(output)
+            session.keep(call, *map(residual_of, streams, call.head))
+            if call.stays is not None:
+                call.done = True
+                stored = map(add_residual, call.head, session.recall(call))
+                output = self._joined(*map(partial(blend, call.stays), stored, streams))
             call.head = ()
         return output
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._wrap import Replacement, Wrapped, follow, uncompiled
-from .session import Session
+from .session import Session, blend
 
 __all__ = ["UNetStack"]
 
@@ -161,4 +161,7 @@ class _Leaving(Wrapped):
             return self.session.recall(call)[0]
         output = self.below(*args, **kwargs)
         self.session.keep(call, output)
+        if call.stays is not None:
+            call.done = True
+            output = blend(call.stays, self.session.recall(call)[0], output)
         return output
