@@ -11,6 +11,7 @@ what depends on the time alone, exactly. Nothing here changes a model:
 from ._wrap import is_cached
 from .calibrate import calibrate
 from .fingerprint import Fingerprint
+from .magcache import MagCache, MagnitudeRecorder
 from .methods import FoCa, Fora, HiCache, Newton, Scm, Taylor
 from .output import OutputStack
 from .plan import Plan
@@ -33,6 +34,8 @@ __all__ = [
     "Fora",
     "HiCache",
     "Interval",
+    "MagCache",
+    "MagnitudeRecorder",
     "Newton",
     "OutputStack",
     "Plan",

@@ -134,11 +134,9 @@ def plan_cache(
         raise ValueError(
             f"verify: expected a cache that forecasts the model's output, got {policy!r}"
         )
-    session: Session = (
-        ScheduledSession(policy, SchedulerOf(pipe), verify=options.verify)
-        if scheduled
-        else Session(policy, SchedulerOf(pipe))
-    )
+    kind = getattr(policy, "session", ScheduledSession if scheduled else Session)
+    more = {"verify": options.verify} if scheduled else {}
+    session: Session = kind(policy, SchedulerOf(pipe), **more)
     change = _CacheChange(repr(policy), session)
     change.done.append(layout.describe(session))
     ends = "the first" if scheduled else "the first and the last"
