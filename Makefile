@@ -14,7 +14,7 @@ TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH) $(PYTHON)' | cksum | cut -d
 CUDA_STAMP := $(VENV)/.cuda-$(or $(FEWSTEP_CUDA),auto)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test lint format docs bench figures peers doctor clean
+.PHONY: demo test lint format docs bench figures peers cache-peers doctor clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/fewstep demo --output demo
@@ -51,6 +51,12 @@ figures: $(VENV)/.test
 # $(VENV) has, the one build of this checkout too: a second would overwrite python/fewstep/_C*.so.
 peers: $(VENV)-peers/.beside
 	$(VENV)-peers/bin/python -m fewstep bench ops --device cpu --peers --output benchmarks/results
+
+# Caches of other packages beside this library's, by the quality they leave. Nothing is timed.
+cache-peers: $(VENV)-peers/.beside
+	for model in digits photos; do OMP_NUM_THREADS=1 CACHE_DIT_LOG_LEVEL=error \
+		$(VENV)-peers/bin/python benchmarks/pipelines/cache_quality.py --model $$model \
+		--processes $(WORKERS) --record benchmarks/results || exit 1; done
 
 $(VENV)-peers/.beside: pyproject.toml $(TORCH_STAMP) | $(VENV)/.test
 	$(PY) -m venv --clear $(VENV)-peers

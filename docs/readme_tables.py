@@ -2,6 +2,7 @@
 
     make figures                    # measure: records under benchmarks/results/<device>/
     make peers                      # other packages beside the low-bit products: peers.jsonl there
+    make cache-peers                # caches of other packages: cache_digits.json, cache_photos.json
     python docs/readme_tables.py    # README, docs/benchmarks.md, the guides
 
 A document says from which device's folder it was drawn, and goes on with that one; an argument
@@ -25,6 +26,7 @@ from fewstep.bench.table import seconds, share, summary_markdown
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from drawn.caching import cache_table, draw_curves
 from drawn.markdown import caption, table
 from drawn.steps import model_tables, step_table, time_table
 
@@ -32,11 +34,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "demo"
 IMAGES = ROOT / "docs" / "images"
-README, BENCHMARKS, PATCHING, QUANTIZATION, ATTENTION = (
+README, BENCHMARKS, CACHES, PATCHING, QUANTIZATION, ATTENTION = (
     ROOT / name
     for name in (
         "README.md",
         "docs/benchmarks.md",
+        "docs/cache_quality.md",
         "docs/guides/patching.md",
         "docs/guides/quantization.md",
         "docs/ops/attention_jvp.md",
@@ -51,7 +54,8 @@ ROOFLINE_BASELINES = (
 )
 # <name>.json beside the harness's lines. Without one of OPTIONAL its table says so.
 REPORTS = ("demo", "patches", "dit_step")
-OPTIONAL = ("quantized_digits", "quantized_photos", "time_steps")
+OPTIONAL = ("quantized_digits", "quantized_photos", "time_steps", "cache_digits", "cache_photos")
+CURVES = {"cache_digits": "cache_quality_digits.png", "cache_photos": "cache_quality_photos.png"}
 PICTURES = ("samples.png", "tradeoff.png")
 
 # What README shows of each op: the case, and the baseline that its user would otherwise run.
@@ -84,6 +88,8 @@ class Records:
     quantized_digits: dict[str, Any] | None = None
     quantized_photos: dict[str, Any] | None = None
     time_steps: dict[str, Any] | None = None
+    cache_digits: dict[str, Any] | None = None
+    cache_photos: dict[str, Any] | None = None
     peers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -313,7 +319,7 @@ def quality(report: dict[str, Any] | None) -> str:
 def documents(folder: str) -> dict[Path, str]:
     """Return the documents as they should read, drawn from a device's folder."""
     records = Records.load(RESULTS / folder)
-    paths = (README, BENCHMARKS, PATCHING, QUANTIZATION, ATTENTION)
+    paths = (README, BENCHMARKS, CACHES, PATCHING, QUANTIZATION, ATTENTION)
     texts = {path: path.read_text() for path in paths}
     peers = records.peers
     sentences = "".join(
@@ -338,6 +344,10 @@ def documents(folder: str) -> dict[Path, str]:
         + bench_caption,
         (BENCHMARKS, "models"): model_tables(RESULTS),
         (BENCHMARKS, "peers"): (peers_table(peers) + "\n" if peers else "") + peers_caption(peers),
+        **{
+            (CACHES, name): cache_table(getattr(records, name), f"images/{picture}")
+            for name, picture in CURVES.items()
+        },
         (PATCHING, "patches"): patches_table(records.patches)
         + "\n"
         + caption(records.patches["environment"], f"{records.patches['images']} images, on"),
@@ -366,6 +376,16 @@ def draw_roofline(folder: str, path: Path) -> None:
     roofline_picture(path, results, title, ROOFLINE_BASELINES)
 
 
+def draw_caches(folder: str) -> None:
+    """Draw the curves of the caches' records of a device."""
+    records = Records.load(RESULTS / folder)
+    for name, picture in CURVES.items():
+        if (report := getattr(records, name)) is not None:
+            draw_curves(
+                IMAGES / picture, report, f"Caches on the {name.removeprefix('cache_')} model"
+            )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Rewrite the documents in place, and take over the demo's pictures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -375,6 +395,7 @@ def main(argv: list[str] | None = None) -> None:
         path.write_text(text)
         print(f"drew {path.relative_to(ROOT)}")
     draw_roofline(folder, IMAGES / ROOFLINE)
+    draw_caches(folder)
     report, record = DEMO / "report.json", RESULTS / folder / "demo.json"
     if report.is_file() and report.read_text() == record.read_text():
         for name in PICTURES:

@@ -1,0 +1,79 @@
+"""Trials of this library: calibrated plans, the presets, and fewer steps.
+
+A plan is calibrated on four calls of eight images each, on noise that no held-out image has. The
+plan of the Gram matrix alone has the same full steps: it is the plan carried over to its own grid,
+which fits the weights anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import fewstep
+from fewstep.caching import PRESETS, Plan, calibrate
+
+from .trial import Study, Trial
+
+FEWER = (3, 4, 6, 8)  # times fewer full steps than steps
+# What is swept of a preset that has such a setting; the others are tried as they come.
+DIALS: dict[str, tuple[float, ...]] = {
+    "threshold": (0.1, 0.15, 0.2, 0.3),
+    "every": (3, 4, 6, 8),
+}
+FREE = {"max_skips": 50}  # limits that would end a sweep early
+
+
+def said(settings: dict[str, Any]) -> str:
+    """Return settings as the record writes them."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "as it comes"
+
+
+@functools.cache
+def _calibrated(study: Study, full_steps: int) -> Plan:
+    return calibrate(study.pipeline(), study.calibration(), full_steps=full_steps)
+
+
+def _plan(pipe: Any, *, study: Study, full_steps: int, corrected: bool) -> dict[str, Any]:
+    plan = _calibrated(study, full_steps)
+    if not corrected:
+        plan = plan.at(plan.times)
+    fewstep.patch(pipe, cache=plan)
+    notes = {f"predicted_{name}_db": plan.predicted.get(name) for name in ("psnr", "psnr_min")}
+    return notes | {"schedule": list(plan.full)}
+
+
+def _preset(pipe: Any, *, name: str, **settings: Any) -> None:
+    fewstep.patch(pipe, cache=PRESETS[name](**settings))
+
+
+def plans(study: Study) -> Iterator[Trial]:
+    """Yield calibrated plans: corrected by runs with the plan, and by the Gram matrix alone."""
+    for fewer in FEWER:
+        full_steps = max(1, study.steps // fewer)
+        for corrected in (True, False):
+            name = "calibrated plan" if corrected else "plan of the Gram matrix alone"
+            install = functools.partial(
+                _plan, study=study, full_steps=full_steps, corrected=corrected
+            )
+            yield Trial(name, f"full_steps={full_steps}", install, "fewstep")
+
+
+def presets(study: Study) -> Iterator[Trial]:
+    """Yield every preset, with a sweep of its dial."""
+    for name, make in PRESETS.items():
+        takes = inspect.signature(make).parameters
+        free = {setting: value for setting, value in FREE.items() if setting in takes}
+        dials = [dial for dial in DIALS if dial in takes]
+        sweep = [{dial: value} | free for dial in dials[:1] for value in DIALS[dial]]
+        for settings in sweep or [{}]:
+            install = functools.partial(_preset, name=name, **settings)
+            yield Trial(name, said(settings), install, "fewstep")
+
+
+def fewer_steps(study: Study) -> Iterator[Trial]:
+    """Yield the same sampler on coarser grids."""
+    for count in sorted({max(1, study.steps // n) for n in (2, *FEWER)}, reverse=True):
+        yield Trial("fewer steps", f"steps={count}", lambda pipe: None, None, count)

@@ -1,0 +1,143 @@
+"""A trial: a pipeline with one cache on it draws held-out images, and its work is counted.
+
+    PSNR = 10 log10(1 / mean (y - y_full)^2)    y, y_full in [0, 1]; dB, one value per image
+
+Work is counted in the linear layers of the transformer's blocks (rows x inputs x outputs), whoever
+calls them: `block_share` is a trial's over the uncached run's. A call of the transformer counts as
+full if all of these layers ran, as partial if some did; `full_steps` is full calls over the calls
+of one step. What lies outside the blocks (embeddings, output layer) is in neither; the embedders
+of the time, which this model keeps in its blocks and its output layer calls too, count as outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_DB = 150.0  # of images that are equal, so that means stay finite
+HELD_OUT_SEED = 20_000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of one method."""
+
+    method: str
+    setting: str
+    install: Callable[[Any], dict[str, Any] | None]
+    """Puts the cache on a pipeline that nobody uses afterwards; returns notes for the record."""
+    package: str | None = None
+    steps: int | None = None
+    """Steps to draw with, where they are not the model's."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all trials of one model share."""
+
+    load: Callable[[], Any]
+    steps: int
+    images: int
+    batch: int
+
+    def pipeline(self) -> Any:
+        """Return a pipeline of one's own."""
+        pipe = self.load()
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def calibration(self, calls: int = 4, images: int = 8) -> list[dict[str, Any]]:
+        """Return calls whose noise no held-out image has, all labels among them."""
+        classes = self.pipeline().num_classes
+        return [
+            {
+                "class_labels": [(call * images + index) % classes for index in range(images)],
+                "num_inference_steps": self.steps,
+                "generator": torch.Generator().manual_seed(1000 + call),
+                "output_type": "pt",
+            }
+            for call in range(calls)
+        ]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images [n, C, H, W] in [0, 1], and the work of every call of the transformer, per image."""
+
+    images: Tensor
+    work: list[float]
+
+
+@contextmanager
+def counted(transformer: torch.nn.Module) -> Iterator[list[float]]:
+    """Count the multiplications of each call in the blocks' linear layers, per image."""
+    found: list[float] = []
+    images = 1
+
+    def enter(module: Any, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        nonlocal images
+        images = len(args[0])
+        found.append(0.0)
+
+    def add(layer: torch.nn.Linear, args: tuple[Tensor, ...]) -> None:
+        found[-1] += args[0].numel() * layer.out_features / images
+
+    layers = [
+        layer
+        for name, layer in transformer.transformer_blocks.named_modules()
+        if isinstance(layer, torch.nn.Linear) and ".emb." not in name
+    ]
+    handles = [layer.register_forward_pre_hook(add) for layer in layers]
+    handles.append(transformer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def draw(pipe: Any, study: Study, steps: int | None = None) -> Drawn:
+    """Draw the held-out images; what is drawn depends on the image's place alone."""
+    config, drawn = pipe.transformer.config, []
+    shape = (study.images, config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    labels = torch.arange(study.images) % pipe.num_classes
+    with counted(pipe.transformer) as work:
+        for rows in torch.arange(study.images).split(study.batch):
+            result = pipe(labels[rows], steps or study.steps, latents=noise[rows], output_type="pt")
+            drawn.append(result.images)
+    return Drawn(torch.cat(drawn), work)
+
+
+def decibels(images: Tensor, reference: Tensor) -> Tensor:
+    """Return the PSNR of the module's header, [n]."""
+    error = (images - reference).double().square().flatten(1).mean(1)
+    return (-10 * error.log10()).clamp(max=MOST_DB)
+
+
+def run(trial: Trial, study: Study, reference: Drawn) -> dict[str, Any]:
+    """Return a trial's row of the record."""
+    pipe = study.pipeline()
+    notes = trial.install(pipe) or {}
+    drawn = draw(pipe, study, trial.steps)
+    levels, whole = decibels(drawn.images, reference.images), max(reference.work)
+    full = sum(work > 0.999 * whole for work in drawn.work)
+    partial = sum(0 < work <= 0.999 * whole for work in drawn.work)
+    return {
+        "method": trial.method,
+        "setting": trial.setting,
+        "package": trial.package,
+        "full_steps": full / len(reference.work) * study.steps,
+        "partial_steps": partial / len(reference.work) * study.steps,
+        "block_share": sum(drawn.work) / sum(reference.work),
+        "psnr_db": levels.mean().item(),
+        "psnr_median_db": levels.median().item(),
+        "psnr_worst_db": levels.min().item(),
+        **notes,
+    }

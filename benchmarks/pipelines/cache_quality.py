@@ -1,0 +1,120 @@
+"""What caches cost in quality: PSNR to the uncached image over full steps, per method.
+
+    python benchmarks/pipelines/cache_quality.py --model digits --record benchmarks/results
+    python benchmarks/pipelines/cache_quality.py --model photos --record benchmarks/results
+    make cache-peers            # both, with the other packages installed
+
+Held-out images of two trained models at 50 steps: this library's calibrated plans and presets,
+diffusers' hooks and cache-dit by their own packages, EasyCache's rule, and simply fewer steps. The
+same labels and noise for all. `cache_peers/` has the methods and what they were given; a package
+that is not installed is named in the record. Nothing is timed: figures are the same on an idle and
+on a busy machine.
+
+Decisions that a method takes for a whole batch are taken for `--batch` images. `--processes` shares
+the trials out; OMP_NUM_THREADS=1 is then in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import multiprocessing
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
+
+import photos
+from cache_peers import dbcache, diffusers_hooks, easycache, ours
+from cache_peers.trial import Drawn, Study, Trial, draw, run
+
+from fewstep.assets.digits import load_digits_pipeline
+from fewstep.bench.environment import environment, slug
+
+STEPS = 50
+MODELS: dict[str, Callable[[], Any]] = {
+    "digits": lambda: load_digits_pipeline("teacher"),
+    "photos": photos.load_photos_pipeline,
+}
+SOURCES = (
+    ours.plans,
+    ours.presets,
+    ours.fewer_steps,
+    diffusers_hooks.trials,
+    dbcache.trials,
+    easycache.trials,
+)
+
+
+def trials(study: Study, only: str = "") -> Iterator[Trial]:
+    """Yield what is tried: methods that match `only`."""
+    for source in SOURCES:
+        yield from (trial for trial in source(study) if re.search(only, trial.method))
+
+
+@functools.cache
+def study_of(model: str, *sizes: int) -> Study:
+    """Return the study of a process: what it has calibrated is kept."""
+    return Study(MODELS[model], *sizes)
+
+
+def row(share: tuple[tuple[str, int, int, int], str, int, Drawn]) -> dict[str, Any]:
+    """Run one trial, by its number."""
+    key, only, index, reference = share
+    study = study_of(*key)
+    return run(next(itertools.islice(trials(study, only), index, None)), study, reference)
+
+
+def rows(key: tuple[str, int, int, int], only: str, processes: int) -> Iterable[dict[str, Any]]:
+    """Yield the rows of the record in their order."""
+    study = study_of(*key)
+    reference = draw(study.pipeline(), study)
+    shares = [(key, only, index, reference) for index, _ in enumerate(trials(study, only))]
+    if processes == 1:
+        yield from map(row, shares)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(processes) as pool:
+        yield from pool.imap(row, shares, chunksize=2)  # two trials of one calibrated plan
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and write <record>/<device>/cache_<model>.json."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--only", default="", help="methods whose name this expression finds")
+    parser.add_argument("--processes", type=int, default=1)
+    args = parser.parse_args(argv)
+    machine = environment(torch.device("cpu"))
+    report: dict[str, Any] = {
+        "environment": machine,
+        "steps": args.steps,
+        "images": args.images,
+        "batch": args.batch,
+        "left_out": [reason for reason in (dbcache.why_not(),) if reason],
+        "rows": [],
+    }
+    path = args.record / slug(machine["device"]) / f"cache_{args.model}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = (args.model, args.steps, args.images, args.batch)
+    for found in rows(key, args.only, args.processes):
+        report["rows"].append(found)
+        print(json.dumps(found), flush=True)
+        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The comparison of caches: every method is on, its work is counted, and the record is drawn."""
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+
+
+def module_at(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def quality():
+    path = list(sys.path)
+    yield module_at(ROOT / "benchmarks/pipelines/cache_quality.py")
+    sys.path[:] = path
+    ours = ("cache_quality", "photos")
+    for name in [n for n in sys.modules if n in ours or n.partition(".")[0] == "cache_peers"]:
+        sys.modules.pop(name)
+
+
+@pytest.fixture(scope="module")
+def trial(quality):
+    return sys.modules["cache_peers.trial"]
+
+
+@pytest.fixture
+def caching(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("drawn.caching")
+
+
+@pytest.fixture(scope="module")
+def study(quality):
+    return quality.Study(quality.MODELS["photos"], STEPS, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def reference(quality, study):
+    return quality.draw(study.pipeline(), study)
+
+
+@pytest.fixture
+def run(quality, study, reference):
+    """Runs a trial of a source: the first whose method and setting begin so."""
+
+    def run(source, method, setting=""):
+        for trial in source(study):
+            if trial.method.startswith(method) and trial.setting.startswith(setting):
+                return quality.run(trial, study, reference)
+        raise LookupError(f"{method}, {setting}")
+
+    return run
+
+
+def test_the_uncached_run_is_all_there_is(quality, trial, study, reference):
+    assert len(reference.work) == STEPS * 2  # two batches, no guidance
+    assert len(set(reference.work)) == 1
+    nothing = trial.Trial("nothing", "", lambda pipe: None)
+    found = quality.run(nothing, study, reference)
+    assert (found["full_steps"], found["block_share"]) == (STEPS, 1)
+    assert found["psnr_worst_db"] == 150
+
+
+def test_psnr_is_of_each_image(trial):
+    levels = trial.decibels(torch.tensor([[0.5, 0.5], [0.6, 0.4]]), torch.full((2, 2), 0.5))
+    torch.testing.assert_close(levels, torch.tensor([150.0, 20.0]).double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "method", "setting", "full", "share"),
+    [
+        # All but the first step skip: the first of three blocks is run and compared.
+        ("diffusers_hooks", "First Block Cache", "threshold=9", 1, 1 / 3),
+        # The first 3 steps, the one after the next, then every third.
+        ("diffusers_hooks", "TaylorSeer, output, order 1", "cache_interval=3", 5, 0),
+        ("diffusers_hooks", "MagCache", "threshold=9", 1, 0),
+        # The first step and the last.
+        ("diffusers_hooks", "SeaCache", "threshold=9", 2, 0),
+        ("easycache", "EasyCache's rule", "threshold=9", 4, 0),
+    ],
+)
+def test_what_peers_skip(quality, run, monkeypatch, source, method, setting, full, share):
+    module = getattr(quality, source)
+    for sweep in ("FIRST_BLOCK", "MAG", "SEA", "THRESHOLDS"):
+        if hasattr(module, sweep):
+            monkeypatch.setattr(module, sweep, (9,))
+    found = run(module.trials, method, setting)
+    assert found["full_steps"] == pytest.approx(full)
+    skipped = found["block_share"] * STEPS - full
+    assert skipped == pytest.approx(share * (STEPS - full), abs=1e-6)
+    assert 5 < found["psnr_db"] < 60
+
+
+def test_cache_dit_is_on(quality, run):
+    if quality.dbcache.why_not():
+        assert not list(quality.dbcache.trials(None))
+        pytest.skip("an optional peer that is not installed")
+    found = run(quality.dbcache.trials, "DBCache, mask + TaylorSeer 1", "F1B0, every=4")
+    assert found["full_steps"] == 4  # 0, 1, 2, 6
+    assert found["block_share"] * STEPS == pytest.approx(4 + 4 / 3)
+
+
+def test_every_preset_is_tried(quality, study):
+    from fewstep.caching import PRESETS
+
+    assert {trial.method for trial in quality.ours.presets(study)} == set(PRESETS)
+    assert "every=3" in {trial.setting.split(",")[0] for trial in quality.ours.presets(study)}
+
+
+def test_a_record_and_what_is_drawn_from_it(quality, caching, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality.Study.calibration, "__defaults__", (1, 2))
+    arguments = "--model photos --images 2 --batch 2 --steps 8 --only plan|fewer|EasyCache"
+    quality.main([*arguments.split(), "--record", str(tmp_path)])
+    (path,) = tmp_path.glob("*/cache_photos.json")
+    report = json.loads(path.read_text())
+    plans = [row for row in report["rows"] if row["method"] == "calibrated plan"]
+    assert [row["full_steps"] for row in plans] == [2, 2, 1, 1]
+    assert all(row["predicted_psnr_db"] > 10 for row in plans)
+    alone = [row for row in report["rows"] if row["method"] == "plan of the Gram matrix alone"]
+    assert [row["schedule"] for row in alone] == [row["schedule"] for row in plans]
+
+    report["environment"] |= {"commit": "0123456789abcdef"}
+    text = caching.cache_table(report, "curve.png")
+    assert "dB at 2 full steps" in text
+    assert "commit 0123456789." in text
+    assert text.count("\n| ") == 1 + len(caching.methods(report))
+    caching.draw_curves(tmp_path / "curve.png", report, "photos")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    assert caching.cache_table(None, "") == "Not measured yet.\n"
+
+
+def test_a_sweep_that_misses_a_count_is_read_between_its_settings(caching):
+    rows = [{"full_steps": full, "psnr_db": level} for full, level in ((4, 20.0), (8, 30.0))]
+    found = [caching.level(rows, full) for full in (3, 4, 6, 8, 50)]
+    assert found == [None, 20, 25, 30, 30]
+    rows.insert(0, {"full_steps": 2, "psnr_db": 24.0})  # a method that is better with fewer
+    assert caching.level(rows, 4) == 24
