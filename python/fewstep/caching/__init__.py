@@ -9,6 +9,7 @@ what depends on the time alone, exactly. Nothing here changes a model:
 """
 
 from ._wrap import is_cached
+from .accumulated import EasyCache, TeaCache
 from .calibrate import calibrate
 from .fingerprint import Fingerprint
 from .magcache import MagCache, MagnitudeRecorder
@@ -28,6 +29,7 @@ __all__ = [
     "PRESETS",
     "BlockStack",
     "CachePolicy",
+    "EasyCache",
     "Fingerprint",
     "FirstBlock",
     "FoCa",
@@ -45,6 +47,7 @@ __all__ = [
     "Scm",
     "Session",
     "Taylor",
+    "TeaCache",
     "TimePart",
     "TimeSession",
     "UNetStack",

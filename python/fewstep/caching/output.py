@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ._wrap import Followed, Replacement, follow
-from .scheduled import ScheduledSession
-from .session import Call, Session
+from .session import Call, Session, blend
 
 __all__ = ["OutputStack"]
 
@@ -44,9 +44,8 @@ class OutputStack:
 class _Output(Followed):
     """`forward` of the model; a skipped call returns the forecast in the form of the last one."""
 
-    session: ScheduledSession
-
     def run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.session.enter(call)
         if call.skip:
             call.done = True
             forecast = self.session.recall(call)
@@ -57,6 +56,10 @@ class _Output(Followed):
         if call.branch is not None:
             parts, call.branch.rebuild = _take_apart(output)
             self.session.keep(call, *parts)
+            if call.stays is not None:
+                call.done = True
+                mixed = map(partial(blend, call.stays), self.session.recall(call), parts)
+                return call.branch.rebuild(tuple(mixed))
         return output
 
     def _beside(self, call: Call, forecast: tuple[Any, ...], output: Any) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .accumulated import EasyCache, TeaCache
 from .methods import FoCa, Fora, HiCache, Newton, Taylor
 from .policy import CachePolicy, FirstBlock, Interval, ScheduledPolicy, check_ends
 
@@ -17,6 +18,8 @@ PRESETS: dict[str, Callable[[], CachePolicy | ScheduledPolicy]] = {
     "newton": Newton,
     "hicache": HiCache,
     "foca": FoCa,
+    "easycache": EasyCache,
+    "teacache": TeaCache,
 }
 
 

@@ -56,13 +56,14 @@ class Branch:
     steady: bool = False  # whether its conditioning was the same tensor on two steps of the run
     replaced: bool = False  # whether it is another one now
     flags: Any = None  # which samples the guard has found off since the last full step
+    memory: Any = None  # what else the session knows of the steps before
     errors: dict[int, Tensor] = field(default_factory=dict)  # of forecasts, by step of the run
     decisions: list[str] = field(default_factory=list)  # of the run: "full" or "skip"
 
     def forget(self) -> None:
         """Drop the tensors, keep the record of decisions."""
         self.full_at, self.probe, self.kept, self.conditioning = None, None, (), None
-        self.flags = None
+        self.flags = self.memory = None
         if self.ring is not None:
             self.ring.clear()
 
@@ -77,7 +78,7 @@ class Call:
     skip: bool = False
     flags: Any = None  # of the guard: the samples that a skipped step computes all the same
     form: tuple[Any, ...] = ()  # of what entered the model
-    entry: Tensor | None = None  # the layout's scratch: what entered the first block,
+    entry: Tensor | None = None  # the layout's scratch: what entered the model or block 0,
     head: tuple[Any, ...] = ()  # what left the last block that always runs,
     done: bool = False  # and whether the stored features were put in
     stays: Tensor | None = None  # [B], the samples of a full step that take the stored features,
@@ -200,6 +201,11 @@ class Session:
                 self.abort()
                 raise
         return self.call
+
+    verify = False  # whether the model runs on skipped steps too, to measure
+
+    def enter(self, call: Call) -> None:
+        """Decide what needs `call.entry`, the model's input, alone: here, nothing."""
 
     def _foresee(self, call: Call, timesteps: Any, index: Any) -> None:
         """Decide what can be decided before the model runs: here, nothing."""

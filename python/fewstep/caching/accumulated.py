@@ -1,0 +1,215 @@
+"""Skip while the change of what enters the model, summed over steps, is small.
+
+    e := e + d_t at every step, by sample;  skip while e < threshold;  a full step sets e := 0
+
+    TeaCache    d = P(|h_t - h_{t-1}| / |h_{t-1}|), h what enters the first block, P a polynomial
+                that makes of it the change of the output        (arXiv 2411.19108)
+    EasyCache   d = k |x_t - x_{t-1}| / |v_f|, x what enters the model, v_f its output on the last
+                full step f, k = |v_f - v_g| / |x_f - x_g| of the two last ones; a skipped step
+                gives x_t + (v_f - x_f)                          (arXiv 2507.02860)
+
+|.| is the mean of magnitudes over a sample. TeaCache takes h behind the first block's norm and
+modulation, which are other code in every model; here it is what enters them, so that coefficients
+fitted by its authors do not carry over and the default is P(c) = c. The first block runs on every
+step. EasyCache lets the guided pass decide for the unguided one; here each decides for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import cache_metric
+from .methods import check_number
+from .schedules import check_count
+from .session import Call, Session, blend
+
+__all__ = ["EasyCache", "InputSession", "TeaCache"]
+
+
+@dataclass
+class Memory:
+    """What a branch knows of the steps before, by sample."""
+
+    entry: Tensor  # what entered on the last step
+    error: Tensor  # [B], e
+    full_entry: Tensor | None = None  # what entered on the last full step,
+    full_output: Tensor | None = None  # and what the model made of it
+    gain: Tensor | None = None  # [B], k
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.flatten(1).abs().mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class _Accumulated:
+    threshold: float
+    max_skips: int
+    warmup: int
+
+    measures = True
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, 0)
+        check_count("max_skips", self.max_skips, 0)
+        check_count("warmup", self.warmup, 1)
+
+    def must_run(self, step: int, since_full: int) -> str | None:
+        """Warm-up, or too many skips in a row."""
+        if step < self.warmup:
+            return "warm-up"
+        return "max_skips reached" if since_full > self.max_skips else None
+
+    def small_change(self, change: Tensor) -> Tensor:
+        """By sample; a NaN is never small."""
+        return change < self.threshold
+
+
+class InputSession(Session):
+    """Sums what the policy makes of every step's input."""
+
+    def enter(self, call: Call) -> None:
+        """Decide before the model runs, by what enters it."""
+        if call.branch is not None and call.entry is not None:
+            self.decide(call, call.entry, call.entry)
+
+    @torch.compiler.disable
+    def decide(self, call: Call, entry: Tensor, output: Tensor) -> None:
+        """Set `call.skip` and `call.stays` from what entered the first block, or the model."""
+        branch = call.branch
+        if branch is None:
+            return
+        if output.requires_grad:
+            self.reasons["gradients wanted"] += 1
+            call.branch = None
+            return
+        form = (output.shape, output.dtype, output.device)
+        reasons = self._must_run(call, branch, form)
+        memory: Memory | None = branch.memory
+        if memory is None or memory.entry.shape != entry.shape:
+            memory = branch.memory = Memory(entry, _mean(entry) * 0)
+        elif not all(reasons):
+            memory.error = memory.error + self.policy.increment(memory, entry)
+            reasons = self._judge(reasons, memory.error)
+        self._settle(call, reasons, output.device)
+        memory.entry = entry.detach().clone()
+        if not call.skip:
+            nothing = torch.zeros_like(memory.error)
+            stays = call.stays
+            memory.error = nothing if stays is None else blend(stays, memory.error, nothing)
+            branch.form = form
+
+    @torch.compiler.disable
+    def keep(self, call: Call, *kept: Any) -> None:
+        """Store the features of a full step, and what the policy learns of them."""
+        branch = call.branch
+        if branch is None or call.is_last:
+            return
+        if any(isinstance(part, Tensor) and part.requires_grad for part in kept):
+            self.reasons["gradients wanted"] += 1
+            branch.forget()
+            return
+        self.policy.learn(branch.memory, call, kept[0])
+        super().keep(call, *(part if part is None else part.clone() for part in kept))
+
+    def recall(self, call: Call) -> tuple[Any, ...]:
+        """Return what stands for a skipped call."""
+        kept = super().recall(call)
+        return (self.policy.carry(call.branch.memory, kept[0]), *kept[1:])
+
+
+@dataclass(frozen=True)
+class TeaCache(_Accumulated):
+    """Skip while the first block's input has changed little since the last full step.
+
+    Args:
+        threshold: of the accumulated change, exclusive; 0 never skips.
+        coefficients: of P, highest power first.
+        max_skips: at most this many skipped steps in a row.
+        warmup: steps at the start that always run in full.
+        first: blocks that run on every step.
+        last: blocks at the end that do.
+    """
+
+    threshold: float = 0.15
+    coefficients: tuple[float, ...] = (1.0, 0.0)
+    max_skips: int = 8
+    warmup: int = 1
+    first: int = 1
+    last: int = 0
+
+    session = InputSession
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "coefficients", tuple(map(float, self.coefficients)))
+        if not self.coefficients:
+            raise ValueError("coefficients: expected at least one, got none")
+        check_count("first", self.first, 1)
+        check_count("last", self.last, 0)
+
+    def increment(self, memory: Memory, entry: Tensor) -> Tensor:
+        """Return d [B]."""
+        change = cache_metric(entry, memory.entry, per_sample=True)
+        total = torch.zeros_like(change)
+        for coefficient in self.coefficients:
+            total = total * change + coefficient
+        return total
+
+    def learn(self, memory: Memory, call: Call, output: Tensor) -> None:
+        """Nothing: P is given."""
+
+    def carry(self, memory: Memory, kept: Tensor) -> Tensor:
+        """Return the stored residual as it is."""
+        return kept
+
+
+@dataclass(frozen=True)
+class EasyCache(_Accumulated):
+    """Skip while the model's output, foretold from its input, has changed little.
+
+    Args:
+        threshold: of the accumulated change, exclusive; 0 never skips.
+        max_skips: at most this many skipped steps in a row.
+        warmup: steps at the start that always run in full; two are needed to tell k.
+    """
+
+    threshold: float = 0.05
+    max_skips: int = 8
+    warmup: int = 5
+
+    scope = "output"
+    first, last = 1, 0
+    session = InputSession
+
+    def increment(self, memory: Memory, entry: Tensor) -> Tensor:
+        """Return d [B]."""
+        if memory.gain is None:
+            return torch.full_like(memory.error, torch.inf)
+        return memory.gain * _mean(entry - memory.entry) / _mean(memory.full_output)
+
+    def learn(self, memory: Memory, call: Call, output: Tensor) -> None:
+        """Take k from this full step and the one before, for the samples that ran."""
+        entry = memory.entry
+        if output.shape != entry.shape:
+            raise ValueError(
+                "cache: expected a model whose output has the shape of its input, "
+                f"{list(entry.shape)}, got {list(output.shape)}; EasyCache adds their difference"
+            )
+        output = output.detach().clone()
+        gain, full_entry, full_output = None, entry, output
+        if memory.full_output is not None:
+            gain = _mean(output - memory.full_output) / _mean(entry - memory.full_entry)
+        if call.stays is not None:
+            gain = blend(call.stays, memory.gain, gain)
+            full_entry = blend(call.stays, memory.full_entry, entry)
+            full_output = blend(call.stays, memory.full_output, output)
+        memory.gain, memory.full_entry, memory.full_output = gain, full_entry, full_output
+
+    def carry(self, memory: Memory, kept: Tensor) -> Tensor:
+        """Return the last output, moved as the input has moved."""
+        return kept + (memory.entry - memory.full_entry)
