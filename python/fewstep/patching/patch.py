@@ -238,9 +238,9 @@ def patch(
         modulations: "group" or None, for `quantize`: whether modulation layers in w4a16 that read
             the same row are evaluated in one launch.
         cache: a plan of `fewstep.caching.calibrate` or a file with one: run the plan's steps in
-            full and forecast the model's output at the others. Or "first-block", "interval", or a
-            policy of `fewstep.caching`: skip the middle blocks on steps that barely differ from
-            the last one that ran in full. "auto" takes one of the plans that lie in the folder
+            full and forecast the model's output at the others. Or a published method, by the name
+            of its preset, such as "taylor" or "first-block", or as a policy of
+            `fewstep.caching` with settings of your own. "auto" takes one of the plans that lie in the folder
             `cache_plans` of the pipeline's checkpoint.
         target: for cache="auto": the fastest plan that was measured to reach it, such as
             "psnr>=30"; without it and without `speedup`, "psnr>=40".
