@@ -240,8 +240,8 @@ def patch(
         cache: a plan of `fewstep.caching.calibrate` or a file with one: run the plan's steps in
             full and forecast the model's output at the others. Or a published method, by the name
             of its preset, such as "taylor" or "first-block", or as a policy of
-            `fewstep.caching` with settings of your own. "auto" takes one of the plans that lie in the folder
-            `cache_plans` of the pipeline's checkpoint.
+            `fewstep.caching` with settings of your own. "auto" takes one of the plans that lie in
+            the folder `cache_plans` of the pipeline's checkpoint.
         target: for cache="auto": the fastest plan that was measured to reach it, such as
             "psnr>=30"; without it and without `speedup`, "psnr>=40".
         speedup: for cache="auto": the best plan that leaves out so much, in steps per full step.
