@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.caching import EasyCache, TeaCache
+from fewstep.caching import PRESETS, EasyCache, TeaCache
 from fewstep.caching.accumulated import InputSession, Memory
 from patching.tiny_pipelines import build, call, digits
 
@@ -106,6 +106,59 @@ def test_batch_mates_change_no_bit(kind):
     assert blended > 0
     assert torch.equal(images[1], images[0])
     assert torch.equal(images[2], images[0])
+
+
+@pytest.mark.parametrize("name", ["easycache", "teacache"])
+def test_an_exception_leaves_nothing_behind(name):
+    pipe = digits(layers=2)
+    with fewstep.patch(pipe, cache=PRESETS[name](threshold=0.5, warmup=2)) as patch:
+        image = call(pipe, num_inference_steps=STEPS)
+        assert patch.report()["cache"]["skipped"] > 0
+
+        def stop(pipe, step, timestep, values):
+            if step == 4:
+                raise KeyboardInterrupt
+            return values
+
+        with pytest.raises(KeyboardInterrupt):
+            call(pipe, seed=5, num_inference_steps=STEPS, callback_on_step_end=stop)
+        assert torch.equal(call(pipe, num_inference_steps=STEPS), image)
+
+
+@pytest.mark.parametrize("name", ["easycache", "teacache"])
+def test_gradients_are_never_cut_off(name):
+    pipe = digits(layers=2)
+    model = pipe.transformer
+    with fewstep.patch(pipe, cache=PRESETS[name](threshold=1e9, warmup=2)) as patch:
+        pipe.scheduler.set_timesteps(sigmas=[1 - i / STEPS for i in range(STEPS)])
+        x = torch.randn(1, 1, 16, 16, requires_grad=True)
+        for time in pipe.scheduler.timesteps:
+            out = model(x, timestep=time.reshape(1), class_labels=torch.tensor([3])).sample
+            (gradient,) = torch.autograd.grad(out.sum(), x)
+            assert gradient.abs().sum() > 0
+            pipe.scheduler.step(out.detach(), time, x.detach())
+        assert patch.report()["cache"]["skipped"] == 0
+        assert patch.report()["cache"]["why_full"]["gradients wanted"] == STEPS
+
+
+def test_an_output_that_is_written_to_changes_no_forecast():
+    pipe = digits(layers=2)
+    images = []
+    for spoil in (False, True):
+        with fewstep.patch(pipe, cache=EasyCache(threshold=0.5, warmup=2)) as patch:
+            step = pipe.scheduler.step
+
+            def write(output, timestep, sample, *args, step=step, spoil=spoil, **kwargs):
+                result = step(output, timestep, sample, *args, **kwargs)
+                if spoil:
+                    output.fill_(torch.nan)
+                return result
+
+            pipe.scheduler.step = write
+            images.append(call(pipe, num_inference_steps=STEPS, guidance_scale=1.0))
+            del pipe.scheduler.step
+            assert patch.report()["cache"]["skipped"] > 0
+    assert torch.equal(*images)
 
 
 def test_an_output_unlike_the_input_is_refused():

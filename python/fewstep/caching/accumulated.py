@@ -113,8 +113,11 @@ class InputSession(Session):
             self.reasons["gradients wanted"] += 1
             branch.forget()
             return
+        if getattr(self.policy, "scope", "blocks") == "output":
+            # The pipeline may write to what the model returns; residuals are nobody else's.
+            kept = tuple(part.clone() if isinstance(part, Tensor) else part for part in kept)
         self.policy.learn(branch.memory, call, kept[0])
-        super().keep(call, *(part if part is None else part.clone() for part in kept))
+        super().keep(call, *kept)
 
     def recall(self, call: Call) -> tuple[Any, ...]:
         """Return what stands for a skipped call."""
@@ -200,7 +203,6 @@ class EasyCache(_Accumulated):
                 "cache: expected a model whose output has the shape of its input, "
                 f"{list(entry.shape)}, got {list(output.shape)}; EasyCache adds their difference"
             )
-        output = output.detach().clone()
         gain, full_entry, full_output = None, entry, output
         if memory.full_output is not None:
             gain = _mean(output - memory.full_output) / _mean(entry - memory.full_entry)
