@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..ops import cache_metric
-from .methods import check_number
-from .schedules import check_count
+from ._checks import check_count
+from .policy import Threshold
 from .session import Call, Session, blend
 
 __all__ = ["EasyCache", "InputSession", "TeaCache"]
@@ -45,30 +45,6 @@ def _mean(x: Tensor) -> Tensor:
     return x.flatten(1).abs().mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@dataclass(frozen=True)
-class _Accumulated:
-    threshold: float
-    max_skips: int
-    warmup: int
-
-    measures = True
-
-    def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, 0)
-        check_count("max_skips", self.max_skips, 0)
-        check_count("warmup", self.warmup, 1)
-
-    def must_run(self, step: int, since_full: int) -> str | None:
-        """Warm-up, or too many skips in a row."""
-        if step < self.warmup:
-            return "warm-up"
-        return "max_skips reached" if since_full > self.max_skips else None
-
-    def small_change(self, change: Tensor) -> Tensor:
-        """By sample; a NaN is never small."""
-        return change < self.threshold
-
-
 class InputSession(Session):
     """Sums what the policy makes of every step's input."""
 
@@ -80,14 +56,9 @@ class InputSession(Session):
     @torch.compiler.disable
     def decide(self, call: Call, entry: Tensor, output: Tensor) -> None:
         """Set `call.skip` and `call.stays` from what entered the first block, or the model."""
-        branch = call.branch
-        if branch is None:
+        branch, form = call.branch, self._form(call, output)
+        if form is None:
             return
-        if output.requires_grad:
-            self.reasons["gradients wanted"] += 1
-            call.branch = None
-            return
-        form = (output.shape, output.dtype, output.device)
         reasons = self._must_run(call, branch, form)
         memory: Memory | None = branch.memory
         if memory is None or memory.entry.shape != entry.shape:
@@ -126,7 +97,7 @@ class InputSession(Session):
 
 
 @dataclass(frozen=True)
-class TeaCache(_Accumulated):
+class TeaCache(Threshold):
     """Skip while the first block's input has changed little since the last full step.
 
     Args:
@@ -172,7 +143,7 @@ class TeaCache(_Accumulated):
 
 
 @dataclass(frozen=True)
-class EasyCache(_Accumulated):
+class EasyCache(Threshold):
     """Skip while the model's output, foretold from its input, has changed little.
 
     Args:

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import check_choice, check_count, check_number
 from .forecasters import reuse
-from .methods import check_choice, check_number, forecast_steps
+from .methods import forecast_steps
 from .policy import Forecasts
 from .scheduled import ScheduledSession
-from .schedules import Schedule, check_count
+from .schedules import Schedule
 from .session import Call
 
 __all__ = ["MagCache", "MagnitudeRecorder"]

@@ -19,35 +19,20 @@ as in the originals, the numbers of the steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from . import forecasters, schedules
+from ._checks import check_choice, check_count, check_number
 from .policy import Forecasts
 from .ring import MAX_ORDER
-from .schedules import Schedule, check_count
+from .schedules import Schedule
 
 __all__ = ["FoCa", "Fora", "HiCache", "Newton", "Scm", "Taylor", "forecast_steps"]
 
 _SCOPES = ("output", "blocks")
 _CLOCKS = ("time", "step")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise where a setting is none of its choices."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_number(name: str, value: object, least: float, *, above: bool = False) -> None:
-    """Raise where a setting is no finite number of at least (or above) `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value) or value < least or (above and value == least):
-        said = ">" if above else ">="
-        raise ValueError(f"{name}: expected a finite number {said} {least:g}, got {value}")
 
 
 def _places(times: Sequence[float], clock: str) -> list[float]:

@@ -18,14 +18,13 @@ mean over the batch. interval is the rule of DeepCache (arXiv 2312.00858) and FO
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .schedules import check_count
+from ._checks import check_count, check_number
 
 __all__ = [
     "CachePolicy",
@@ -33,6 +32,7 @@ __all__ = [
     "Forecasts",
     "Interval",
     "ScheduledPolicy",
+    "Threshold",
     "check_ends",
 ]
 
@@ -84,7 +84,33 @@ class ScheduledPolicy(Protocol):
 
 
 @dataclass(frozen=True)
-class FirstBlock:
+class Threshold:
+    """What all that skip below a threshold have in common."""
+
+    threshold: float
+    max_skips: int
+    warmup: int
+
+    measures = True
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, 0)
+        check_count("max_skips", self.max_skips, 0)
+        check_count("warmup", self.warmup, 1)
+
+    def must_run(self, step: int, since_full: int) -> str | None:
+        """Warm-up, or too many skips in a row."""
+        if step < self.warmup:
+            return "warm-up"
+        return "max_skips reached" if since_full > self.max_skips else None
+
+    def small_change(self, change: Tensor) -> Tensor:
+        """By sample; a NaN is never small."""
+        return change < self.threshold
+
+
+@dataclass(frozen=True)
+class FirstBlock(Threshold):
     """Skip while the first block's residual barely changes.
 
     Args:
@@ -101,25 +127,10 @@ class FirstBlock:
     first: int = 1
     last: int = 0
 
-    measures = True
-
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
-            raise TypeError(f"threshold: expected a number, got {type(self.threshold).__name__}")
-        if not math.isfinite(self.threshold) or self.threshold < 0:
-            raise ValueError(f"threshold: expected a finite number >= 0, got {self.threshold}")
-        for name, least in (("max_skips", 0), ("warmup", 1), ("first", 1), ("last", 0)):
-            check_count(name, getattr(self, name), least)
-
-    def must_run(self, step: int, since_full: int) -> str | None:
-        """Warm-up, or too many skips in a row."""
-        if step < self.warmup:
-            return "warm-up"
-        return "max_skips reached" if since_full > self.max_skips else None
-
-    def small_change(self, change: Tensor) -> Tensor:
-        """By sample; a NaN is never small."""
-        return change < self.threshold
+        super().__post_init__()
+        check_count("first", self.first, 1)
+        check_count("last", self.last, 0)
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["check_count", "evenly", "every_nth", "from_bins", "from_mask", "minimax"]
+from ._checks import check_count
+
+__all__ = ["evenly", "every_nth", "from_bins", "from_mask", "minimax"]
 
 Schedule = tuple[int, ...]
-
-
-def check_count(name: str, value: object, least: int) -> None:
-    """Raise where a setting is no integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def every_nth(steps: int, every: int, *, warmup: int = 1, tail: int = 0) -> Schedule:

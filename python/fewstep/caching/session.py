@@ -243,14 +243,9 @@ class Session:
     @torch.compiler.disable
     def decide(self, call: Call, entry: Tensor, output: Tensor) -> None:
         """Set `call.skip` from what entered and left the first blocks."""
-        branch = call.branch
-        if branch is None:
+        branch, form = call.branch, self._form(call, output)
+        if form is None:
             return
-        if output.requires_grad:
-            self.reasons["gradients wanted"] += 1
-            call.branch = None
-            return
-        form = (output.shape, output.dtype, output.device)
         reasons = self._must_run(call, branch, form)
         residual = None
         if self.policy.measures and not call.is_last:
@@ -265,6 +260,16 @@ class Session:
         if not call.skip:
             branch.form = form
             branch.probe = residual if call.stays is None else blend(call.stays, probe, residual)
+
+    def _form(self, call: Call, output: Tensor) -> tuple[Any, ...] | None:
+        """Return shape, dtype and device; None where the call is not to be decided."""
+        if call.branch is None:
+            return None
+        if output.requires_grad:
+            self.reasons["gradients wanted"] += 1
+            call.branch = None
+            return None
+        return output.shape, output.dtype, output.device
 
     def _must_run(self, call: Call, branch: Branch, form: tuple[Any, ...]) -> list[str | None]:
         """Return, by sample, why it must run in full; None where it may skip."""
