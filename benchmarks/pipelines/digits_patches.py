@@ -25,12 +25,16 @@ from fewstep.metrics import psnr, relative_l2
 
 STEPS = 50
 PATCHES: dict[str, dict[str, Any]] = {
+    'cache="auto"': {"cache": "auto"},
+    'cache="auto", speedup=4': {"cache": "auto", "speedup": 4},
+    'cache="auto", target="psnr>=55"': {"cache": "auto", "target": "psnr>=55"},
     'cache="interval"': {"cache": "interval"},
     "cache=Interval(every=4)": {"cache": Interval(every=4)},
     'cache="first-block"': {"cache": "first-block"},
     "cache=FirstBlock(threshold=0.05)": {"cache": FirstBlock(threshold=0.05)},
     'quantize="w8a8"': {"quantize": "w8a8"},
     'cache="first-block", quantize="w8a8"': {"cache": "first-block", "quantize": "w8a8"},
+    'cache="auto", quantize="w8a8"': {"cache": "auto", "quantize": "w8a8"},
     "steps=25": {"steps": 25},
     "steps=12": {"steps": 12},
 }

@@ -176,6 +176,32 @@ def test_every_patch_of_the_plan_adds_to_the_row_above_and_none_caches_few_steps
     assert {row.against for row in rows} <= {None, *(row.key for row in rows)}
 
 
+def test_rows_use_calibrated_plans_where_there_are_some():
+    rows = {row.key: row for row in demo_rows.plan(50, frozenset({8, 50}))}
+    assert rows["teacher-cache"].patch == {"cache": "auto"}
+    assert rows["teacher-8-cache"].patch == {"steps": 8, "cache": "auto"}
+    assert demo_rows.plan(50)[1].patch == {"cache": "first-block"}
+    assert demo.planned_steps(demo.load("teacher", None)) >= {8, 50}
+
+
+def test_the_packaged_plans_hold_on_other_images():
+    pipe = demo.load("teacher", None)
+    for steps, patch in ((8, {"steps": 8}), (50, {})):
+        call = {"class_labels": [3, 8], "output_type": "pt"}
+        images = []
+        for options in (patch, patch | {"cache": "auto"}):
+            generator = torch.Generator().manual_seed(77)
+            if not options:
+                images.append(pipe(**call, generator=generator).images)
+                continue
+            with fewstep.patch(pipe, **options) as handle:
+                images.append(pipe(**call, generator=generator).images)
+                numbers = handle.report().get("cache", {"skipped": 0})
+        assert numbers["skipped"] >= steps // 2
+        error = (images[0] - images[1]).square().mean().item()
+        assert error < 1e-4, (steps, error)
+
+
 def test_the_record_goes_to_a_folder_of_the_device(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "apply", NoChange)
     result = run(weights, tmp_path / "out", "--record", str(tmp_path / "results"))

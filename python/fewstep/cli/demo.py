@@ -26,6 +26,8 @@ from torch import Tensor
 import fewstep
 
 from ..bench.environment import environment, slug
+from ..caching import find_plans, parse_target
+from ..caching.plans import DEFAULT_TARGET
 from .demo_rows import Row, Sampled, Score, plan, real_level, score, synchronize
 from .device import resolve_device
 
@@ -61,6 +63,14 @@ def load(name: str, weights: Path | None) -> Any:
 def apply(pipe: Any, **wanted: Any) -> Any:
     """Patch the pipeline and return the handle."""
     return fewstep.patch(pipe, **wanted)
+
+
+def planned_steps(pipe: Any) -> frozenset[int]:
+    """Return the step counts that cache="auto" finds a plan for on a pipeline."""
+    folder = Path(pipe.config["_name_or_path"])
+    plans, _ = find_plans(folder, pipe.transformer, pipe.scheduler)
+    target = parse_target(DEFAULT_TARGET)
+    return frozenset(len(p.times) for p in plans if p.predicted.get("psnr", 0.0) >= target)
 
 
 def prepare(
@@ -242,7 +252,7 @@ def main(
             highlight=False,
         )
         rows = []
-        for row in plan(teacher_steps):
+        for row in plan(teacher_steps, planned_steps(load("teacher", weights))):
             with console.status(f"preparing {row.label}"):
                 rows.append(prepare(row, weights, device, batch, teacher_steps))
         labels = torch.arange(samples // batch * batch) % 10

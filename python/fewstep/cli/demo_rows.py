@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from ..metrics import class_accuracy, digit_features, frechet_distance, psnr, relative_l2
 
-CACHE = "first-block"
 QUANTIZE = "w8a8"
 
 
@@ -45,13 +44,27 @@ class Row:
     adds_to: str | None = None
 
 
-def plan(teacher_steps: int) -> list[Row]:
-    """Return the rows; the first is the baseline, unpatched."""
+def plan(teacher_steps: int, planned: frozenset[int] = frozenset()) -> list[Row]:
+    """Return the rows; the first is the baseline, unpatched.
+
+    Args:
+        teacher_steps: of the baseline.
+        planned: step counts that cache="auto" finds a calibrated plan for.
+    """
     full, eight = f"teacher, {teacher_steps} guided steps", "teacher, 8 guided steps"
     two, one = "student, 2 steps", "student, 1 step"
-    cache, int8 = {"cache": CACHE}, {"quantize": QUANTIZE}
-    # The first and the last step of an image always run in full, and at 8 steps neighbours differ
-    # too much for the cache to leave one out: it is shown where it acts.
+    cache = {"cache": "auto" if teacher_steps in planned else "first-block"}
+    int8 = {"quantize": QUANTIZE}
+    # Without a plan neighbours differ too much at 8 steps to leave one out.
+    cached_eight = [
+        Row(
+            "teacher-8-cache",
+            f"{eight} + cache",
+            "teacher",
+            {"steps": 8, "cache": "auto"},
+            "teacher-8",
+        )
+    ]
     return [
         Row("teacher", full, "teacher"),
         Row("teacher-cache", f"{full} + cache", "teacher", cache, "teacher", "teacher"),
@@ -72,6 +85,7 @@ def plan(teacher_steps: int) -> list[Row]:
             "teacher-8",
             "teacher-8",
         ),
+        *(cached_eight if 8 in planned else []),
         Row("teacher-4", "teacher, 4 guided steps", "teacher", {"steps": 4}, "teacher"),
         Row("student-2", two, "student", {"steps": 2}, "teacher"),
         Row(
