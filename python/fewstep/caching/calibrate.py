@@ -156,7 +156,7 @@ class _Calibration:
         checks: list[Check | None] = [None] * self.steps
         for place, index in enumerate(full):
             known = full[:place][::-1][:order]
-            if len(known) > 1:
+            if known:
                 weights = affine_weights(self.gram, known, index)
                 checks[index] = Check(tuple(float(f"{x:.7g}") for x in weights))
         return tuple(checks)

@@ -4,10 +4,14 @@
     tripped if e_i > factor * expected_i   per sample; expected_i its mean in calibration
 
 The forecast of a full step costs one pass over the output, and its error says how far from the
-calibrated images this one is: on the digits teacher it ranks images by their final error with a
-correlation of 0.77. Until the next full step the model then runs on the skipped steps too, and the
-samples that tripped take what it computes. The others keep their forecast to the bit, so no image
-depends on what it shares a batch with.
+calibrated images this one is. From then on the model runs on the skipped steps too, and the samples
+that tripped take what it computes: the weights of later steps make up for what forecasts before
+them have missed, so going back to them after a stretch without any makes it worse. The others keep
+their forecast to the bit, so no image depends on what it shares a batch with.
+
+A sample trips in all guidance passes at once. Their errors are nearly the same, and guidance, a
+difference of passes, cancels most of them: u + g (c - u) with an exact c and a forecast u would err
+g - 1 times as much as u. Passes that are halves of one batch are known by their equal inputs.
 
 The flags stay on the device. The host reads whether any is set, on CUDA from a copy made meanwhile
 and only once that has arrived: nothing waits, and at worst a gap's first steps go unguarded.
@@ -16,14 +20,14 @@ and only once that has arrived: nothing waits, and at worst a gap's first steps 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import cache_metric
 
-__all__ = ["Check", "Flags", "lookback"]
+__all__ = ["Check", "Flags", "lookback", "trips"]
 
 
 class Check(NamedTuple):
@@ -38,19 +42,39 @@ def lookback(output: Tensor, forecast: Tensor) -> Tensor:
     return cache_metric(forecast, output, per_sample=True)
 
 
+def trips(error: Tensor, limit: float, entry: Tensor | None) -> Tensor:
+    """Return which samples trip, [B].
+
+    Args:
+        error: e [B].
+        limit: what it may be; a NaN trips.
+        entry: what the model was given [B, ...]: where its halves are equal, they trip together.
+    """
+    tripped = ~(error <= limit)
+    count = len(tripped)
+    if entry is None or count % 2 or len(entry) != count:
+        return tripped
+    first, second = entry.chunk(2)
+    return tripped | (tripped.roll(count // 2) & (first == second).all())
+
+
 class Flags:
     """Which samples tripped, [B] on the device, and whether any did."""
 
-    def __init__(self, error: Tensor, limit: float) -> None:
-        self.tripped = ~(error <= limit)  # so that a NaN trips
-        self._any = self.tripped.any()
+    def __init__(self, tripped: Tensor) -> None:
+        self.tripped = tripped
+        self._any = tripped.any()
         self._event = None
-        if error.device.type == "cuda":
+        if tripped.device.type == "cuda":
             self._any = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(
                 self._any, non_blocking=True
             )
             self._event = torch.cuda.Event()
             self._event.record()
+
+    def fits(self, form: tuple[Any, ...]) -> bool:
+        """Whether a call's input, of (shape, dtype, device), has as many samples, there."""
+        return form[0][:1] == self.tripped.shape and form[2] == self.tripped.device
 
     def any(self) -> bool:
         """Whether a sample tripped, as far as it is known by now."""

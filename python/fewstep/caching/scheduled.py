@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guard import Check, Flags, lookback
+from .guard import Check, Flags, lookback, trips
 from .policy import Forecasts, ScheduledPolicy
 from .ring import Ring, slot_table
 from .session import Branch, Call, Session
@@ -60,11 +60,13 @@ class ScheduledSession(Session):
         self._taken: Forecasts | None = None  # the last run's
         self._checks: tuple[Check | None, ...] = ()
         self._tables: dict[Any, Tensor] = {}  # weights by slot: of forecasts and of checks
+        self._flags: Flags | None = None  # which samples the guard has found off in this run
         super().__init__(policy, scheduler)
 
     def _start_run(self, timesteps: Any) -> None:
         super()._start_run(timesteps)
         self.forecasts = None
+        self._flags = None
 
     def _plan_run(self) -> None:
         """Ask the policy about the grid of this run."""
@@ -98,8 +100,9 @@ class ScheduledSession(Session):
         call.step = index if isinstance(index, int) else call.step
         reason = self._must_run_now(call, branch)
         call.skip = reason is None
-        if call.skip and branch.flags is not None and branch.flags.any():
-            reason, call.flags = "guard", branch.flags
+        flags = self._flags
+        if call.skip and flags is not None and flags.fits(call.form) and flags.any():
+            reason, call.flags = "guard", flags
         if reason is not None:
             self.reasons[reason] += 1
         branch.decisions.append("full" if reason else "skip")
@@ -136,7 +139,6 @@ class ScheduledSession(Session):
 
     def _look_back(self, call: Call, kept: tuple[Any, ...]) -> None:
         branch, check = call.branch, self._checks[call.step] if self._checks else None
-        branch.flags = None
         known = len(branch.ring) if branch.ring.form == call.form else 0
         if check is None or known < len(check.weights):
             return
@@ -144,7 +146,11 @@ class ScheduledSession(Session):
         error = branch.errors[call.step] = lookback(kept[0], forecast[0])
         factor = getattr(self.policy, "guard", None)
         if factor is not None and check.expected < math.inf:
-            branch.flags = Flags(error, factor * check.expected)
+            tripped = trips(error, factor * check.expected, call.entry)
+            before = self._flags
+            if before is not None and before.tripped.shape == tripped.shape:
+                tripped = tripped | before.tripped
+            self._flags = Flags(tripped)
 
     @torch.compiler.disable
     def recall(self, call: Call) -> tuple[Any, ...]:

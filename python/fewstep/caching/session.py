@@ -55,7 +55,6 @@ class Branch:
     rebuild: Any = None  # makes an output of the model of its parts
     steady: bool = False  # whether its conditioning was the same tensor on two steps of the run
     replaced: bool = False  # whether it is another one now
-    flags: Any = None  # which samples the guard has found off since the last full step
     memory: Any = None  # what else the session knows of the steps before
     errors: dict[int, Tensor] = field(default_factory=dict)  # of forecasts, by step of the run
     decisions: list[str] = field(default_factory=list)  # of the run: "full" or "skip"
@@ -63,7 +62,7 @@ class Branch:
     def forget(self) -> None:
         """Drop the tensors, keep the record of decisions."""
         self.full_at, self.probe, self.kept, self.conditioning = None, None, (), None
-        self.flags = self.memory = None
+        self.memory = None
         if self.ring is not None:
             self.ring.clear()
 
