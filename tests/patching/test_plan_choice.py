@@ -7,7 +7,7 @@ import torch
 
 import fewstep
 from fewstep.assets.digits import DigitsPipeline, load_digits_pipeline
-from fewstep.caching import calibrate
+from fewstep.caching import calibrate, plot_report
 from fewstep.caching.plans import FOLDER
 from fewstep.caching.quality import psnr
 from patching.tiny_pipelines import arguments, call
@@ -123,6 +123,23 @@ def test_verify_measures_what_is_used_all_the_same(teacher_plan):
         expected = numbers["step_error"][step]
         # Relative L1 of each sample against relative RMS of all; calibrated on this very call.
         assert expected / 3 < sum(errors[step]) / 6 < expected * 3
+
+
+def test_the_report_as_a_picture(teacher_plan, tmp_path):
+    pipe, plan = teacher_plan
+    with fewstep.patch(pipe, cache=plan) as patch:
+        with pytest.raises(ValueError, match="one without steps"):
+            plot_report(patch.report()["cache"], tmp_path / "none.png")
+        pipe(**given(0))
+        plot_report(patch.report()["cache"], tmp_path / "cache.png")
+    with fewstep.patch(pipe, cache="interval") as patch:
+        pipe(**given(0))
+        plot_report(patch.report()["cache"], tmp_path / "interval.svg")
+    assert (tmp_path / "cache.png").read_bytes().startswith(b"\x89PNG")
+    assert "full" in (tmp_path / "interval.svg").read_text()
+    assert not (tmp_path / "none.png").exists()
+    with pytest.raises(ValueError, match="numbers: expected"):
+        plot_report({"full": 1}, tmp_path / "none.png")
 
 
 def test_the_guard_computes_what_is_off(teacher_plan):

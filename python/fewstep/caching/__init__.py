@@ -17,6 +17,7 @@ from .methods import FoCa, Fora, HiCache, Newton, Scm, Taylor
 from .output import OutputStack
 from .plan import Plan
 from .plans import PlanChoice, find_plans, parse_target
+from .plots import plot_report
 from .policy import CachePolicy, FirstBlock, Interval, ScheduledPolicy
 from .presets import PRESETS, resolve_policy
 from .scheduled import ScheduledSession
@@ -56,5 +57,6 @@ __all__ = [
     "is_cached",
     "is_time_cached",
     "parse_target",
+    "plot_report",
     "resolve_policy",
 ]
