@@ -15,6 +15,7 @@ OURS = "fewstep"
 PLAN = "calibrated plan"
 FEWER = (3, 4, 6, 8)
 GOAL = (3, 4, 6)  # of which the sentence speaks
+MARKERS = "sD^v<>PX*"
 
 
 def methods(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -80,9 +81,8 @@ def cache_table(report: dict[str, Any] | None, picture: str) -> str:
             cells.append("" if mean is None else f"{mean:.1f} ({worst:.1f})")
         work = f"{skipped_work(own, steps):.0%}"
         rows.append([name, own[0]["package"] or "", *cells, work])
-    header = (
-        f"| method | package | {' | '.join(f'{full} full' for full in counts)} | skipped step |"
-    )
+    columns = " | ".join(f"{full} full" for full in counts)
+    header = f"| method | package | {columns} | a skipped step runs |"
     return (
         f"![PSNR over full steps]({picture})\n\n{sentence(report)}\n"
         + table(header, "ll" + "r" * (len(counts) + 1), rows)
@@ -102,22 +102,27 @@ def draw_curves(path: Path, report: dict[str, Any], title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9.5, 6), dpi=110)
-    families = {"fewstep": "-", "diffusers": "--", "cache-dit": ":", None: "-."}
-    colours = pyplot.get_cmap("tab20").colors
-    for index, (name, rows) in enumerate(methods(report).items()):
-        rows = [row for row in rows if row["full_steps"] <= report["steps"] / 2 + 1]
-        package = rows[0]["package"] if rows else None
+    styles = {"fewstep": "-", "diffusers": "--", "cache-dit": ":", "": "-."}
+    drawn = {
+        name: shown
+        for name, rows in methods(report).items()
+        if (shown := [row for row in rows if row["full_steps"] <= report["steps"] / 2 + 1])
+    }
+    colours = pyplot.get_cmap("gist_rainbow")
+    for index, (name, rows) in enumerate(drawn.items()):
+        package = rows[0]["package"] or ""
         own = name == PLAN
         axes.plot(
             [row["full_steps"] for row in rows],
             [row["psnr_db"] for row in rows],
-            families[package.split()[0] if package else None],
-            color="black" if own else colours[index % len(colours)],
+            styles[package.partition(" ")[0]],
+            color="black" if own else colours(index / len(drawn)),
             linewidth=2.6 if own else 1.2,
-            marker="o",
-            markersize=5 if own else 3,
+            marker="o" if own else MARKERS[index % len(MARKERS)],
+            markersize=5,
             label=f"{name} ({package})" if package else name,
         )
+    axes.xaxis.set_major_locator(pyplot.MultipleLocator(2))
     axes.set_xlabel(f"steps of {report['steps']} that run in full (what others run is not counted)")
     axes.set_ylabel("PSNR to the uncached image, dB, mean")
     axes.set_title(title)
