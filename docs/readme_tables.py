@@ -28,18 +28,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from drawn.caching import cache_table, draw_curves
 from drawn.markdown import caption, table
-from drawn.steps import model_tables, step_table, time_table
+from drawn.steps import cache_time_table, model_tables, step_table, time_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = ROOT / "demo"
 IMAGES = ROOT / "docs" / "images"
-README, BENCHMARKS, CACHES, PATCHING, QUANTIZATION, ATTENTION = (
+README, BENCHMARKS, CACHES, CACHING, PATCHING, QUANTIZATION, ATTENTION = (
     ROOT / name
     for name in (
         "README.md",
         "docs/benchmarks.md",
         "docs/cache_quality.md",
+        "docs/guides/caching.md",
         "docs/guides/patching.md",
         "docs/guides/quantization.md",
         "docs/ops/attention_jvp.md",
@@ -54,7 +55,14 @@ ROOFLINE_BASELINES = (
 )
 # <name>.json beside the harness's lines. Without one of OPTIONAL its table says so.
 REPORTS = ("demo", "patches", "dit_step")
-OPTIONAL = ("quantized_digits", "quantized_photos", "time_steps", "cache_digits", "cache_photos")
+OPTIONAL = (
+    "quantized_digits",
+    "quantized_photos",
+    "time_steps",
+    "cache_time",
+    "cache_digits",
+    "cache_photos",
+)
 CURVES = {"cache_digits": "cache_quality_digits.png", "cache_photos": "cache_quality_photos.png"}
 PICTURES = ("samples.png", "tradeoff.png")
 
@@ -88,6 +96,7 @@ class Records:
     quantized_digits: dict[str, Any] | None = None
     quantized_photos: dict[str, Any] | None = None
     time_steps: dict[str, Any] | None = None
+    cache_time: dict[str, Any] | None = None
     cache_digits: dict[str, Any] | None = None
     cache_photos: dict[str, Any] | None = None
     peers: list[dict[str, Any]] = field(default_factory=list)
@@ -319,7 +328,7 @@ def quality(report: dict[str, Any] | None) -> str:
 def documents(folder: str) -> dict[Path, str]:
     """Return the documents as they should read, drawn from a device's folder."""
     records = Records.load(RESULTS / folder)
-    paths = (README, BENCHMARKS, CACHES, PATCHING, QUANTIZATION, ATTENTION)
+    paths = (README, BENCHMARKS, CACHES, CACHING, PATCHING, QUANTIZATION, ATTENTION)
     texts = {path: path.read_text() for path in paths}
     peers = records.peers
     sentences = "".join(
@@ -352,6 +361,7 @@ def documents(folder: str) -> dict[Path, str]:
         + "\n"
         + caption(records.patches["environment"], f"{records.patches['images']} images, on"),
         (PATCHING, "time_steps"): time_table(records.time_steps),
+        (CACHING, "cache_time"): cache_time_table(records.cache_time),
         (QUANTIZATION, "quantized_digits"): quality(records.quantized_digits),
         (QUANTIZATION, "quantized_photos"): quality(records.quantized_photos),
         (QUANTIZATION, "dit_step"): step_table(records.dit_step)

@@ -31,6 +31,28 @@ def step_table(report: dict[str, Any]) -> str:
     return table(header, "lrrrr", rows)
 
 
+def cache_time_table(report: dict[str, Any] | None) -> str:
+    """Return what of the steps that plans leave out is saved time, as Markdown."""
+    if report is None:
+        return "Not measured yet.\n"
+    rows = [
+        [
+            row["model"],
+            f"{row['full_steps']} of {row['steps']}",
+            seconds(row["plain"]),
+            f"{seconds(row['seconds'])} ({seconds(row['q1'])} - {seconds(row['q3'])})",
+            f"{row['speedup']:.2f}x",
+            f"{100 * row['efficiency']:.1f}%",
+        ]
+        for row in report["rows"]
+    ]
+    header = (
+        "| model | full steps | in full | with the plan (quartiles) | speed-up | of steps / full |"
+    )
+    body = table(header, "llrrrr", rows)
+    return body + "\n" + caption(report["environment"], "Whole runs, on")
+
+
 def time_table(report: dict[str, Any] | None) -> str:
     """Return what keeping the time's path saves per evaluation, as Markdown."""
     if report is None:
