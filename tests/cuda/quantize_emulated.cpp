@@ -35,6 +35,14 @@ extern "C" const char* run(const fewstep::TensorView* views, const bool* present
     });
 }
 
+// Of a block that makes low.
+extern "C" int low_shared_bytes(int columns, int rank, bool is_smoothed) {
+    fewstep::cuda::quantize::Plan plan{};
+    plan.columns = columns;
+    plan.smooth = is_smoothed ? &plan : nullptr;
+    return fewstep::cuda::quantize::low_shared_bytes(plan, rank);
+}
+
 // x, weight, bias, scale, shift, smooth, q, q_scale.
 extern "C" const char* run_norm(const fewstep::TensorView* views, const bool* present, int rotate,
                                 bool centred, double eps) {

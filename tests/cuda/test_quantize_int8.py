@@ -177,6 +177,16 @@ def test_low_keeps_its_bound_and_changes_no_bit(dtype, form, activation, target)
         assert ((low.double() - exact).abs() <= bound).all()
 
 
+def test_shared_memory_is_counted_alike(kernels):
+    """What Python lets through the launch has room for: all ranks, narrow rows and the widest."""
+    count = ops.module("quantize_int8").low_shared_bytes
+    for is_smoothed in (False, True):
+        for rank in range(1, 65):
+            for K in (16, 640, *range(4480, 4640, 16), *range(6304, 6464, 16), 24576):
+                want = kernels.low_shared_bytes(K, rank, is_smoothed)
+                assert count(K, rank, is_smoothed) == want, (K, rank)
+
+
 def test_what_low_needs_is_asked_for(kernels):
     x, down = torch.randn(3, 96).bfloat16(), torch.randn(4, 96).bfloat16()
     with pytest.raises(ValueError, match="x: expected bfloat16 or float16 with down, got float32"):

@@ -73,10 +73,15 @@ def has_low(x: Tensor, smooth: Tensor | None, down: Tensor) -> bool:
         return False
     if any(refuse_rows("", rows) for rows in (matrix(x), down.contiguous())):
         return False
-    area = max(2048 * -(-R // 8), 0 if smooth is None else 256 * -(-K // 64))
-    needed = area + 16 * (128 * -(-K // 64) + 64)
     properties = torch.cuda.get_device_properties(x.device)
+    needed = low_shared_bytes(K, R, smooth is not None)
     return needed <= getattr(properties, "shared_memory_per_block_optin", 0)
+
+
+def low_shared_bytes(K: int, R: int, is_smoothed: bool) -> int:
+    """Return the shared memory of a block that makes low, as `low_shared_bytes` in C++ does."""
+    area = max(2048 * -(-R // 8), 256 * -(-K // 64) if is_smoothed else 0)
+    return area + 16 * (128 * -(-K // 64) + 64)
 
 
 def _outputs(x: Tensor, down: Tensor | None, activation: str) -> tuple[Tensor, ...]:

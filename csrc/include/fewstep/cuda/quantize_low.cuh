@@ -36,7 +36,11 @@ inline int low_row_bytes(int columns) {
     return (columns + 63) / 64 * 128 + 64;
 }
 inline int low_area_bytes(const Plan& plan, int rank) {
-    return std::max(factor_bytes(plan), kLowWarps / 2 * (rank + 7) / 8 * 512);
+    return std::max(factor_bytes(plan), kLowWarps / 2 * ((rank + 7) / 8) * 512);
+}
+// Of a block; python/fewstep/ops/quantize_int8.py counts them too.
+inline int low_shared_bytes(const Plan& plan, int rank) {
+    return low_area_bytes(plan, rank) + kLowRows * low_row_bytes(plan.columns);
 }
 
 // x of the block's rows to shared memory; rows and columns that don't exist are zero.
@@ -225,7 +229,7 @@ void launch_low(const Plan& plan, const Given<T>& given, const TensorView& down,
                               low_area_bytes(plan, static_cast<int>(rank))};
     const dim3 grid(static_cast<unsigned>((plan.rows + kLowRows - 1) / kLowRows));
     launch_kernel(quantize_low_kernel<T, Format>, name, grid, kLowThreads,
-                  params.area_bytes + kLowRows * params.row_bytes, stream, params);
+                  low_shared_bytes(plan, params.rank), stream, params);
 }
 
 // Rows of x to plan.q and plan.scale, and to low where there is a down.
