@@ -51,6 +51,7 @@ def run_short(
         or not is_plain((a, w, w_scale, a_scale, bias, smooth, down, up), cpu=True)
         or type(rotate) is not int
         or not (activation is None or (type(activation) is str and activation))
+        or not (a_scale is None or a_scale.shape == a.shape[:-1])  # the kernel sees a flat one
         or not (bias is None or bias.dtype in FLOATS)
         or not (smooth is None or smooth.dtype in FLOATS)
     ):
