@@ -129,6 +129,34 @@ def test_a_bias_that_became_a_parameter_is_used(took):
     torch.testing.assert_close(out, layer(x) + 1)
 
 
+def test_a_layer_that_computes_otherwise_takes_the_long_way(took):
+    """By a method of its own or of a mixin; one that has none keeps the short way."""
+    _, layer = make()
+
+    class Doubled:
+        def _multiply(self, x, options):
+            return 2 * super()._multiply(x, options)
+
+    class Shifted(type(layer)):
+        def _expect_input(self, x):
+            return super()._expect_input(x) + 1
+
+    class Renamed(type(layer)):
+        pass
+
+    x = torch.randn(3, 192)
+    want, shifted = layer(x), layer(x + 1)
+    expected = {type("Mixed", (Doubled, type(layer)), {}): 2 * want, Shifted: shifted}
+    taken = len(took)
+    for kind, out in expected.items():
+        layer.__class__ = kind
+        assert torch.equal(layer(x), out)
+    assert not any(took[taken:])
+    layer.__class__ = Renamed
+    assert torch.equal(layer(x), want)
+    assert took[-1]
+
+
 def test_hooks_are_called(took):
     _, layer = make()
     layer.register_forward_hook(lambda module, args, out: out * 0)

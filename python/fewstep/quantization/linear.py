@@ -47,6 +47,8 @@ from .scheme import Scheme
 
 Join = Callable[[Tensor | None, Tensor | None, torch.dtype], tuple[Tensor, Tensor]]
 Options = dict[str, Any]
+# What the short way runs instead of.
+_BYPASSED = ("_multiply", "_activations", "_expect_input")
 
 
 class ComputedWeight(Tensor):
@@ -88,8 +90,14 @@ class QuantLinear(nn.Linear):
     smooth: Tensor | None
 
     def __init_subclass__(cls) -> None:
-        """Enter a class that has a kind of its own."""
+        """Enter a class that has a kind of its own; one that computes otherwise has no short way.
+
+        `short` stands for what the class that set it does.
+        """
         super().__init_subclass__()
+        source = next(base for base in cls.__mro__ if "short" in base.__dict__)
+        if any(getattr(cls, name) is not getattr(source, name) for name in _BYPASSED):
+            cls.short = None
         if "kind" in cls.__dict__:
             QuantLinear.kinds[cls.kind] = cls
 
