@@ -150,6 +150,14 @@ def test_bad_operands_are_refused(library):
         given = {"x": x, "w": w, "w_scale": w_scale, "bias": bias} | change
         with pytest.raises(ValueError, match=message):
             run(library, *given.values())
+    # 2^31 bytes, of which none is there: refused before anything is read.
+    many, scales = w[1][:1].expand(1 << 26, 32), w_scale[1][:1].expand(1 << 26, 2)
+    views = [View.of(t) for t in (x, x.new_empty(0), many, scales, torch.empty(0))]
+    views[1].sizes[0] = 2 << 26
+    for view, stride in zip(views[2:4], (32, 2), strict=True):
+        view.strides[0] = stride
+    error = library.run((View * 5)(*views), 1)
+    assert b"w: expected fewer than 2^31 bytes each, got 67108864 rows of 32" in error
     wide = torch.zeros(1, 8, 16384).bfloat16()
     with pytest.raises(ValueError, match="bytes of shared memory, got 8 of 16384 columns"):
         run(library, wide, *problems(16384, 128, (1,)))

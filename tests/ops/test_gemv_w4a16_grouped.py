@@ -220,6 +220,22 @@ def test_derivatives_raise_and_are_not_lost():
         layers(x.clone().requires_grad_())
 
 
+def test_outputs_may_be_written_to(impl):
+    """In place, with gradients too; no other output's version changes."""
+    w, w_scale, bias = weights(64, 32, widths_for(impl))
+    x = torch.randn(2, 64)
+    want = [out.clone() for out in ops.gemv_w4a16_grouped(x, w, w_scale, bias=bias, impl=impl)]
+    outs = ops.gemv_w4a16_grouped(x, w, w_scale, bias=bias, impl=impl)
+    shift = torch.ones(want[1].shape[-1], requires_grad=True)
+    before = [out._version for out in outs]
+    outs[1].add_(shift).sum().backward()
+    assert [out._version - old for out, old in zip(outs, before, strict=True)] == [0, 1, 0]
+    assert torch.equal(shift.grad, torch.full_like(shift, 2.0))
+    assert torch.equal(outs[1], want[1] + 1)
+    assert torch.equal(outs[0], want[0])
+    assert torch.equal(outs[2], want[2])
+
+
 def zeros(*shape, dtype=torch.uint8):
     return torch.zeros(shape, dtype=dtype)
 

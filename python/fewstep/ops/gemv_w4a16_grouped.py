@@ -5,7 +5,7 @@
 x        [..., K]        one for all G' problems, or a list of one for each, of one shape and dtype
 w        G' x [N_g, K / 2]  uint8      w_scale  G' x [N_g, K / G]  bfloat16 or float16, one dtype
 bias     G' x [N_g]      float32, bfloat16 or float16, or None
-out      G' x [..., N_g] x's dtype: views of one buffer, each contiguous
+out      G' x [..., N_g] x's dtype, contiguous, side by side in one allocation
 
 x has at most 8 rows, K and G are those of all. In adaLN every block's modulation layer reads the
 same silu(temb): FLUX.1 has 76 of them, 3.2 billion weights for one row. One by one each is a launch
@@ -172,7 +172,9 @@ def gemv_w4a16_grouped(
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        [..., N_g] for each weight, in x's dtype: contiguous views of one buffer.
+        [..., N_g] for each weight, in x's dtype, contiguous. They share an allocation, which lives
+        as long as one of them and which `torch.save` writes whole, and nothing else: each may be
+        written to as if it were alone.
 
     Raises:
         ValueError: a shape, dtype, device or number of tensors does not fit; the message names the
@@ -185,7 +187,10 @@ def gemv_w4a16_grouped(
     flat = _op(*p, select("gemv_w4a16_grouped", impl, IMPLEMENTATIONS, p.x[0]))
     shape, M = p.x[0].shape[:-1], p.rows()
     parts = flat.split([M * w.shape[0] for w in p.w])
-    return tuple(part.view(*shape, w.shape[0]) for part, w in zip(parts, p.w, strict=True))
+    outs = tuple(part.view(*shape, w.shape[0]) for part, w in zip(parts, p.w, strict=True))
+    if torch.compiler.is_compiling():  # which has no views with a common history
+        return outs
+    return tuple(out.data for out in outs)  # views no more, each with a version of its own
 
 
 def _tensors(name: str, given: Any) -> list[Any]:

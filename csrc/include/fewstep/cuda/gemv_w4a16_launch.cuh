@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "fewstep/cuda/gemv_w4a16.cuh"
 #include "fewstep/ops/gemv_w4a16_grouped.h"
@@ -59,6 +60,9 @@ inline void run(const TensorView& x, const Views& w, const Views& w_scale, const
         for (std::size_t g = begin; g < end; ++g) {
             const std::int64_t N = w[g].size(0);
             const int i = group.count++;
+            FEWSTEP_CHECK(w[g].numel() <= std::numeric_limits<int>::max(),
+                          "w: expected fewer than 2^31 bytes each, got ", N, " rows of ",
+                          group.K / 2);
             FEWSTEP_CHECK(w[g].data % 16 == 0, "w: expected memory from a multiple of 16 bytes on");
             const bool absent = bias[g].numel() == 0;
             FEWSTEP_CHECK(absent || !biased || bias[g].dtype == group.biases,
