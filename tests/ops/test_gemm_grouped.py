@@ -109,6 +109,10 @@ def test_the_kernel_gets_lists_in_its_order(monkeypatch):
         ({"a": []}, ValueError, "a: expected at least one problem, got 0"),
         ({"a": torch.ones(3, 64)}, TypeError, "a: expected a list of tensors, got Tensor"),
         ({"w": [None, None]}, TypeError, "problem 0: w: expected a tensor, got None"),
+        ({"a": [torch.ones(3, 64), None]}, TypeError, "problem 1: a: expected a tensor, got None"),
+        ({"a": [None, torch.ones(3, 64)]}, TypeError, "problem 0: a: expected a tensor, got None"),
+        ({"out_dtype": torch.int8}, ValueError, "or float16, got torch.int8"),
+        ({"out_dtype": torch.float64}, ValueError, "or float16, got torch.float64"),
         ({"bias": [torch.ones(40)]}, ValueError, "bias: expected 2 tensors, one for each a, got 1"),
         ({"bias": [None, torch.ones(9)]}, ValueError, r"problem 1: bias: expected shape \[40\]"),
         ({"gate": torch.ones(40)}, TypeError, "gate: expected a list of tensors, got Tensor"),
@@ -166,6 +170,20 @@ def test_a_derivative_of_any_problem_is_refused():
         ops.gemm_grouped([a[0], a[1].clone().requires_grad_()], None, w, w_scale)
     with pytest.raises(DerivativeError, match="has no forward-mode rule"):
         torch.func.jvp(lambda x: ops.gemm_grouped([a[0], x], None, w, w_scale)[0], (a[1],), (a[1],))
+
+
+def test_a_batch_is_refused_in_words():
+    _, _, w, w_scale = problems("gemm_w8a8", True, rows=((3,), (2,)))
+    q, q_scale = ops.quantize_int4(torch.randn(8, 64), group=32)
+    calls = {
+        "gemm_grouped": lambda x: ops.gemm_grouped([x, x], None, w, w_scale)[0],
+        "gemv_w4a16_grouped": lambda x: ops.gemv_w4a16_grouped(x, [q], [q_scale])[0],
+    }
+    for op, call in calls.items():
+        with pytest.raises(
+            ops.UnsupportedError, match=rf"ops\.{op}: torch\.vmap can't batch lists"
+        ):
+            torch.vmap(call)(torch.randn(2, 3, 64))
 
 
 def test_opcheck():

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from ._autograd import Derivative, DerivativeError, differentiable, has_tangent, tensors_of
 from ._autograd import transform as active_transform
-from ._select import Implementation
+from ._select import Implementation, UnsupportedError
 
 NAMESPACE = "fewstep"
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -141,6 +141,15 @@ def register(
     count = len(overload._schema.arguments)
     lists = any(str(x.type).startswith("List") for x in overload._schema.arguments)
     plain = (lambda args: is_plain(tensors_of(args))) if lists else is_plain
+
+    def at_batched(*args: Any) -> Any:
+        raise UnsupportedError(
+            f"fewstep.ops.{op}: torch.vmap can't batch lists of tensors: put the axis among the "
+            "rows of an input, or call an op that takes one problem"
+        )
+
+    if lists:  # torch's fallback, a call for each element, has no lists either
+        _library.impl(op, at_batched, "FuncTorchBatched")
     call = differentiable(op, overload, count, derivative, (plain, kernel))
     function = call.function
     return call

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..reference.gemm_grouped import gemm_grouped as _reference
+from ._expect import expect_tensor
 from ._gemm import E4M3, INT8, Format, Operands, launch_group, rounding_dtype, triton_operands
 from ._gemm_hopper import refuse_hopper
 from ._layout import FLOATS, matrix
@@ -163,6 +164,8 @@ def gemm_grouped(
         UnsupportedError: `impl` can't serve these tensors.
         DerivativeError: a tensor carries a tangent or requires grad.
     """
+    if out_dtype is not None and out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype: expected float32, bfloat16 or float16, got {out_dtype}")
     lists = {"a": a, "a_scale": a_scale, "w": w, "w_scale": w_scale, "bias": bias, "smooth": smooth}
     lists |= {"down": down, "up": up, "low": low, "gate": gate, "residual": residual}
     lists = {name: _entries(name, x, a) for name, x in lists.items()}
@@ -191,6 +194,7 @@ def _expect_alike(problems: list[Operands]) -> None:
     first = problems[0]
     for i, p in enumerate(problems):
         try:
+            expect_tensor("a", p.a)
             is_int8 = isinstance(p.w, Tensor) and p.w.dtype == torch.int8
             (_validate_w8a8 if is_int8 else _validate_fp8)(p)
         except (TypeError, ValueError) as error:
