@@ -2,6 +2,7 @@
 tests/cuda/test_gemm_grouped_sm90.py's.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -134,6 +135,21 @@ def test_what_is_refused(op):
 def test_e4m3_outputs_need_limits():
     with pytest.raises(ValueError, match=r"out_dtype: expected float32, .* got torch\.float8"):
         ops.gemm_fp8(*layer("gemm_fp8"), out_dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_choice_is_that_of_the_product(op, monkeypatch):
+    """What an op's table says now decides, with a limit and without."""
+    args, product, module = layer(op), getattr(ops, op), ops.module(op)
+    held = [
+        dataclasses.replace(way, refuse=lambda *_, **__: "not today")
+        for way in module.IMPLEMENTATIONS
+    ]
+    monkeypatch.setattr(module, "IMPLEMENTATIONS", held)
+    monkeypatch.setattr(module, "run_short", lambda *_: None, raising=False)
+    for given in ({}, {"limit": torch.ones(2, 5), "out_dtype": OPS[op]}):
+        with pytest.raises(ops.UnsupportedError, match="not today"):
+            product(*args, **given)
 
 
 @pytest.mark.parametrize("rows", [(0,), (2, 0, 3)])

@@ -42,12 +42,13 @@ _SCHEMA = SCHEMA.replace(
 
 
 def register_requantized(
-    name: str, form: Format, implementations: Sequence[Implementation]
+    name: str, form: Format, implementations: Callable[[], Sequence[Implementation]]
 ) -> Callable[..., Requantized]:
     """Register `<name>_requantized` and return (operands, limit, impl) -> (q, scale, ...).
 
-    It has no derivative. On Hopper the native kernel does it in its end; all others return float32
-    and leave the rest to eager torch, which on CPUs is what int8 outputs cost anyhow.
+    `implementations()` are those of `name`, asked for at every choice. It has no derivative. On
+    Hopper the native kernel does it in its end; all others return float32 and leave the rest to
+    eager torch, which on CPUs is what int8 outputs cost anyhow.
     """
 
     def outputs(p: Operands) -> Requantized:
@@ -69,7 +70,7 @@ def register_requantized(
     def fake(*args: Any) -> Requantized:
         return outputs(Operands(*args[:-2], torch.float32))
 
-    ways = [replace(way, run=run_with(way)) for way in implementations]
+    ways = [replace(way, run=run_with(way)) for way in implementations()]
     op = register(f"{name}_requantized", _SCHEMA, ways, fake)
 
     def call(p: Operands, limit: Tensor, out_dtype: torch.dtype | None, impl: str) -> Requantized:
@@ -77,7 +78,7 @@ def register_requantized(
         expect("limit", limit, tuple(p.a.shape[:-1]), (torch.float32,), p.a.device)
         if out_dtype != form.dtype:
             raise ValueError(f"out_dtype: expected {form.dtype} with limit, got {out_dtype}")
-        chosen = select(name, impl, implementations, *p[:-1], out_dtype, limit=limit)
+        chosen = select(name, impl, implementations(), *p[:-1], out_dtype, limit=limit)
         return op(*p[:-1], limit, chosen)
 
     return call

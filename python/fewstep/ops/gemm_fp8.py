@@ -81,7 +81,7 @@ IMPLEMENTATIONS, _op, _op_int8 = register_product(
     launcher=_launcher,
     weight=lambda p: p.w.float() * spread_scales(p.w_scale, *p.w.shape),
 )
-_requantized = register_requantized("gemm_fp8", E4M3, IMPLEMENTATIONS)
+_requantized = register_requantized("gemm_fp8", E4M3, lambda: IMPLEMENTATIONS)
 
 
 def _validate(p: Operands) -> None:

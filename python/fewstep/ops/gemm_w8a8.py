@@ -68,7 +68,7 @@ IMPLEMENTATIONS, _op, _op_int8 = register_product(
     launcher=_launcher,
     weight=lambda p: p.w.float() * p.w_scale[:, None],
 )
-_requantized = register_requantized("gemm_w8a8", INT8, IMPLEMENTATIONS)
+_requantized = register_requantized("gemm_w8a8", INT8, lambda: IMPLEMENTATIONS)
 
 
 def _validate(p: Operands) -> None:
