@@ -21,6 +21,9 @@ float32 division and rounded to nearest, ties to even; q f fits 16 bits, the shi
 
 Without `a_scale`, `a` is floating and is quantised first, as by `quantize_int8`, in the same call.
 Sums, scaling and their error are `gemm_w8a8`'s.
+
+Scales below zero stand for no weight: `quantize_int4` makes none and layers load none. The values
+of a tensor are not looked at here, and what comes of one differs between implementations.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ void launch(const typename C::Given& given, std::int64_t tiles, int multiprocess
 }
 
 // The tiling that FEWSTEP_GEMM8_TILING asks for, for measurements; -1 without it or where it
-// is empty.
+// is empty. It holds for all products of 8-bit rows: gemm_w4a8's, of gemm4_plan.h, too.
 inline int asked_tiling() {
     const char* const text = std::getenv("FEWSTEP_GEMM8_TILING");
     if (text == nullptr || text[0] == 0) return -1;
