@@ -12,7 +12,7 @@ from torch import nn
 import fewstep
 from fewstep import ops
 from fewstep.patching import QuantizationConfig
-from fewstep.patching.modulations import GroupedSiLU, GroupedW4A16Linear
+from fewstep.patching.modulations import GroupedSiLU, GroupedW4A16Linear, group_modulations
 from fewstep.quantization.layers import W4A16Linear
 from patching import small_sd3
 from patching.tiny_pipelines import build, call, denoiser
@@ -65,7 +65,7 @@ def test_one_launch_a_forward_and_the_same_bits(model, launches):
     with quantize(model, None):
         alone = output(model)
     handle = quantize(model)
-    assert f"{COUNT} modulation layers are evaluated" in handle.explain()
+    assert f"{COUNT} modulation layers can share a launch" in handle.explain()
     assert torch.equal(output(model), alone)
     assert launches == []  # who reads what is seen first
     for count in (1, 2):
@@ -149,27 +149,57 @@ def test_offloaded_layers_stand_apart(model, launches):
     assert launches == [COUNT - 2]
 
 
-def test_blocks_that_are_skipped_leave_the_launch(model, launches):
+def test_blocks_that_a_cache_skips_in_turns_are_a_launch_of_their_own(model, launches):
     quantize(model)
-    want = output(model)
-    block, model.transformer_blocks = model.transformer_blocks, model.transformer_blocks[:1]
-    for _ in range(3):
-        output(model)
-    assert launches == [COUNT, COUNT - 2, COUNT - 2]
-    model.transformer_blocks = block
-    assert torch.equal(output(model), want)
+    every = model.transformer_blocks
+    wanted = []
+    for blocks in (every, every[:1]):
+        model.transformer_blocks = blocks
+        wanted.append(plain(model))
+    for _ in range(4):
+        for blocks, want in zip((every, every[:1]), wanted, strict=True):
+            model.transformer_blocks = blocks
+            assert torch.equal(output(model), want)
+    # One by one; too much once; from then on what both read, and the rest where it is read.
+    assert launches == [COUNT, *[COUNT - 2, 2, COUNT - 2] * 3]
 
 
-def test_a_forward_that_fails_leaves_nothing(model, launches):
+def test_what_is_first_read_later_is_learnt_then(model, launches):
+    quantize(model)
+    every, model.transformer_blocks = model.transformer_blocks, model.transformer_blocks[:1]
+    output(model)
+    model.transformer_blocks = every
+    output(model)
+    assert launches == [COUNT - 2]
+    output(model)
+    assert launches == [COUNT - 2] * 2 + [2]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_forward_that_fails_leaves_and_teaches_nothing(model, launches, error):
     quantize(model)
     want = output(model)
-    hook = model.transformer_blocks[0].register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def fail(*_):
+        raise error
+
+    hook = model.transformer_blocks[0].register_forward_hook(fail)
+    with pytest.raises(error):
         output(model)
     hook.remove()
     model.norm_out.linear.bias.add_(1)
     assert torch.equal(output(model), plain(model))
     assert not torch.equal(output(model), want)
+    assert launches == [COUNT] * 3
+
+
+def test_a_copied_layer_in_a_forward_stands_apart(model, launches):
+    quantize(model)
+    output(model)
+    norm = model.transformer_blocks[0].norm1
+    norm.linear = copy.copy(norm.linear)
+    assert torch.equal(output(model), plain(model))
+    assert launches == [COUNT - 1]
 
 
 def test_outside_of_a_forward_layers_run_by_themselves(model, launches):
@@ -216,6 +246,73 @@ def test_autocast_and_inference_mode_change_nothing(model):
             assert torch.equal(model(**small_sd3.inputs()).sample, alone)
 
 
+class Stack(nn.Module):
+    """Blocks of (silu, linear) that read temb as it is given."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(make(nn.SiLU(), nn.Linear(128, 64)) for _ in range(3))
+
+    @torch.no_grad()
+    def forward(self, temb):
+        return torch.cat([block(temb) for block in self.blocks], -1)
+
+
+class Own(nn.Module):
+    """A block that nobody knows: its silu may be written to."""
+
+    def __init__(self, silu, linear):
+        super().__init__()
+        self.silu, self.linear = silu, linear
+
+    def forward(self, temb):
+        return self.linear(self.silu(temb).mul_(2))
+
+
+def test_explain_counts_what_happened():
+    stack = Stack(nn.Sequential)
+    fewstep.quantize(stack, "w4a16", skip=lambda *_: None)
+    handle = group_modulations(stack)
+    assert "launches" not in handle.explain()
+    for rows in (1, 1, 1, 16):  # more rows than one launch takes
+        stack(torch.ones(rows, 128))
+    assert handle.explain().endswith("launches so far: 2 of 3 layers")
+
+
+def test_an_input_from_outside_of_inference_mode(launches):
+    stack, temb = Stack(nn.Sequential), torch.randn(1, 128)
+    fewstep.quantize(stack, "w4a16", skip=lambda *_: None, modulations="group")
+    want = stack(temb)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(stack(temb), want)
+    assert launches == []
+    assert torch.equal(stack(temb), want)
+    assert launches == [3]
+
+
+def test_blocks_that_are_not_known_stand_apart(launches):
+    stack, temb = Stack(Own), torch.randn(1, 128)
+    given = {"skip": lambda *_: None}
+    with fewstep.quantize(stack, "w4a16", **given):
+        want = stack(temb)
+    handle = fewstep.quantize(stack, "w4a16", **given, modulations="group")
+    assert "3 modulation layers, what Own does with its silu is not known" in handle.explain()
+    assert torch.equal(stack(temb), want)
+    assert torch.equal(stack(temb), want)
+    assert launches == []
+
+
+def test_who_groups_again_is_told(model):
+    quantize(model)
+    again = group_modulations(model)
+    assert again.explain() == f"left alone: {COUNT} modulation layers, grouped already"
+    copied = group_modulations(copy.deepcopy(model))
+    assert set(copied.left.values()) == {"in a copy of a grouped model"}
+    assert "no modulation layers" in group_modulations(nn.Linear(2, 2)).explain()
+
+
 def test_copies_run_their_layers_by_themselves(model, launches):
     quantize(model)
     want = output(model)
@@ -251,7 +348,7 @@ def test_undo_puts_back_what_was_there(model):
 def test_layers_in_other_schemes_are_left_alone(model):
     skip = None
     with fewstep.quantize(model, "w8a8", skip=skip, modulations="group") as handle:
-        assert "0 modulation layers are evaluated" in handle.explain()
+        assert "can share a launch" not in handle.explain()
         assert "modulation layers, w8a8" in handle.explain()
     with fewstep.quantize(model, "w4a16", rank=4, modulations="group") as handle:
         assert "it has a low-rank branch" in handle.explain()

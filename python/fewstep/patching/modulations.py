@@ -4,19 +4,27 @@
 
 In diffusers' adaLN models (FLUX, SD3, Qwen-Image, ...) each block has its own silu and its own
 linear layer for one row of temb. Where these layers are in w4a16, the first of them that a forward
-of the model reaches is evaluated together with all that read the same input in the forward before;
-they take their outputs when their turn comes. Which do is seen and not declared: a model's first
-forward runs them one by one.
+of the model reaches is evaluated together with all that went with it so far: those that read its
+input in every forward that had either. They take their outputs when their turn comes. Which do is
+seen and not declared: a model's first forward runs them one by one. Where a cache skips blocks in
+some forwards, the layers that all of them read are one launch, and the others another, made when
+the first of these is reached. A forward that fails teaches nothing.
 
 An output is taken only where it is what the layer's own product would return, to the bit
 (`same_bits`): by a call with the very tensor, at the version, that it was computed from, in the
-same forward of the model and thread, from the very weights, at theirs. So that layers get one
-tensor, the activations before them return one output for one input. All that is kept ends with the
-forward, so nothing is stale, and a CUDA graph of a forward holds all that its replay needs.
+same forward of the model and thread, from the very weights, at theirs. Writes past the versions,
+through `.data`, are seen from the next forward on. All that is kept ends with the forward, so
+nothing is stale, and a CUDA graph of a forward holds all that its replay needs; a forward that
+KeyboardInterrupt ends keeps its outputs until the next one, because torch runs no hook then.
+
+So that layers get one tensor, the activations before them return one output for one input. Who
+wrote to it in place would change it for others, so only activations that nothing but the layer
+reads take part: of modules of diffusers, and in an `nn.Sequential` of the two.
 
 A layer is evaluated by itself while something is differentiated or traced by torch.compile, under
-autocast, where it has a branch or factors, in a LoRA, and of a model that is offloaded in parts,
-whose weights may be on their way. Copies of the model, and what pickle makes, run all of them so.
+autocast, in inference mode (its tensors have no versions), where it has a branch or factors, in a
+LoRA, and of a model that is offloaded in parts, whose weights may be on their way. Copies of a
+layer or of the model, and what pickle makes, run so, too.
 """
 
 from __future__ import annotations
@@ -58,7 +66,7 @@ class _Alone:
 def _buffers(layer: QuantLinear) -> tuple[Any, ...]:
     """Return the tensors that an output depends on, and their versions."""
     tensors = layer.quantized, layer.weight_scale, layer.bias
-    return *tensors, *(None if x is None else x._version for x in tensors)
+    return *tensors, *(None if x is None or x.is_inference() else x._version for x in tensors)
 
 
 def _same(found: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
@@ -103,7 +111,8 @@ class _Round:
     def __init__(self, x: Tensor) -> None:
         self.x, self.version = x, x._version
         self.outputs: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}
-        self.readers: list[int] = []
+        self.readers: dict[int, None] = {}  # in their order
+        self.tried: set[int] = set()  # what a launch was made or refused for
 
     def is_of(self, x: Tensor) -> bool:
         return self.x is x and self.version == x._version
@@ -112,9 +121,10 @@ class _Round:
 class _Group(_Alone):
     """The modulation layers of a model, and what one forward knows of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, launches: Counter[int]) -> None:
+        self.launches = launches  # counted by the number of layers
         self.members: dict[int, _Member] = {}  # by id of the layer
-        self._together: dict[int, list[int]] = {}  # first reader -> all, in the last forward
+        self._parts: dict[int, tuple[int, ...]] = {}  # layer -> those that went with it so far
         self._forward = threading.local()
 
     def begin(self) -> None:
@@ -122,15 +132,29 @@ class _Group(_Alone):
         if not torch.compiler.is_compiling():
             self._forward.rounds, self._forward.activated = [], []
 
-    def end(self) -> None:
-        """End it: what it has learnt is kept, tensors are not."""
+    def learn(self) -> None:
+        """Divide the layers into parts, in each of which all or none read an input.
+
+        Parts are only ever divided, so forwards that differ in turns settle.
+        """
         if torch.compiler.is_compiling():
             return
-        rounds = getattr(self._forward, "rounds", None)
-        if rounds is not None:
-            shared = [x.readers for x in rounds if len(x.readers) > 1]
-            self._together = {readers[0]: readers for readers in shared}
-        self._forward.rounds = self._forward.activated = None
+        parts = dict(self._parts)
+        for readers in (found.readers for found in getattr(self._forward, "rounds", None) or ()):
+            seen = {id(parts[i]): parts[i] for i in readers if i in parts}
+            divided = [tuple(i for i in readers if i not in parts)]
+            for part in seen.values():
+                read = tuple(i for i in part if i in readers)
+                if len(read) < len(part):
+                    divided += [read, tuple(i for i in part if i not in readers)]
+            for part in divided:
+                parts.update(dict.fromkeys(part, part))
+        self._parts = parts
+
+    def end(self) -> None:
+        """End a forward, also one that failed: no tensor is kept."""
+        if not torch.compiler.is_compiling():
+            self._forward.rounds = self._forward.activated = None
 
     def activate(self, x: Tensor, silu: Any) -> Tensor | None:
         """Return silu(x), the same tensor for the same x, None outside of a forward."""
@@ -141,35 +165,45 @@ class _Group(_Alone):
             if given is x and version == x._version and out_version == out._version:
                 return out
         out = silu(x)
-        done.append((x, x._version, out, out._version))
+        if _is_usable(out):
+            done.append((x, x._version, out, out._version))
         return out
 
     def output(self, layer: QuantLinear, x: Tensor) -> Tensor | None:
         """Return layer(x) if it was computed with others', or is now; else None."""
         rounds = getattr(self._forward, "rounds", None)
-        if rounds is None or not _is_usable(x) or autocast_dtype(x) is not None:
+        member = self.members.get(id(layer))
+        if rounds is None or member is None or member.layer() is not layer:
+            return None
+        if not _is_usable(x) or autocast_dtype(x) is not None:
             return None
         found = next((part for part in rounds if part.is_of(x)), None)
         if found is None:
             found = _Round(x)
             rounds.append(found)
-            self._evaluate(id(layer), found)
-        if id(layer) not in found.readers:
-            found.readers.append(id(layer))
+        found.readers[id(layer)] = None
+        if id(layer) not in found.tried:
+            self._evaluate(layer, found)
         out, before = found.outputs.pop(id(layer), (None, ()))
         return out if out is not None and _same(before, _buffers(layer)) else None
 
-    def _evaluate(self, first: int, of: _Round) -> None:
-        """Compute the outputs of a layer and of those that read its input the last time."""
+    def _evaluate(self, first: QuantLinear, of: _Round) -> None:
+        """Compute the outputs of a layer and of those that went with it so far."""
         x = of.x
-        members = [self.members[i] for i in self._together.get(first, ())]
+        if self.members[id(first)].refuse() is not None or not _fits(first, first, x):
+            of.tried.add(id(first))
+            return
+        part = self._parts.get(id(first), (id(first),))
+        of.tried.update(part)
+        members = [self.members[i] for i in part]
         layers = [member.layer() for member in members if member.refuse() is None]
-        layers = [layer for layer in layers if _fits(layer, layers[0], x)]
+        layers = [layer for layer in layers if _fits(layer, first, x)]
         if len(layers) < 2 or not same_bits(x):
             return
         given = [_buffers(layer) for layer in layers]
         w, w_scale, bias = ([buffers[i] for buffers in given] for i in range(3))
         outputs = ops.gemv_w4a16_grouped(x, w, w_scale, bias=bias)
+        self.launches[len(layers)] += 1
         for layer, out, buffers in zip(layers, outputs, given, strict=True):
             of.outputs[id(layer)] = out, buffers
 
@@ -237,15 +271,24 @@ class GroupedModulations:
 
     grouped: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    _launches: Counter[int] = field(default_factory=Counter, repr=False)  # by layers in one
     _changed: list[nn.Module] = field(default_factory=list, repr=False)
     _hooks: list[Any] = field(default_factory=list, repr=False)  # torch's handles
 
     def explain(self) -> str:
-        """Return how many layers are evaluated together, and why others are not."""
-        lines = [f"{len(self.grouped)} modulation layers are evaluated in one launch per input"]
+        """Return which layers can share launches, the launches so far, and why others can't."""
+        lines = []
+        if self.grouped:
+            many = ", ".join(f"{n} of {k} layers" for k, n in sorted(self._launches.items()))
+            lines = [
+                f"{len(self.grouped)} modulation layers can share a launch where they read one "
+                "input; none do under autocast, in inference mode, where something is "
+                "differentiated or compiled, or for more rows than agree to the bit"
+            ]
+            lines += [f"launches so far: {many}"] if many else []
         for reason, count in Counter(self.left.values()).most_common():
             lines.append(f"left alone: {count} modulation layers, {reason}")
-        return "\n".join(lines)
+        return "\n".join(lines) or "no modulation layers: linear layers behind a silu of their own"
 
     def undo(self) -> None:
         """Give the modules back the classes they had, and take the hooks out."""
@@ -269,9 +312,19 @@ def _pairs(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.SiLU, nn.Modu
             silu, layer = children.get(first), children.get(second)
             if first == "0" and (type(parent) is not nn.Sequential or len(children) != 2):
                 continue
-            if type(silu) is nn.SiLU and not silu.inplace and isinstance(layer, nn.Linear):
+            if (
+                type(silu) in (nn.SiLU, GroupedSiLU)
+                and not silu.inplace
+                and isinstance(layer, nn.Linear)
+            ):
                 found.append((f"{name}.{second}" if name else second, parent, second, silu, layer))
     return found
+
+
+def _is_known(parent: nn.Module) -> bool:
+    """Return whether nothing but the layer reads what the activation before it returns."""
+    package = type(parent).__module__.partition(".")[0]
+    return type(parent) is nn.Sequential or package in ("diffusers", __package__.partition(".")[0])
 
 
 def _path(model: nn.Module, name: str) -> tuple[Parent, ...]:
@@ -292,13 +345,21 @@ def group_modulations(model: nn.Module) -> GroupedModulations:
     Returns:
         The handle: `grouped`, `left`, `explain()`, `undo()`. Nothing to do is no error.
     """
-    handle, group = GroupedModulations(), _Group()
+    handle = GroupedModulations()
+    group = _Group(handle._launches)
     alike: dict[Any, list[Any]] = defaultdict(list)
     for pair in _pairs(model):
         layer = pair[-1]
-        if type(layer) is not W4A16Linear:
+        if type(layer) is GroupedW4A16Linear:
+            here = layer.__dict__.get("_modulations") is not None
+            handle.left[pair[0]] = "grouped already" if here else "in a copy of a grouped model"
+        elif not isinstance(layer, W4A16Linear):
             scheme = layer.scheme if isinstance(layer, QuantLinear) else "not quantised"
             handle.left[pair[0]] = f"{scheme}"
+        elif type(layer) is not W4A16Linear:
+            handle.left[pair[0]] = f"a {type(layer).__name__}"
+        elif not _is_known(pair[1]):
+            handle.left[pair[0]] = f"what {type(pair[1]).__name__} does with its silu is not known"
         elif (reason := _refuse_layer(layer)) is not None:
             handle.left[pair[0]] = reason
         else:
@@ -320,6 +381,7 @@ def group_modulations(model: nn.Module) -> GroupedModulations:
     if handle.grouped:
         handle._hooks = [
             model.register_forward_pre_hook(_Edge(group, "begin")),
+            model.register_forward_hook(_Edge(group, "learn")),
             model.register_forward_hook(_Edge(group, "end"), always_call=True),
         ]
     return handle
