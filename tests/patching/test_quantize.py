@@ -178,9 +178,9 @@ def test_the_functions_of_models_take_what_those_of_layers_take_and_the_fusions(
         {p.name: (p.kind, p.default) for p in inspect.signature(f).parameters.values()}
         for f in (of_models, of_layers)
     )
-    fusions = {key: outer.pop(key)[1] for key in ("norms", "activations")}
+    fusions = {key: outer.pop(key)[1] for key in ("norms", "activations", "modulations")}
     assert list(outer.items()) == list(inner.items())
-    assert fusions == {"norms": None, "activations": "fuse"}
+    assert fusions == {"norms": None, "activations": "fuse", "modulations": None}
     # As they are written, for those who read them without running: no *args.
     assert of_models.__code__.co_varnames[: len(outer)] == tuple(outer)
     assert f"fewstep.quantization.{name}" in of_models.__doc__
