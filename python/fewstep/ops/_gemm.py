@@ -41,14 +41,13 @@ from ._epilogue import expect_epilogue, gate_rows, width
 from ._expect import expect_tensors
 from ._gemm_autograd import differentiate
 from ._gemm_hopper import loadable, refuse_hopper
+from ._gemm_rows import quantise_rows
 from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._register import register
 from ._select import NO_RUN_YET, Implementation, refuse_native, refuse_triton
 from .quantize_fp8 import BLOCK
-from .quantize_fp8 import run_triton as quantize_fp8
 from .quantize_int8 import run_native as quantize_native  # rows, and low beside them
 from .quantize_int8 import run_reference as quantize_reference
-from .quantize_int8 import run_triton as quantize_triton
 
 MAX_K = 1 << 17
 SCHEMA = (
@@ -59,15 +58,7 @@ SCHEMA = (
 SCHEMA_INT8 = SCHEMA.replace("-> Tensor", "-> (Tensor, Tensor)")
 
 
-class Format(NamedTuple):
-    """What activations are in 8 bits: their dtype, and how rows become it on GPUs."""
-
-    dtype: torch.dtype
-    quantize: Callable[..., tuple[Tensor, ...]]  # x, block, smooth, rotate -> values, scales
-
-
-INT8 = Format(torch.int8, lambda x, block, *first: quantize_triton(x, *first))
-E4M3 = Format(torch.float8_e4m3fn, quantize_fp8)
+INT8, E4M3 = torch.int8, torch.float8_e4m3fn  # the forms of activations in 8 bits
 
 
 def bits(x: Tensor) -> Tensor:
@@ -183,14 +174,14 @@ def expect_branch(
 def expect_operands(
     p: Operands,
     weight_shape: tuple[int, ...],
-    form: Format = INT8,
+    form: torch.dtype = INT8,
     blocks: tuple[int, ...] = (),
 ) -> None:
     """Check everything but w and its scale: their op does. A row of a has one, or `blocks`."""
     a, a_scale, w, bias = p.a, p.a_scale, p.w, p.bias
     expect_tensors(a_scale=a_scale, bias=bias)
-    if not a.shape or a.dtype not in (FLOATS if a_scale is None else (form.dtype,)):
-        wanted = "floating" if a_scale is None else form.dtype
+    if not a.shape or a.dtype not in (FLOATS if a_scale is None else (form,)):
+        wanted = "floating" if a_scale is None else form
         raise ValueError(f"a: expected {wanted} [..., M, K], got {a.dtype} {list(a.shape)}")
     (*rows, K), N, device = a.shape, w.shape[0], a.device
     expect("w", w, weight_shape, (w.dtype,), device)
@@ -220,18 +211,17 @@ def rounding_dtype(a: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
     return out_dtype
 
 
-def quantised(p: Operands, form: Format) -> Operands:
+def quantised(p: Operands, form: torch.dtype) -> Operands:
     """Return p with rows in 8 bits and low beside them, as kernels on GPUs take them."""
-    low, _ = p.branch()
-    p = p._replace(down=None, low=low)
     if p.a_scale is not None:
         return p
     block = BLOCK if form is E4M3 and p.w_scale.dim() == 2 else None
-    a, a_scale = form.quantize(p.a, block, p.smooth, p.rotate)
-    return p._replace(a=a, a_scale=a_scale, smooth=None, rotate=0)
+    a, a_scale, *low = quantise_rows(form, p.a, block, p.smooth, p.rotate, p.down)
+    low = low[0] if low else p.low
+    return p._replace(a=a, a_scale=a_scale, smooth=None, rotate=0, down=None, low=low)
 
 
-def native_operands(p: Operands, form: Format, scale: Tensor | None = None) -> tuple[Any, ...]:
+def native_operands(p: Operands, form: torch.dtype, scale: Tensor | None = None) -> tuple[Any, ...]:
     """Return a native product's arguments but for its outputs, which are int8 with `scale`."""
     on_gpu = p.a.device.type == "cuda"
     if on_gpu:
@@ -251,7 +241,7 @@ def native_operands(p: Operands, form: Format, scale: Tensor | None = None) -> t
     return *first, activation or "", *blended
 
 
-def triton_operands(p: Operands, form: Format) -> tuple[Any, ...]:
+def triton_operands(p: Operands, form: torch.dtype) -> tuple[Any, ...]:
     """Return a Triton product's arguments but for its output."""
     p = quantised(p, form)
     weight = (bits(p.w.contiguous()), p.w_scale.contiguous(), contiguous(p.bias))
@@ -259,7 +249,7 @@ def triton_operands(p: Operands, form: Format) -> tuple[Any, ...]:
 
 
 def launch_group(
-    form: Format,
+    form: torch.dtype,
     problems: Sequence[Operands],
     outs: Sequence[Tensor],
     limits: Sequence[tuple[Tensor, ...]] = (),
@@ -285,7 +275,7 @@ def launch_group(
 def register_product(
     name: str,
     *,
-    form: Format = INT8,
+    form: torch.dtype = INT8,
     reference: Callable[..., Tensor],
     launcher: Callable[[], Callable[..., None]],
     weight: Callable[[Operands], Tensor],
@@ -322,7 +312,7 @@ def register_product(
     def run_native_int8(*args: Any) -> tuple[Tensor, Tensor]:
         p = Operands(*args)
         if p.a.device.type == "cuda":
-            return quantize_triton(run_native(*args))
+            return quantise_rows(torch.int8, run_native(*args))
         # The kernel takes integer rows, which `low` is made beside, for bfloat16's.
         if form is INT8 and p.down is not None and p.out_dtype != torch.bfloat16:
             return quantize_native(run_native(*args))
@@ -350,7 +340,7 @@ def register_product(
         W = _prologue.rotate_blocks(weight(p), p.rotate)
         return W if p.smooth is None else W / p.smooth.float()
 
-    inputs = (form.dtype, *FLOATS)
+    inputs = (form, *FLOATS)
 
     def refuse(a: Tensor, *rest: Any, **options: Any) -> str | None:
         reason = refuse_native(name, [a], inputs)
@@ -365,7 +355,7 @@ def register_product(
     )
     ways_int8 = (
         replace(ways[0], run=run_native_int8),
-        replace(ways[1], run=lambda *args: quantize_triton(run_triton(*args))),
+        replace(ways[1], run=lambda *args: quantise_rows(torch.int8, run_triton(*args))),
         replace(ways[2], run=lambda *args: quantize_reference(run_reference(*args))),
     )
     names = " ".join(Operands._fields[:-1])

@@ -3,7 +3,8 @@ with a 4-bit weight gemm4_*.cuh, whose scales of groups their op has checked).
 
 The copy engine reads rows that start at multiples of 16 bytes: of a, w, and of low and up, which
 are multiplied in their one 16-bit dtype and copied where their rank is no multiple of 8. Floating
-rows are quantised by Triton's kernel, and so are int8 outputs without limits.
+rows and int8 outputs without limits are quantised by another kernel (`_gemm_rows.py`); for outputs,
+which are not there yet, it has to be Triton's that can.
 What is refused here is known from shapes, strides and offsets, which a trace has too; memory that
 starts elsewhere all the same is copied at the launch (`_native.aligned`).
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ._gemm_rows import refuse_quantising
 from ._layout import FLOATS, refuse_rows
 from ._select import refuse_triton
 
@@ -44,11 +46,12 @@ def refuse_hopper(
     elif w is not None and w.dtype != torch.uint8 and w_scale is not None and w_scale.dim() != 1:
         reason = "w_scale: expected one scale per column, got scales of blocks"
     elif a.is_floating_point() and a_scale is None:
-        reason = refuse_triton([a], FLOATS)  # quantises the rows
+        form = w.dtype if w is not None and w.is_floating_point() else torch.int8
+        reason = refuse_quantising(form, a)
     elif a.dim() > 1:
         reason = refuse_rows("a", a)
     if reason is None and out_dtype == torch.int8 and limit is None:
-        reason = refuse_triton([a], (a.dtype,))  # quantises the output
+        reason = refuse_triton([a], (a.dtype,))  # may have to quantise the output
     if reason is None and w is not None:
         reason = refuse_rows("w", w)
     if reason is None and up is not None:

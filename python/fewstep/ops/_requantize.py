@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..reference._requantize import requantize
 from ._expect import expect_tensor
-from ._gemm import SCHEMA, Format, Operands, expect, launch_group
+from ._gemm import SCHEMA, Operands, expect, launch_group
 from ._register import register
 from ._select import Implementation, select
 
@@ -42,7 +42,7 @@ _SCHEMA = SCHEMA.replace(
 
 
 def register_requantized(
-    name: str, form: Format, implementations: Callable[[], Sequence[Implementation]]
+    name: str, form: torch.dtype, implementations: Callable[[], Sequence[Implementation]]
 ) -> Callable[..., Requantized]:
     """Register `<name>_requantized` and return (operands, limit, impl) -> (q, scale, ...).
 
@@ -53,7 +53,7 @@ def register_requantized(
 
     def outputs(p: Operands) -> Requantized:
         exceeded = p.a.new_empty((), dtype=torch.int32)
-        return p.new_output(form.dtype), p.new_scale(), p.new_scale(), exceeded
+        return p.new_output(form), p.new_scale(), p.new_scale(), exceeded
 
     def run_with(way: Implementation) -> Callable[..., Requantized]:
         def run(*args: Any) -> Requantized:
@@ -63,7 +63,7 @@ def register_requantized(
             if way.name == "native" and p.a.device.type == "cuda" and found[0].numel():
                 launch_group(form, [p], [found[0]], [(limit, *found[1:])])
                 return found
-            return requantize(way.run(*p), limit, form.dtype)
+            return requantize(way.run(*p), limit, form)
 
         return run
 
@@ -76,8 +76,8 @@ def register_requantized(
     def call(p: Operands, limit: Tensor, out_dtype: torch.dtype | None, impl: str) -> Requantized:
         expect_tensor("limit", limit)
         expect("limit", limit, tuple(p.a.shape[:-1]), (torch.float32,), p.a.device)
-        if out_dtype != form.dtype:
-            raise ValueError(f"out_dtype: expected {form.dtype} with limit, got {out_dtype}")
+        if out_dtype != form:
+            raise ValueError(f"out_dtype: expected {form} with limit, got {out_dtype}")
         chosen = select(name, impl, implementations(), *p[:-1], out_dtype, limit=limit)
         return op(*p[:-1], limit, chosen)
 

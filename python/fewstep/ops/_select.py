@@ -125,6 +125,17 @@ def explain_choice(
     return Explanation(op, choice, reasons)
 
 
+def serves(op: str, candidate: Implementation, *args: Any, **kwargs: Any) -> bool:
+    """Return whether `auto` may take an implementation for these arguments."""
+    x = first_tensor(args)
+    # What costs least is asked first.
+    return (
+        _held_back(candidate, x) is None
+        and candidate.refuse(*args, **kwargs) is None
+        and _refuse_gate(op, candidate, x) is None
+    )
+
+
 def select(
     op: str, impl: str, implementations: Sequence[Implementation], *args: Any, **kwargs: Any
 ) -> str:
@@ -137,14 +148,8 @@ def select(
     if impl not in NAMES:
         raise ValueError(f"impl: expected one of {', '.join(NAMES)}, got {impl!r}")
     if impl == "auto":
-        x = first_tensor(args)
         for candidate in implementations:
-            # What costs least is asked first.
-            if (
-                _held_back(candidate, x) is None
-                and candidate.refuse(*args, **kwargs) is None
-                and _refuse_gate(op, candidate, x) is None
-            ):
+            if serves(op, candidate, *args, **kwargs):
                 return candidate.name
         explanation = explain_choice(op, implementations, args, kwargs)
         raise UnsupportedError(f"{op}: no implementation can run: {explanation}")

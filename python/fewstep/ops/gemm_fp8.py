@@ -88,8 +88,8 @@ def _validate(p: Operands) -> None:
     w = p.w
     expect_tensor("w", w)
     expect_tensor("w_scale", p.w_scale)
-    if len(w.shape) != 2 or w.dtype != E4M3.dtype:
-        raise ValueError(f"w: expected {E4M3.dtype} [N, K], got {w.dtype} {list(w.shape)}")
+    if len(w.shape) != 2 or w.dtype != E4M3:
+        raise ValueError(f"w: expected {E4M3} [N, K], got {w.dtype} {list(w.shape)}")
     N, K = w.shape[0], p.a.shape[-1] if p.a.shape else 0
     squares = p.w_scale.dim() == 2
     blocked = isinstance(p.a_scale, Tensor) and 0 < p.a.dim() == p.a_scale.dim()
@@ -174,7 +174,7 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
     cases: list[tuple[tuple[Any, ...], dict[str, Any], float, float]] = []
 
     def draw(*shape: int) -> Tensor:
-        return (64 * torch.randn(shape, generator=generator)).to(E4M3.dtype)
+        return (64 * torch.randn(shape, generator=generator)).to(E4M3)
 
     for M, N, K in ((1, 64, 64), (77, 130, 96), (300, 257, 1031)):
         a, w = draw(M, K).to(device), draw(N, K).to(device)
@@ -184,7 +184,7 @@ def gate_cases(device: torch.device) -> list[tuple[tuple[Any, ...], dict[str, An
         cases.append(((a, a_scale, w, w_scale), {"bias": bias}, 2.0**-22, 2.0**-11 * K))
 
     def weight(N: int, K: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        w = (64 * torch.randn((N, K), generator=generator)).to(E4M3.dtype)
+        w = (64 * torch.randn((N, K), generator=generator)).to(E4M3)
         return w, torch.full((N,), K**-0.5 / 64)
 
     cases += gate_layers(device, weight) + gate_tilings(device, weight)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..reference.gemm_grouped import gemm_grouped as _reference
 from ._expect import expect_tensor
-from ._gemm import E4M3, INT8, Format, Operands, launch_group, rounding_dtype, triton_operands
+from ._gemm import E4M3, INT8, Operands, launch_group, rounding_dtype, triton_operands
 from ._gemm_hopper import refuse_hopper
 from ._layout import FLOATS, matrix
 from ._register import register
@@ -37,7 +37,7 @@ from .gemm_w8a8 import _validate as _validate_w8a8
 __all__ = ["gemm_grouped"]
 
 MAX_PROBLEMS = 8  # kMostProblems of csrc/include/fewstep/cuda/gemm8_sm90.cuh
-_INPUTS = (INT8.dtype, E4M3.dtype, *FLOATS)
+_INPUTS = (INT8, E4M3, *FLOATS)
 _SHARED = ("rotate", "activation", "out_dtype")  # one for all problems
 
 
@@ -50,7 +50,7 @@ def _problems(*args: Any) -> list[Operands]:
     ]
 
 
-def _format(p: Operands) -> Format:
+def _format(p: Operands) -> torch.dtype:
     return INT8 if p.w.dtype == torch.int8 else E4M3
 
 

@@ -35,6 +35,7 @@ from ._epilogue import expect_epilogue, width
 from ._expect import expect_tensor, expect_tensors
 from ._gemm import epilogue_rows, expect, expect_branch
 from ._gemm_autograd import differentiate
+from ._gemm_rows import quantise_rows
 from ._layout import FLOATS, contiguous, matrix, unit_stride
 from ._prologue import project
 from ._register import register
@@ -44,7 +45,6 @@ from .gemv_w4a16_grouped import gate_cases as gate_cases_of_groups
 from .quantize_int4 import expect_int4
 from .quantize_int8 import run_native as quantize_native
 from .quantize_int8 import run_reference as quantize_reference
-from .quantize_int8 import run_triton as quantize_triton
 
 __all__ = ["dequantize_int4", "gemm_w4a16"]
 
@@ -159,7 +159,9 @@ _op_int8 = register(
     _SCHEMA + "(Tensor, Tensor)",
     (
         replace(IMPLEMENTATIONS[0], run=lambda *args: quantize_native(_run_native(*args))),
-        replace(IMPLEMENTATIONS[1], run=lambda *args: quantize_triton(_run_triton(*args))),
+        replace(
+            IMPLEMENTATIONS[1], run=lambda *args: quantise_rows(torch.int8, _run_triton(*args))
+        ),
         replace(IMPLEMENTATIONS[2], run=lambda *args: quantize_reference(_run_reference(*args))),
     ),
     _fake_int8,
