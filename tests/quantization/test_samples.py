@@ -44,7 +44,7 @@ class Pipe:
 
     def __call__(self, *, steps=4, labels=(0,), prompt=(), generator=None):
         for step in self.steps[:steps]:
-            chosen = [*labels, *(ord(letter) % 64 for letter in prompt)]
+            chosen = [*map(int, labels), *(ord(letter) % 64 for letter in prompt)]
             self.transformer(step + self.size * self.conditions[chosen])
 
 
@@ -86,8 +86,50 @@ def test_many_rows_are_judged_by_one_of_eight_runs_if_these_bring_new_ones():
     assert set(split.held_out.counts.tolist()) == {4}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "held"),
+    [
+        ((1000, 10), [1]),  # the first would leave 10 to fit to
+        ((10, 1000), [0]),
+        ((600, 50, 50), [1]),
+    ],
+)
+def test_runs_that_are_held_out_leave_most_rows(sizes, held):
+    runs = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])
+    rows = torch.randn(len(runs), 8, generator=seeded(0))
+    (split,) = splits(rows, runs)
+    mask = torch.isin(runs, torch.tensor(held))
+    assert torch.equal(split.held_out.rows, rows[mask])
+    assert torch.equal(split.fitted.rows, rows[~mask])
+    assert split.fitted.enough
+
+
+def test_runs_that_leave_few_rows_judge_each_other():
+    # 30 rows in each of three runs: two runs are fewer than anything is fitted to by itself.
+    rows = torch.randn(90, 8, generator=seeded(0))
+    runs = torch.arange(3).repeat_interleave(30)
+    first, second = splits(rows, runs)
+    assert torch.equal(first.held_out.rows, rows[30:60])
+    assert torch.equal(second.held_out.rows, first.fitted.rows)
+    # Four rows of another run are too few to judge, and the others must be fitted to.
+    (split,) = splits(rows, (torch.arange(90) > 85).long())
+    assert torch.equal(split.held_out.rows, rows[::8])
+
+
+def test_smoothing_goes_by_the_rows_that_it_may_see():
+    linear = nn.Linear(K, K)
+    rows = torch.randn(90, K, generator=seeded(0))
+    rows[:, :4] *= 100
+    runs = torch.arange(3).repeat_interleave(30)
+    seen = Calibration({"0": rows}, {"0": 30.0}, [], {"0": rows.abs().amax(0)}, {"0": runs})
+    for given, smoothed in (({}, 1), ({"compensate": seen}, 0)):
+        with quantize(nn.Sequential(linear), "w8a8", smooth=seen, **given) as handle:
+            assert sum(layer.smooth is not None for layer in handle.replaced.values()) == smoothed
+
+
 def test_the_few_rows_of_every_run_are_compensated_for():
     pipe = Pipe(1.0)
+    pipe.num_classes = 2
     seen = calibrate(pipe, [{"labels": (0, 1)} for _ in range(4)])
     assert len(Samples.of(seen.inputs["layer"]).rows) == 8
     assert seen.runs["layer"].unique().tolist() == [0, 1, 2, 3]
@@ -174,6 +216,34 @@ def test_calls_of_the_same_prompts_are_one_run():
     assert calibrate(Embedded(1.0), calls).runs["layer"].tolist() == [0] * 8 + [1] * 4
 
 
+def runs_of(pipe, calls):
+    found = calibrate(pipe, calls).runs["layer"]
+    return found.unique_consecutive().tolist()
+
+
+@pytest.mark.parametrize("labels", [(3,), [3, 4], torch.tensor([3])])
+def test_calls_of_the_same_labels_are_one_run(labels):
+    pipe = Pipe(1.0)
+    calls = [{"labels": labels, "generator": seeded(i), "steps": 2 + i} for i in range(3)]
+    assert runs_of(pipe, calls) == [0]
+    assert runs_of(pipe, [*calls, {"labels": (5,)}]) == [0, 1]
+    # All classes in each call: no other can come.
+    pipe.num_classes = 5
+    assert runs_of(pipe, calls) == [0]
+    assert runs_of(pipe, [{"labels": [*range(5)] * 2}] * 3) == [0, 1, 2]
+
+
+def test_settings_and_latents_are_no_condition():
+    class Settable(Pipe):
+        def __call__(self, *, output_type, sigmas, latents, guidance_scale, label=0):
+            super().__call__(labels=(label,))
+
+    settings = {"output_type": "latent", "sigmas": [1.0, 0.5], "guidance_scale": [2.0]}
+    calls = [settings | {"latents": torch.zeros(2)}] * 2
+    assert runs_of(Settable(1.0), calls) == [0, 1]
+    assert runs_of(Settable(1.0), [call | {"label": 3} for call in calls]) == [0]
+
+
 def test_runs_are_saved_and_files_without_them_judge_by_rows(tmp_path):
     pipe, path = Pipe(1.0), tmp_path / "seen.safetensors"
     seen = calibrate(pipe, [{"labels": (0,)}, {"labels": (1,)}])
@@ -184,10 +254,11 @@ def test_runs_are_saved_and_files_without_them_judge_by_rows(tmp_path):
     assert Calibration.load(path).runs == {}
     with quantize(pipe.transformer, "w4a8", compensate=path) as handle:
         assert "fewer than 64 different rows in one run, rounded to nearest: 1" in handle.explain()
-    seen.runs = {"layer": whole["layer"][1:]}
-    seen.save(path)
-    with pytest.raises(ValueError, match=r"Calibration.save writes it, got .*runs.layer of \[7\]"):
-        Calibration.load(path)
+    for runs, named in ((whole["layer"][1:], r"\[7\]"), (whole["layer"].float(), r".*float32")):
+        seen.runs = {"layer": runs}
+        seen.save(path)
+        with pytest.raises(ValueError, match=rf"save writes it, got .*runs.layer of {named}"):
+            Calibration.load(path)
 
 
 def test_a_model_by_itself_has_no_runs():

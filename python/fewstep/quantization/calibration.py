@@ -85,8 +85,8 @@ class Calibration:
                 if kind in found:
                     found[kind][layer] = x
             for layer, runs in found["runs"].items():
-                if runs.shape != found["inputs"][layer].shape[:1]:
-                    raise KeyError(f"runs.{layer} of {list(runs.shape)}")
+                if runs.shape != found["inputs"][layer].shape[:1] or runs.dtype != torch.int64:
+                    raise KeyError(f"runs.{layer} of {list(runs.shape)} {runs.dtype}")
             return cls(found["inputs"], data["rows"], evaluations, found["amax"], found["runs"])
         except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(
@@ -163,24 +163,54 @@ class _Reservoir:
             self.runs[torch.tensor([*last])] = run
 
 
+# Arguments that are no condition: what differs from call to call anyway, and settings.
+_UNTOLD = {"generator", "latents", "output_type", "timesteps", "sigmas"}
+_UNTOLD |= {"callback_on_step_end_tensor_inputs"}
+
+
 def _told(value: Any) -> Any:
-    """Return a nest of texts and tensors as something hashable, equal for equal ones."""
+    """Return a nest of texts, integers and tensors as something hashable, equal for equal ones."""
     if isinstance(value, Tensor):
         data = value.detach().float().cpu().contiguous().numpy().tobytes()
         return (*value.shape, hashlib.sha256(data).hexdigest())
     if isinstance(value, (list, tuple)):
-        return tuple(map(_told, value))
-    return value if isinstance(value, str) else None
+        told = tuple(map(_told, value))
+        return None if all(item is None for item in told) else told
+    return value if isinstance(value, str) or type(value) is int else None
 
 
-def _condition(call: Mapping[str, Any]) -> Any:
-    """Return what tells a call's prompts from others', or None without any.
+def _is_every_class(value: Any, classes: int | None) -> bool:
+    """Return whether a list or tensor of integers names all of a model's classes."""
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        value = value.flatten().tolist()
+    if not classes or not isinstance(value, (list, tuple)) or len(value) < classes:
+        return False
+    return all(type(item) is int for item in value) and {*value} >= {*range(classes)}
 
-    Calls of the same prompts show what other seeds bring, and not what other texts do: they are
-    one run.
+
+def _condition(call: Mapping[str, Any], classes: int | None) -> Any:
+    """Return what tells a call's prompts and labels from others', or None without any.
+
+    Calls of the same ones show what other seeds bring, and not what other texts do: they are one
+    run. Labels of all classes leave no other to come, so they are no condition.
     """
-    told = {name: _told(value) for name, value in call.items() if "prompt" in name}
-    return tuple(sorted((n, t) for n, t in told.items() if t is not None)) or None
+    found = []
+    for name, value in call.items():
+        if name in _UNTOLD or _is_every_class(value, classes):
+            continue
+        # A number by itself is a setting, but for a label.
+        told = None if type(value) is int and "label" not in name else _told(value)
+        if told is not None:
+            found.append((name, told))
+    return tuple(sorted(found)) or None
+
+
+def _classes_of(pipe: Any, model: nn.Module) -> int | None:
+    """Return how many classes a pipeline's labels can name, or None if that is not known."""
+    config = getattr(model, "config", None)
+    given = [(pipe, "num_classes"), (config, "num_embeds_ada_norm"), (config, "num_class_embeds")]
+    found = (getattr(owner, name, None) for owner, name in given)
+    return next((count for count in found if type(count) is int), None)
 
 
 def _fingerprint(output: Any) -> Tensor:
@@ -268,7 +298,9 @@ def calibrate(
     Args:
         pipe: a pipeline, or the model itself.
         calls: keyword arguments; 4 to 16 calls with different prompts and seeds. Those of equal
-            prompts are one run, in what layers are judged by (`samples`).
+            prompts and labels (texts, labels, integers in lists, tensors; latents and settings do
+            not count, nor labels of all classes) are one run, in what layers are judged by
+            (`samples`).
         rows: rows kept of each layer's input, each as many float32 numbers as the layer has inputs.
             For `quantize(compensate=)` better about as many as that, 1,024 at least.
         evaluations: whole evaluations of the model kept, for errors at its output; four times as
@@ -287,6 +319,7 @@ def calibrate(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
     model = denoiser_of(pipe)
+    classes = _classes_of(pipe, model)
     generator = torch.Generator().manual_seed(seed)
     places: dict[nn.Module, list[str]] = {}  # a layer can sit in several
     for name, module in model.named_modules(remove_duplicate=False):
@@ -323,7 +356,7 @@ def calibrate(
     try:
         for ran, call in enumerate(calls, 1):
             before = seen
-            run = known.setdefault(_condition(call) or ran, len(known))
+            run = known.setdefault(_condition(call, classes) or ran, len(known))
             pipe(**call)
             if seen == before:
                 raise ValueError(

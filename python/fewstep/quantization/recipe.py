@@ -107,11 +107,11 @@ class Recipe:
         seen = self.smooth
         if seen is None or name not in seen.amax or (self.literal and not scheme.smooth):
             return QuantLinear.from_linear(linear, scheme)
-        samples = Samples.of(seen.inputs[name])
+        samples = fitted or Samples.of(seen.inputs[name])
         if not samples.enough and not scheme.smooth:
             self._few["smooth"] += 1
             return QuantLinear.from_linear(linear, scheme)
-        return quantize_smoothed(linear, scheme, fitted or samples, seen.amax[name])
+        return quantize_smoothed(linear, scheme, samples, seen.amax[name])
 
     def calibrated(self) -> dict[str, bool]:
         """Return the notes of a plan that is made of what this makes."""

@@ -9,11 +9,12 @@ out: a copy of a fitted row would find whatever was fitted to it good.
 Better than single rows, whole runs of a pipeline are held out, where it is known which run a row
 came from: rows of one run are alike (its text, its steps), those of another show what others bring.
 A run may bring rows that others had: then these must gain, as often as they come, and the new ones
-among them by themselves.
+among them by themselves. Runs differ in size: those are held out that leave most rows to fit to.
 
-A layer that sees few different rows (modulation by step and class, projections of short texts) can
-be judged by runs alone. Half of them judge what is fitted to the other half, both ways: if new rows
-come, by those; if the same few come in every run, they are taken for all there will be.
+A layer that sees few different rows (modulation by step and class, projections of short texts), or
+few in the runs that would be left, can be judged by runs alone. Half of them judge what is fitted
+to the other half, both ways: if new rows come, by those; if the same few come in every run, they
+are taken for all there will be.
 """
 
 from __future__ import annotations
@@ -105,9 +106,14 @@ def splits(rows: Tensor, runs: Tensor | None = None) -> list[Split]:
     many = len(first) >= FEWEST
     run = torch.zeros_like(places) if runs is None else runs.unique(return_inverse=True)[1]
     if int(run.max()):
-        if not many:
+        few = not many
+        for turn in range(HELD_OUT) if many else ():
+            found = Split.of(rows, places, run % HELD_OUT == turn)
+            fitted = len(found.fitted.rows)
+            if len(found.new.rows) * HELD_OUT >= FEWEST and 2 * fitted >= len(first):
+                if found.fitted.enough:
+                    return [found]
+                few = True
+        if few:
             return [Split.of(rows, places, run % 2 == turn) for turn in (1, 0)]
-        found = Split.of(rows, places, run % HELD_OUT == 0)
-        if len(found.new.rows) * HELD_OUT >= FEWEST:
-            return [found]
     return [Split.of(rows, places, places % HELD_OUT == 0)] if many else []
