@@ -24,6 +24,10 @@ extern "C" const char* run(const fewstep::TensorView* views, const bool* present
     return nullptr;
 }
 
+extern "C" int clears() {
+    return fewstep::cuda::clears;
+}
+
 // gemm8_plan.h, for several products.
 extern "C" int choose_tiling(bool is_float, const int* M, int count, int N, int slabs,
                              int multiprocessors) {

@@ -190,6 +190,29 @@ def test_outputs_beyond_their_limits(kernels, op):
     assert given["exceeded"].item() == (v.abs() > limit[:, None]).sum().item() > 0
 
 
+@pytest.mark.parametrize("M", [(130, 3), (3, 4)])
+def test_what_is_found_is_zeroed_once(grouped_on_host, M):
+    """Together or one by one: a clear a problem where the outputs lie as the op has them."""
+    problems = [stream("gemm_w8a8", rows, 140, 48) for rows in M]
+    problems = with_limits(problems, [torch.full((rows,), 3.0) for rows in M])
+    apart = grouped_on_host.clears()
+    want = run_group(grouped_on_host, problems, out_dtype=torch.int8, tiling=-1)
+    apart = grouped_on_host.clears() - apart
+    beside = []
+    for problem, rows in zip(problems, M, strict=True):
+        found = padded(torch.full((2 * rows + 1,), 9, dtype=torch.int32), 8)
+        scale, amax = found[: 2 * rows].view(torch.float32).split(rows)
+        names = {"scale": scale, "amax": amax, "exceeded": found[2 * rows :], "all": found}
+        beside.append({**problem, **names})
+    once = grouped_on_host.clears()
+    got = run_group(grouped_on_host, beside, out_dtype=torch.int8, tiling=-1)
+    assert (apart, grouped_on_host.clears() - once) == (6, 2)
+    for a, b, q, wanted in zip(problems, beside, got, want, strict=True):
+        assert torch.equal(q, wanted)
+        assert all(torch.equal(a[name], b[name]) for name in ("scale", "amax", "exceeded"))
+        assert padding_intact(b["all"], 8)
+
+
 def test_rows_that_are_not_finite(kernels):
     problem = stream("gemm_w8a8", 6, 260, 32)
     problem["residual"] = torch.zeros(6, 260)

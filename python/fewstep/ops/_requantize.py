@@ -16,11 +16,12 @@ float32 throughout, one rounding. Where limit is the row's amax q and scale are,
 of `quantize_int8` or `quantize_fp8` of v. A limit g times amax costs int8 20 log10(g) dB; e4m3
 loses that a row's largest value is exact, up to 2 dB for rows of few extremes. A limit too small
 for a normal scale has scale 1 and q 0. A row that holds an infinity or a NaN, or whose limit is
-one, has scale NaN, and no particular q.
+one, has scale NaN, and no particular q. scale, amax and exceeded are views of one tensor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,7 +38,7 @@ from ._select import Implementation, select
 Requantized = tuple[Tensor, Tensor, Tensor, Tensor]
 _SCHEMA = SCHEMA.replace(
     "ScalarType out_dtype, str impl) -> Tensor",
-    "Tensor limit, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor limit, str impl) -> (Tensor, Tensor)",
 )
 
 
@@ -51,23 +52,26 @@ def register_requantized(
     eager torch, which on CPUs is what int8 outputs cost anyhow.
     """
 
-    def outputs(p: Operands) -> Requantized:
-        exceeded = p.a.new_empty((), dtype=torch.int32)
-        return p.new_output(form), p.new_scale(), p.new_scale(), exceeded
+    def outputs(p: Operands) -> tuple[Tensor, Tensor]:
+        # scale, amax and exceeded in 32 bits: one behind the other, they are zeroed at once.
+        found = 2 * math.prod(p.a.shape[:-1]) + 1
+        return p.new_output(form), p.a.new_empty(found, dtype=torch.int32)
 
-    def run_with(way: Implementation) -> Callable[..., Requantized]:
-        def run(*args: Any) -> Requantized:
+    def run_with(way: Implementation) -> Callable[..., tuple[Tensor, Tensor]]:
+        def run(*args: Any) -> tuple[Tensor, Tensor]:
             *operands, limit = args
             p = Operands(*operands, torch.float32)
-            found = outputs(p)
-            if way.name == "native" and p.a.device.type == "cuda" and found[0].numel():
-                launch_group(form, [p], [found[0]], [(limit, *found[1:])])
-                return found
-            return requantize(way.run(*p), limit, form)
+            if way.name == "native" and p.a.device.type == "cuda":
+                q, found = outputs(p)
+                if q.numel():
+                    launch_group(form, [p], [q], [(limit, *_apart(found, limit.shape))])
+                    return q, found
+            q, *found = requantize(way.run(*p), limit, form)
+            return q, torch.cat([x.reshape(-1).view(torch.int32) for x in found])
 
         return run
 
-    def fake(*args: Any) -> Requantized:
+    def fake(*args: Any) -> tuple[Tensor, Tensor]:
         return outputs(Operands(*args[:-2], torch.float32))
 
     ways = [replace(way, run=run_with(way)) for way in implementations()]
@@ -79,9 +83,17 @@ def register_requantized(
         if out_dtype != form:
             raise ValueError(f"out_dtype: expected {form} with limit, got {out_dtype}")
         chosen = select(name, impl, implementations(), *p[:-1], out_dtype, limit=limit)
-        return op(*p[:-1], limit, chosen)
+        q, found = op(*p[:-1], limit, chosen)
+        return q, *_apart(found, limit.shape)
 
     return call
+
+
+def _apart(found: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scale and amax [..., M] and exceeded [] of the numbers that an op returns as one."""
+    M = math.prod(rows)
+    scale, amax = (found[i * M : (i + 1) * M].view(torch.float32).view(rows) for i in (0, 1))
+    return scale, amax, found[2 * M]
 
 
 def gate_limits(

@@ -24,18 +24,18 @@ void run_group(const std::vector<ProductArguments>& given, const std::vector<Lim
                           given[i].activation == given[0].activation,
                       "w: expected one N, one K and one activation for all products");
         Params p;
-        if (!fill_params<In>(given[i], own, stream, p)) continue;
+        if (!fill_params<In>(given[i], own, p)) continue;
         FEWSTEP_CHECK(count < kMostProblems, "a: expected at most ", kMostProblems,
                       " products, got ", given.size());
         M[count] = p.end.M;
         filled[count] = &given[i];
         group.problems[count++] = p;
     }
-    if (count == 0) return;
     const int multiprocessors = count_multiprocessors();
     const Params& first = group.problems[0];
-    if (tiling < 0 && !grouping_pays(!std::is_same_v<In, std::int8_t>, M, count, first.N,
-                                     first.slabs, multiprocessors)) {
+    if (count > 0 && tiling < 0 &&
+        !grouping_pays(!std::is_same_v<In, std::int8_t>, M, count, first.N, first.slabs,
+                       multiprocessors)) {
         for (std::size_t i = 0; i < given.size(); ++i) {
             const std::vector<Limits> own(limits.begin() + (kRequantizes ? i : 0),
                                           limits.begin() + (kRequantizes ? i + 1 : 0));
@@ -43,6 +43,10 @@ void run_group(const std::vector<ProductArguments>& given, const std::vector<Lim
         }
         return;
     }
+    for (std::size_t i = 0; kRequantizes && i < given.size(); ++i) {
+        clear_found(given[i], limits[i], stream);
+    }
+    if (count == 0) return;
     const auto go = [&](auto* config) {
         using C = std::remove_pointer_t<decltype(config)>;
         std::int64_t tiles = 0;

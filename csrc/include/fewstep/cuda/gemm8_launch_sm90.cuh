@@ -66,19 +66,27 @@ struct Limits {
     const TensorView& exceeded;
 };
 
-// Checked, and all but the limits zeroed.
 inline Requantized make_requantized(const ProductArguments& given, const Limits& limits,
-                                    std::int64_t M, cudaStream_t stream) {
+                                    std::int64_t M) {
     FEWSTEP_CHECK(given.scale != nullptr, "scale: expected one with limits, got none");
     expect_contiguous(limits.limit, "limit", DType::kFloat32, {M});
     expect_contiguous(*given.scale, "scale", DType::kFloat32, {M});
     expect_contiguous(limits.amax, "amax", DType::kFloat32, {M});
     expect_contiguous(limits.exceeded, "exceeded", DType::kInt32, {1});
+    return {limits.limit.ptr<float>(), given.scale->ptr<std::uint32_t>(),
+            limits.amax.ptr<std::uint32_t>(), limits.exceeded.ptr<std::uint32_t>()};
+}
+
+// Zeroes all but the limits: at once where one follows the other in memory, as the ops have them.
+inline void clear_found(const ProductArguments& given, const Limits& limits, cudaStream_t stream) {
+    const std::uintptr_t bytes = 4 * given.scale->numel();
+    if (limits.amax.data == given.scale->data + bytes &&
+        limits.exceeded.data == limits.amax.data + bytes) {
+        return clear(given.scale->ptr<void>(), 2 * bytes + 4, stream);
+    }
     for (const TensorView* const x : {given.scale, &limits.amax, &limits.exceeded}) {
         clear(x->ptr<void>(), static_cast<std::size_t>(4 * x->numel()), stream);
     }
-    return {limits.limit.ptr<float>(), given.scale->ptr<std::uint32_t>(),
-            limits.amax.ptr<std::uint32_t>(), limits.exceeded.ptr<std::uint32_t>()};
 }
 
 inline End make_end(const ProductArguments& given, bool is_floating, DType bytes, int M, int N) {
@@ -166,8 +174,7 @@ inline int asked_tiling() {
 // Checks all but the weight's scales and fills what does not depend on tiles; false where there is
 // nothing to do. Rows of w have `w_columns` elements of memory. With limits outputs are of 8 bits.
 inline bool prepare(const ProductArguments& given, DType a_type, DType w_type,
-                    std::int64_t w_columns, Params& p, const Limits* limits = nullptr,
-                    cudaStream_t stream = {}) {
+                    std::int64_t w_columns, Params& p, const Limits* limits = nullptr) {
     constexpr std::int64_t kMost = std::int64_t{1} << 30;
     const std::int64_t M = given.out.size(0), N = given.w.size(0), K = given.a.size(1);
     FEWSTEP_CHECK(given.a_scale != nullptr, "a_scale: expected one per row, got none");
@@ -179,7 +186,7 @@ inline bool prepare(const ProductArguments& given, DType a_type, DType w_type,
     expect_rows(given.w, "w", w_type, {N, w_columns});
     expect_contiguous(*given.a_scale, "a_scale", DType::kFloat32, {M});
     Requantized requantized{};
-    if (limits != nullptr) requantized = make_requantized(given, *limits, M, stream);
+    if (limits != nullptr) requantized = make_requantized(given, *limits, M);
     if (M == 0 || N == 0) return false;
     FEWSTEP_CHECK(K > 0 && K % 16 == 0, "a: expected a multiple of 16 columns, got ", K);
     FEWSTEP_CHECK(M < kMost && N < kMost, "a, w: expected fewer than 2^30 rows, got ", M, ", ", N);
@@ -213,13 +220,12 @@ inline bool prepare(const ProductArguments& given, DType a_type, DType w_type,
 
 // Checks a product of 8-bit rows and weights; as `prepare`.
 template <typename In>
-bool fill_params(const ProductArguments& given, const Limits* limits, cudaStream_t stream,
-                 Params& p) {
+bool fill_params(const ProductArguments& given, const Limits* limits, Params& p) {
     constexpr DType kType = std::is_same_v<In, std::int8_t> ? DType::kInt8 : DType::kUInt8;
     expect_contiguous(given.w_scale, "w_scale", DType::kFloat32, {given.w.size(0)});
     p = {};
     p.w_scale = given.w_scale.ptr<float>();
-    return prepare(given, kType, kType, given.a.size(1), p, limits, stream);
+    return prepare(given, kType, kType, given.a.size(1), p, limits);
 }
 
 // Calls f(Config) of a tiling: `given`, or where it is -1 the one that gemm8_plan.h finds best for
@@ -240,7 +246,7 @@ void with_tiling(int given, const int* M, int problems, int N, int slabs, int mu
 template <typename In>
 void run(const ProductArguments& given, cudaStream_t stream, int tiling = asked_tiling()) {
     Params p;
-    if (!fill_params<In>(given, nullptr, stream, p)) return;
+    if (!fill_params<In>(given, nullptr, p)) return;
     const int multiprocessors = count_multiprocessors();
     const auto go = [&](auto* config) {
         using C = std::remove_pointer_t<decltype(config)>;

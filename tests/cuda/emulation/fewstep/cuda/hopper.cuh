@@ -304,7 +304,9 @@ inline void atomic_max_bits(std::uint32_t* target, std::uint32_t bits) {
 inline void atomic_add(std::uint32_t* target, std::uint32_t count) {
     *target += count;
 }
+inline int clears = 0;  // so far
 inline void clear(void* target, std::size_t bytes, cudaStream_t) {
+    ++clears;
     std::memset(target, 0, bytes);
 }
 
