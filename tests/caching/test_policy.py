@@ -52,7 +52,7 @@ def test_a_policy_of_ones_own():
         (lambda: Interval(every=0), ValueError, "every: expected at least 1, got 0"),
         (lambda: Interval(every=2.5), TypeError, r"every: expected an integer, got float 2\.5"),
         (lambda: Interval(last=True), TypeError, "last: expected an integer, got bool"),
-        (lambda: resolve_policy("deep"), ValueError, "expected 'first-block', 'interval', .* or"),
+        (lambda: resolve_policy("deep"), ValueError, "expected 'auto', 'first-block', .* or"),
         (lambda: resolve_policy(Interval), TypeError, "or a policy object"),
         (lambda: resolve_policy(None), TypeError, "or a policy object"),
     ],

@@ -233,7 +233,7 @@ def test_gradients_are_never_cut_off():
             assert gradient.abs().sum() > 0
             pipe.scheduler.step(out.detach(), time, x.detach())
         assert patch.report()["cache"]["skipped"] == 0
-        assert patch.report()["cache"]["why_full"]["gradients wanted"] == STEPS - 1
+        assert patch.report()["cache"]["why_full"]["gradients wanted"] == 3  # before the last skip
 
 
 def test_refused_on_top_of_another_cache():
@@ -241,3 +241,94 @@ def test_refused_on_top_of_another_cache():
     plan = schedule(pipe, 2)
     with fewstep.patch(pipe, cache=plan), pytest.raises(PatchError, match="not yet patched"):
         fewstep.patch(pipe, cache="interval")
+
+
+def test_a_pass_that_was_away_at_a_full_step(monkeypatch):
+    """Its older snapshots are not taken for those of the steps that it missed."""
+    pipe = digits_pipeline(layers=1)
+    plan = schedule(pipe)
+    full = (0, 2, 4)
+    steps = tuple(None if i in full else (1.0,) if i == 1 else (0.5, 0.5) for i in range(STEPS))
+    plan = Plan(plan.times, steps)
+    real = torch.Tensor.new_empty
+
+    def poisoned(tensor, *args, **kwargs):
+        found = real(tensor, *args, **kwargs)
+        return found.fill_(float("nan")) if found.is_floating_point() else found
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    scales = {0: 1.0, 1: 1.0, 2: 2.0}  # of the next step: the unguided pass is away at 1 and 2
+
+    def guide(pipe, step, timestep, values):
+        pipe._guidance_scale = scales.get(step, 2.0)
+        return values
+
+    with fewstep.patch(pipe, cache=plan) as patch:
+        image = run(pipe, callback_on_step_end=guide)
+        decisions = patch.report()["cache"]["branches"]["call 1"]
+    assert image.isfinite().all()
+    # Steps 0, 3, 4, 5: one snapshot of two at 3 and 5.
+    assert decisions == ["full"] * 4
+
+
+def test_snapshots_go_with_the_image():
+    pipe = digits_pipeline(layers=1)
+    plan = schedule(pipe, 2, 3, 5)
+    with fewstep.patch(pipe, cache=plan):
+        run(pipe)
+        session = pipe.transformer.forward.session
+        rings = [branch.ring for branch in session._branches.values()]
+        assert len(rings) == 2
+        assert all(ring.count(rank) == 0 for ring in rings for rank in range(STEPS))
+        assert not any(ring._slots for ring in rings)
+
+
+def test_what_changes_after_the_patch_is_noticed():
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    pipe = digits_pipeline(layers=1)
+    given = {**arguments(pipe), "output_type": "latent", "num_inference_steps": STEPS}
+    plan = calibrate(pipe, [given], full_steps=3, passes=0)
+    with fewstep.patch(pipe, cache=plan) as patch:
+        run(pipe)
+        assert patch.report()["cache"]["skipped"] > 0
+        scheduler = pipe.scheduler
+        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+        pipe(**{**given, "num_inference_steps": 3})
+        assert set(patch.report()["cache"]["why_full"]) == {"another scheduler"}
+        pipe.scheduler = scheduler
+        run(pipe)
+        assert patch.report()["cache"]["skipped"] > 0
+
+
+def test_carried_over_is_said():
+    pipe = digits_pipeline(layers=1)
+    given = {**arguments(pipe), "output_type": "latent"}
+    plan = calibrate(pipe, [{**given, "num_inference_steps": 12}], full_steps=6, passes=0)
+    with fewstep.patch(pipe, cache=plan) as patch:
+        call(pipe, num_inference_steps=10)
+        numbers = patch.report()["cache"]
+        assert numbers["plan"]["carried_over_from"] == 12
+        assert "step_error" not in numbers
+        assert "a plan for 12 steps, carried over to 10" in patch.explain()
+
+
+def test_image_to_image_without_a_step_index():
+    """Where the scheduler counts no steps, the model's time says where in the schedule a run is."""
+    from diffusers import DDIMScheduler
+
+    from fewstep.caching import OutputStack, ScheduledSession
+
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    times = tuple(float(t) for t in scheduler.timesteps)
+    plan = Plan(times, tuple((1.0,) if 1 <= i <= 4 or i == 7 else None for i in range(10)))
+    model = torch.nn.Identity()
+    session = ScheduledSession(plan, lambda: scheduler)
+    model.forward = lambda sample, timestep: sample.clone()
+    for module, name, value in OutputStack(model).replacements(session):
+        setattr(module, name, value)
+    for time in scheduler.timesteps[5:]:
+        model(torch.randn(1, 3), timestep=time)
+    (decisions,) = session.report()["branches"].values()
+    assert decisions == ["full", "full", "skip", "full", "full"]

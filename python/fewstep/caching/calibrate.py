@@ -48,6 +48,7 @@ _DENOISERS = ("transformer", "unet")
 def _following(pipe: Any, denoiser: nn.Module, plan: Plan) -> Iterator[ScheduledSession]:
     """Let the pipeline follow a plan."""
     session = ScheduledSession(plan, lambda: pipe.scheduler)
+    session.watch = True
     before = {}
     try:
         for module, name, value in OutputStack(denoiser).replacements(session):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint"]
+__all__ = ["Fingerprint", "active_adapters"]
 
 _PARAMETERS = 64  # whose values are looked at
 _VALUES = 4  # of each
@@ -57,7 +57,7 @@ def _values(parameter: Tensor) -> tuple[float, ...]:
     return tuple(float(f"{value:.6g}") for value in picked.float().cpu().tolist())
 
 
-def _adapters(model: nn.Module) -> tuple[str, ...]:
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """Return the names of peft's active adapters; peft itself is not needed for that."""
     names: set[str] = set()
     for module in model.modules():
@@ -87,7 +87,7 @@ class Fingerprint:
         return cls(
             type(denoiser).__name__,
             _config(denoiser),
-            _adapters(denoiser),
+            active_adapters(denoiser),
             type(scheduler).__name__,
             _config(scheduler),
             tuple((name, _values(parameter)) for name, parameter in chosen),
@@ -98,7 +98,7 @@ class Fingerprint:
         pairs = (
             ("model", self.model, type(denoiser).__name__),
             ("model configuration", self.model_config, _config(denoiser)),
-            ("adapters", self.adapters, _adapters(denoiser)),
+            ("adapters", self.adapters, active_adapters(denoiser)),
             ("scheduler", self.scheduler, type(scheduler).__name__),
             ("scheduler configuration", self.scheduler_config, _config(scheduler)),
         )

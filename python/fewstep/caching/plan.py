@@ -123,13 +123,15 @@ class Plan:
         Raises:
             ValueError: the grid is not the plan's, and the plan can't be carried over.
         """
-        if self.is_on(times):
-            return self.steps
-        return self.at(times).steps
+        return self.on(times).steps
+
+    def on(self, times: Sequence[float]) -> Plan:
+        """Return the plan for a grid: this one, or this one carried over (`at`)."""
+        return self if self.is_on(times) else self.at(times)
 
     def checks(self, times: Sequence[float]) -> tuple[Check | None, ...]:
         """Return what the guard compares on a grid."""
-        return self.lookback if self.is_on(times) else self.at(times).lookback
+        return self.on(times).lookback
 
     def guarded(self, factor: float | None = 2.0) -> Plan:
         """Return the plan with the guard at a factor of the expected error; None takes it out."""

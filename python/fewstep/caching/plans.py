@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from .guard import Check
 from .plan import Plan
 from .policy import Forecasts
 
@@ -38,10 +37,14 @@ def parse_target(target: str) -> float:
 
 
 def find_plans(folder: Path, denoiser: nn.Module, scheduler: Any) -> tuple[list[Plan], list[str]]:
-    """Return the plans of a pipeline's folder that fit it, and why the others don't."""
+    """Return the plans in a folder's files that fit a pipeline, and why the others don't."""
     plans, refused = [], []
-    for path in sorted((folder / FOLDER).glob("*.json")):
-        plan = Plan.load(path)
+    for path in sorted(folder.glob("*.json")):
+        try:
+            plan = Plan.load(path)
+        except ValueError as error:
+            refused.append(f"{path.name}: {error}")
+            continue
         wrong = plan.fingerprint.differences(denoiser, scheduler) if plan.fingerprint else []
         if wrong:
             refused.append(f"{path.name}: {wrong[0]}")
@@ -109,14 +112,9 @@ class PlanChoice:
         return self._best([plan for plan in self.plans if plan.is_on(times)])
 
     def forecasts(self, times: Sequence[float]) -> Forecasts:
-        """Return the decisions of the plan for a grid."""
+        """Return the decisions of the plan for a grid; all in full without one."""
         plan = self.on(times)
         return (None,) * len(times) if plan is None else plan.steps
-
-    def checks(self, times: Sequence[float]) -> tuple[Check | None, ...]:
-        """Return what the guard of that plan compares."""
-        plan = self.on(times)
-        return () if plan is None else plan.lookback
 
 
 def _reached(plan: Plan) -> float:

@@ -32,10 +32,12 @@ def resolve_policy(
         ValueError: no preset has this name, or a policy that leaves no block to measure.
         TypeError: neither a name nor a policy, or a policy whose `first` or `last` is no integer.
     """
-    names = ", ".join(repr(name) for name in PRESETS)
+    names = ", ".join(repr(name) for name in ("auto", *PRESETS))
     if isinstance(cache, str):
         if cache not in PRESETS:
-            raise ValueError(f"cache: expected {names} or a policy object, got {cache!r}")
+            raise ValueError(
+                f"cache: expected {names}, a plan's .json file or a policy object, got {cache!r}"
+            )
         return PRESETS[cache]()
     if isinstance(cache, ScheduledPolicy) and not isinstance(cache, type):
         return cache

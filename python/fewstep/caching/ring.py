@@ -55,14 +55,20 @@ class Ring:
         """Drop the snapshots."""
         self._slots: tuple[Any, ...] = ()
         self._kept = 0
+        self._newest: int | None = None  # rank
         self.form: Any = None  # of the call that the snapshots are from
 
-    def __len__(self) -> int:
-        return min(self._kept, self.order)
+    def count(self, rank: int) -> int:
+        """Return how many snapshots there are of the full steps just before that of a rank."""
+        return min(self._kept, self.order) if self._newest == rank - 1 else 0
 
     def push(self, snapshot: tuple[Any, ...], rank: int, form: Any) -> None:
-        """Keep the snapshot of the full step of a rank; all others go where the form differs."""
-        if form != self.form or len(snapshot) != len(self._slots):
+        """Keep the snapshot of the full step of a rank.
+
+        The others go where the form differs, or where full steps between were not kept: slots
+        belong to ranks, so a gap would have weights meet what is older, or nothing.
+        """
+        if form != self.form or len(snapshot) != len(self._slots) or self._newest != rank - 1:
             self.clear()
             self.form = form
             self._slots = tuple(
@@ -72,7 +78,7 @@ class Ring:
         for slots, part in zip(self._slots, snapshot, strict=True):
             if isinstance(part, Tensor):
                 slots[rank % self.order].copy_(part.detach())
-        self._kept += 1
+        self._kept, self._newest = self._kept + 1, rank
 
     def forecast(self, weights: Tensor) -> tuple[Any, ...]:
         """Return the sums, given a row of `slot_table` on the snapshots' device."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -56,7 +57,14 @@ class ScheduledSession(Session):
         self, policy: ScheduledPolicy, scheduler: Callable[[], Any], *, verify: bool = False
     ) -> None:
         self.verify = verify
+        self.watch = verify  # whether full steps are compared with their forecasts without a guard
+        self.changed: Callable[[], str | None] = _nothing  # says what is not as it was
         self.forecasts: Forecasts | None = None
+        self._times: tuple[float, ...] = ()
+        self._plan: Any = None  # of this run, where the policy is a plan or chooses one
+        self._refused: str | None = None  # why this run is not the schedule's
+        self._ranks: tuple[int, ...] = ()  # full steps before each step
+        self._last_skip = -1
         self._taken: Forecasts | None = None  # the last run's
         self._checks: tuple[Check | None, ...] = ()
         self._tables: dict[Any, Tensor] = {}  # weights by slot: of forecasts and of checks
@@ -70,13 +78,26 @@ class ScheduledSession(Session):
 
     def _plan_run(self) -> None:
         """Ask the policy about the grid of this run."""
-        times = times_of(self._scheduler())
-        forecasts = self.policy.forecasts(times)
-        checks = self.policy.checks(times) if hasattr(self.policy, "checks") else ()
+        self._times = times = times_of(self._scheduler())
+        checks: tuple[Check | None, ...] = ()
+        self._refused = self.changed()
+        if self._refused is not None:
+            self._plan, forecasts = None, ()
+        elif hasattr(self.policy, "on"):
+            self._plan = self.policy.on(times)
+            forecasts = () if self._plan is None else self._plan.steps
+            checks = () if self._plan is None else self._plan.lookback
+            self._refused = "no plan for this grid" if self._plan is None else None
+        else:
+            forecasts = self.policy.forecasts(times)
+            _expect_schedule(forecasts, len(times), self.policy)
         if (forecasts, checks) != (self._taken, self._checks):
             self._tables = {}
         self.forecasts = self._taken = forecasts
         self._checks = checks
+        self._ranks = tuple(accumulate((w is None for w in forecasts), initial=0))
+        skipped = [index for index, weights in enumerate(forecasts) if weights is not None]
+        self._last_skip = skipped[-1] if skipped else -1
 
     def _row(self, call: Call, what: str) -> Tensor:
         """Return the weights of a call's step by slot, on its device."""
@@ -97,7 +118,7 @@ class ScheduledSession(Session):
             branch.ring = Ring(self.policy.order)
         # The scheduler's own count, so that a run that starts in the middle of its grid (image to
         # image) is at the right place of the schedule.
-        call.step = index if isinstance(index, int) else call.step
+        call.step = index if isinstance(index, int) else self._place(call.step)
         reason = self._must_run_now(call, branch)
         call.skip = reason is None
         flags = self._flags
@@ -107,7 +128,14 @@ class ScheduledSession(Session):
             self.reasons[reason] += 1
         branch.decisions.append("full" if reason else "skip")
 
+    def _place(self, counted: int) -> int:
+        """Return the step that the model's time is that of; the number counted where it is none."""
+        time = self._clock[1] if self._clock else None
+        return self._times.index(time) if time in self._times else counted
+
     def _must_run_now(self, call: Call, branch: Branch) -> str | None:
+        if self._refused is not None:
+            return self._refused
         if call.step >= len(self.forecasts):
             return "not in the schedule"
         weights = self.forecasts[call.step]
@@ -115,7 +143,7 @@ class ScheduledSession(Session):
             return "scheduled"
         if branch.replaced:
             return "conditioning changed"
-        if len(branch.ring) < len(weights):
+        if branch.ring.count(self._ranks[call.step]) < len(weights):
             return "too few snapshots"
         return "shape changed" if branch.ring.form != call.form else None
 
@@ -127,24 +155,25 @@ class ScheduledSession(Session):
     def keep(self, call: Call, *kept: Any) -> None:
         """Put what a scheduled full step gave into the ring."""
         branch = call.branch
-        if branch is None or call.is_last or call.step >= len(self.forecasts):
-            return
+        if branch is None or call.step >= min(self._last_skip, len(self.forecasts)):
+            return  # nothing reads it
         if any(isinstance(part, Tensor) and part.requires_grad for part in kept):
             self.reasons["gradients wanted"] += 1
             branch.ring.clear()
         elif self.forecasts[call.step] is None:
             self._look_back(call, kept)
-            rank = sum(weights is None for weights in self.forecasts[: call.step])
-            branch.ring.push(kept, rank, call.form)
+            branch.ring.push(kept, self._ranks[call.step], call.form)
 
     def _look_back(self, call: Call, kept: tuple[Any, ...]) -> None:
         branch, check = call.branch, self._checks[call.step] if self._checks else None
-        known = len(branch.ring) if branch.ring.form == call.form else 0
-        if check is None or known < len(check.weights):
+        factor = getattr(self._plan or self.policy, "guard", None)
+        if check is None or not (self.watch or factor is not None):
+            return
+        known = branch.ring.count(self._ranks[call.step])
+        if branch.ring.form != call.form or known < len(check.weights):
             return
         forecast = branch.ring.forecast(self._row(call, "check"))
         error = branch.errors[call.step] = lookback(kept[0], forecast[0])
-        factor = getattr(self.policy, "guard", None)
         if factor is not None and check.expected < math.inf:
             tripped = trips(error, factor * check.expected, call.entry)
             before = self._flags
@@ -156,6 +185,13 @@ class ScheduledSession(Session):
     def recall(self, call: Call) -> tuple[Any, ...]:
         """Return the forecast."""
         return call.branch.ring.forecast(self._row(call, "forecast"))
+
+    @torch.compiler.disable
+    def finish(self, call: Call) -> None:
+        """Close a call; the snapshots go with the last step."""
+        super().finish(call)
+        if call.is_last and call.branch is not None and call.branch.ring is not None:
+            call.branch.ring.clear()
 
     @torch.compiler.disable
     def compare(self, call: Call, computed: tuple[Any, ...], forecast: tuple[Any, ...]) -> None:
@@ -170,16 +206,21 @@ class ScheduledSession(Session):
         }
 
     def report(self) -> dict[str, Any]:
-        """Return what every session does, and the forecasts' errors.
+        """Return what every session does, the plan that was followed, and the forecasts' errors.
 
-        `step_error`: relative RMS, what calibration lets expect per step. `measured_error`:
-        relative L1 by branch, step and sample; at full steps of the forecast that was not used, and
-        with `verify` of those that were.
+        `step_error`: relative RMS, what calibration lets expect per step. `measured_error`, with a
+        guard or `verify`: relative L1 by branch, step and sample; at full steps of the forecast
+        that was not used, and with `verify` of those that were.
         """
         numbers = super().report()
-        expected = getattr(self.policy, "predicted", {}).get("step_error")
-        if expected is not None and self.forecasts is getattr(self.policy, "steps", None):
-            numbers["step_error"] = list(expected)
+        if self._plan is not None:
+            numbers["plan"] = {
+                "steps": len(self._plan.steps),
+                "full": list(self._plan.full),
+                "carried_over_from": self._plan.made.get("carried_over_from"),
+            }
+            if expected := self._plan.predicted.get("step_error"):
+                numbers["step_error"] = list(expected)
         measured = self.errors()
         if any(measured.values()):
             numbers["measured_error"] = measured
@@ -187,5 +228,19 @@ class ScheduledSession(Session):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScheduledSession:
         twin = super().__deepcopy__(memo)
-        twin.verify = self.verify
+        twin.verify, twin.watch = self.verify, self.watch
         return twin
+
+
+def _nothing() -> None:
+    return None
+
+
+def _expect_schedule(forecasts: Forecasts, steps: int, policy: ScheduledPolicy) -> None:
+    """Raise ValueError where what a policy returns is no schedule of so many steps."""
+    longest = max((len(weights) for weights in forecasts if weights is not None), default=0)
+    if len(forecasts) != steps or longest > policy.order:
+        raise ValueError(
+            f"cache: expected {steps} steps with at most order={policy.order} weights from "
+            f"{policy!r}, got {len(forecasts)} with up to {longest}"
+        )

@@ -27,7 +27,7 @@ import fewstep
 
 from ..bench.environment import environment, slug
 from ..caching import find_plans, parse_target
-from ..caching.plans import DEFAULT_TARGET
+from ..caching.plans import DEFAULT_TARGET, FOLDER
 from .demo_rows import Row, Sampled, Score, plan, real_level, score, synchronize
 from .device import resolve_device
 
@@ -67,7 +67,7 @@ def apply(pipe: Any, **wanted: Any) -> Any:
 
 def planned_steps(pipe: Any) -> frozenset[int]:
     """Return the step counts that cache="auto" finds a plan for on a pipeline."""
-    folder = Path(pipe.config["_name_or_path"])
+    folder = Path(pipe.config["_name_or_path"]) / FOLDER
     plans, _ = find_plans(folder, pipe.transformer, pipe.scheduler)
     target = parse_target(DEFAULT_TARGET)
     return frozenset(len(p.times) for p in plans if p.predicted.get("psnr", 0.0) >= target)

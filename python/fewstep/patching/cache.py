@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from ..caching import (
     PRESETS,
@@ -19,6 +23,7 @@ from ..caching import (
     parse_target,
     resolve_policy,
 )
+from ..caching.fingerprint import active_adapters
 from ..caching.plans import DEFAULT_TARGET, FOLDER
 from .pipeline import SchedulerOf
 from .recognise import Target
@@ -41,6 +46,30 @@ class _CacheChange(Change):
         return self._session.report()
 
 
+class _Changed:
+    """Says what a plan was calibrated for and is no longer so: looked at when a run starts."""
+
+    def __init__(self, denoiser: nn.Module, before: Any, scheduler: Callable[[], Any]) -> None:
+        self._denoiser, self._scheduler = weakref.ref(denoiser), scheduler
+        self._kind, self._config = type(before), _settings(before)
+        self._adapters = active_adapters(denoiser)
+
+    def __call__(self) -> str | None:
+        now, denoiser = self._scheduler(), self._denoiser()
+        if type(now) is not self._kind or _settings(now) != self._config:
+            return "another scheduler"
+        if denoiser is not None and active_adapters(denoiser) != self._adapters:
+            return "other adapters"
+        return None
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's configuration, without what schedulers write there themselves."""
+    config = dict(getattr(scheduler, "config", {}))
+    config.pop("lower_order_final", None)
+    return config
+
+
 class CacheOptions(NamedTuple):
     """What goes with `cache`."""
 
@@ -51,35 +80,44 @@ class CacheOptions(NamedTuple):
 
 def _resolve(cache: Any, options: CacheOptions, pipe: Any, target: Target, scheduler: Any) -> Any:
     """Return the policy that was asked for."""
-    if isinstance(cache, Path) or (isinstance(cache, str) and cache.endswith(".json")):
-        cache = Plan.load(cache)
-    if isinstance(cache, Plan):
-        _expect_fit(cache, target, scheduler)
-    elif cache == "auto":
-        return _choice(pipe, target, options, scheduler)
+    if isinstance(cache, str) and cache == "auto":
+        place = pipe.config.get("_name_or_path")
+        if not place or not Path(place).is_dir():
+            raise ValueError(
+                'cache="auto": expected a pipeline loaded from a folder, where its plans lie in '
+                f"{FOLDER}, got one from {place!r}; give the folder of plans as cache"
+            )
+        return _choice(Path(place) / FOLDER, target, options, scheduler)
+    if isinstance(cache, Path) and cache.is_dir():
+        return _choice(cache, target, options, scheduler)
     for name in ("target", "speedup"):
         if getattr(options, name) is not None:
             raise ValueError(
-                f'{name}: expected with cache="auto" alone, got it with {cache!r}; '
-                f"fewstep.caching.calibrate takes it, too"
+                f'{name}: expected with cache="auto" or a folder of plans alone, got it with '
+                f"{cache!r}; fewstep.caching.calibrate takes it, too"
             )
+    if isinstance(cache, Path) or (isinstance(cache, str) and cache.endswith(".json")):
+        if not Path(cache).is_file():
+            raise ValueError(f"cache: expected a file with a plan, got {str(cache)!r}: none there")
+        cache = Plan.load(cache)
+    if isinstance(cache, Plan):
+        _expect_fit(cache, target, scheduler)
     return resolve_policy(cache)
 
 
-def _choice(pipe: Any, target: Target, options: CacheOptions, scheduler: Any) -> PlanChoice:
-    """Return the plans that lie beside the checkpoint, with the target."""
+def _choice(folder: Path, target: Target, options: CacheOptions, scheduler: Any) -> PlanChoice:
+    """Return the plans in a folder, with the target."""
     wanted, speedup = options.target, options.speedup
     if speedup is not None and not (isinstance(speedup, int | float) and 1 <= speedup < math.inf):
         raise ValueError(f"speedup: expected a finite number of at least 1, got {speedup!r}")
     if wanted is None and speedup is None:
         wanted = DEFAULT_TARGET
     psnr = None if wanted is None else parse_target(wanted)
-    folder = Path(str(pipe.config.get("_name_or_path") or "."))
     plans, refused = find_plans(folder, target.denoiser, scheduler)
     if not plans:
         why = f" ({'; '.join(refused)})" if refused else ""
         raise ValueError(
-            f'cache="auto": expected plans for this pipeline in {folder / FOLDER}, got none'
+            f"cache: expected plans for this pipeline in {folder}, got none"
             f"{why}; fewstep.caching.calibrate(pipe, calls) makes one, or name a preset: "
             f"{', '.join(PRESETS)}"
         )
@@ -113,7 +151,12 @@ def plan_cache(
         PatchError: the model is cached already, by this library or by diffusers.
     """
     policy = _resolve(cache, options, pipe, target, scheduler)
-    if getattr(policy, "scope", "blocks") == "output":
+    scope = getattr(policy, "scope", "blocks")
+    if scope not in ("output", "blocks"):
+        raise ValueError(f'cache: expected scope "output" or "blocks", got {scope!r} in {policy!r}')
+    if not isinstance(options.verify, bool):
+        raise TypeError(f"verify: expected a bool, got {options.verify!r}")
+    if scope == "output":
         target.require_eager("cache")
         target.require_alone("cache")
         layout: Any = OutputStack(target.denoiser)
@@ -137,6 +180,8 @@ def plan_cache(
     kind = getattr(policy, "session", ScheduledSession if scheduled else Session)
     more = {"verify": options.verify} if scheduled else {}
     session: Session = kind(policy, SchedulerOf(pipe), **more)
+    if isinstance(policy, Plan | PlanChoice) and isinstance(session, ScheduledSession):
+        session.changed = _Changed(target.denoiser, scheduler, SchedulerOf(pipe))
     change = _CacheChange(repr(policy), session)
     change.done.append(layout.describe(session))
     ends = "the first" if scheduled else "the first and the last"

@@ -167,6 +167,20 @@ def _seen(numbers: dict[str, Any]) -> list[str]:
     if numbers.get("why_full"):
         why = ", ".join(f"{reason} {count}" for reason, count in numbers["why_full"].items())
         lines.append(f"in full because of: {why}")
+    plan = numbers.get("plan", {})
+    if plan.get("carried_over_from"):
+        lines.append(
+            f"a plan for {plan['carried_over_from']} steps, carried over to {plan['steps']}: what "
+            "that loses has not been measured"
+        )
+    errors = [e for steps in numbers.get("measured_error", {}).values() for e in steps.values()]
+    if flat := [x for error in errors for x in error]:
+        lines.append(
+            f"relative error of forecasts: {sum(flat) / len(flat):.4f} on average, "
+            f"{max(flat):.4f} at most ({len(flat)} seen)"
+        )
+    if numbers.get("blended"):
+        lines.append(f"{numbers['blended']} full steps in which some samples took no part")
     if "saved" in numbers:
         lines.append(
             f"{numbers['evaluated']} evaluations, {numbers['saved']} saved; "
