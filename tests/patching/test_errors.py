@@ -28,7 +28,11 @@ WRONG = [
     ({"steps": 5000}, ValueError, r"steps: expected at most 1000 .*got 5000"),
     ({"quantize": "w4a4"}, ValueError, "quantize: scheme: expected one of w8a8, .*got 'w4a4'"),
     ({"quantize": 8}, TypeError, "quantize: scheme: expected a text, got int 8"),
-    ({"cache": "second-block"}, ValueError, "cache: expected 'first-block', 'interval', 'f"),
+    (
+        {"cache": "second-block"},
+        ValueError,
+        "cache: expected 'auto', 'first-block', 'interval', 'f",
+    ),
     ({"cache": 0.1}, TypeError, r"cache: expected .*got 0\.1"),
     ({"cache": FirstBlock}, TypeError, "cache: expected .*got <class"),
     ({"cache": FirstBlock(first=3, last=1)}, ValueError, "cache: expected more than 4 blocks"),
