@@ -4,14 +4,15 @@
     python benchmarks/pipelines/model_steps.py --quick      # a few layers each, on the CPU: a check
 
 Random weights serve for time and memory only. Forms: bfloat16, this library's w8a8, fp8 and w4a8
-with a branch of rank 32, torchao's FP8 and int8; each in eager mode, with its blocks compiled, and
-in a CUDA graph of both. Forms that fit into memory beside each other are timed in turns in one
-process (a heat); every heat has bfloat16 in it, so ratios are within one process. A heat that ends
-badly is run again form by form, each in a process of its own. `full_size/` has the parts.
+with a branch of rank 32, the same with modulation layers that share launches, torchao's FP8 and
+int8; each in eager mode, with its blocks compiled, and in a CUDA graph of both. Forms that fit into
+memory beside each other are timed in turns in one process (a heat); every heat has bfloat16 in it,
+so ratios are within one process. A heat that ends badly is run again form by form, each in a
+process of its own. `full_size/` has the parts.
 
-Layers that the machine multiplies faster in bfloat16 stay so, by a table measured at the start.
-Kernels that `auto` holds back until a record lets them in take part, if they pass their gate;
-`--as-shipped` leaves them out.
+Layers that the machine multiplies faster in bfloat16 stay so, by a table measured at the start;
+torchao's forms have none and replace them, too, as `chosen_by` says. Kernels that `auto` holds back
+until a record lets them in take part, if they pass their gate; `--as-shipped` leaves them out.
 """
 
 from __future__ import annotations
@@ -113,9 +114,9 @@ def measure(
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the records as lines of a short table."""
-    shown = [f"{'model':13} {'form':18} {'mode':16} {'ms (quartiles)':24} over bf16 compiled  GiB"]
+    shown = [f"{'model':13} {'form':30} {'mode':16} {'ms (quartiles)':24} over bf16 compiled  GiB"]
     for row in rows:
-        start = f"{row['model']:13} {row['form']:18} {row['mode']:16} "
+        start = f"{row['model']:13} {row['form']:30} {row['mode']:16} "
         if "median_s" not in row:
             shown.append(f"{start}no number: {row.get('failed') or row['skipped']}")
             continue

@@ -89,6 +89,25 @@ def test_forms_share_what_they_do_not_replace(steps):
     assert {name: id(p) for name, p in model.named_parameters()} == before
 
 
+def test_modulations_that_share_a_launch(steps):
+    heat = steps.heat
+    settings = heat.Settings(torch.device("cpu"), True, "eager", False, rounds=2, seconds=0.0)
+    run = heat.Heat("FLUX.1-dev", settings)
+    run.add(steps.FORMS["w4a8-r32, modulations grouped"])
+    run.witness()
+    eager, compiled = run.rows()
+    assert eager["grouped_layers"] == 3  # two of the double block, one of the single
+    assert eager["served"]["gemv_w4a16_grouped native"] == 1
+    layers = eager["low_bit_layers"]
+    assert eager["served"]["gemm_w4a8 native"] == layers - 3
+    assert eager["products"] == layers - 2
+    assert compiled["products"] == layers
+    assert eager["chosen_by"] == "default_skip"
+    other = heat.Heat("PixArt-Sigma", settings)
+    other.add(steps.FORMS["w4a8-r32, modulations grouped"])
+    assert other.rows()[0]["skipped"] == "it has no modulation layers"
+
+
 def test_a_form_without_its_products_has_no_time(steps, monkeypatch):
     heat = steps.heat
     settings = heat.Settings(torch.device("cpu"), True, None, False, rounds=2, seconds=0.0)

@@ -5,7 +5,9 @@ A form shares with the bfloat16 model whatever it does not replace, so both fit 
 Layers stay in bfloat16 for one of two reasons, which a record tells: `default_skip`'s, or the
 table, a measurement on the machine at hand: each shape that occurs in the model, at its count of
 rows, as torch's linear and as the low-bit layer from the floating input. Where torch's is faster,
-all layers of that shape stay.
+all layers of that shape stay. torchao's forms replace all that `default_skip` lets through, by no
+table: a record says which (`chosen_by`). Modulation layers of a form that groups them are in w4a16
+by no table, either: one launch of all is not what a table of single layers has timed.
 
 A low-rank branch has random factors here: finding those that quantising would (`low_rank.py`) takes
 a singular value decomposition per layer, and changes neither time nor memory. Its `up` is small, so
@@ -30,7 +32,7 @@ from fewstep import ops, patching, quantization
 from fewstep.bench.kernels import PRODUCT_OPS
 from fewstep.bench.measure import Budget, clock, interleave, warm_up
 from fewstep.bench.providers import needs
-from fewstep.quantization import QuantLinear, Scheme, choose_layers, default_skip
+from fewstep.quantization import Plan, QuantLinear, Scheme, choose_layers, default_skip
 
 LOW_BIT_OPS = tuple(op for op in ops.OPS if op.startswith(("gem", "quantize_", "norm_quantize_")))
 TABLE_BUDGET = Budget(seconds=0.05, min_rounds=7, max_rounds=30, warmup_seconds=0.01)
@@ -44,6 +46,7 @@ class Form:
 
     scheme   of `fewstep.quantize`, or None
     norms    "fuse" lets norms quantise for the layers behind them
+    group    keeps modulation layers in w4a16, all that read one input in one launch
     torchao  name of its config, with the arguments
     share    of bfloat16's bytes that it takes besides, roughly, for planning
     """
@@ -51,6 +54,7 @@ class Form:
     name: str
     scheme: str | None = None
     norms: str | None = None
+    group: bool = False
     torchao: tuple[str, dict[str, Any]] | None = None
     share: float = 0.55
 
@@ -65,6 +69,7 @@ FORMS = {
         Form("torchao fp8", torchao=("Float8DynamicActivationFloat8WeightConfig", {"row": True})),
         Form("fp8", "fp8"),
         Form("w4a8-r32", "w4a8-r32", share=0.35),
+        Form("w4a8-r32, modulations grouped", "w4a8-r32", group=True, share=0.35),
         Form("w8a8, norms fused", "w8a8", norms="fuse"),
         Form("torchao int8", torchao=("Int8DynamicActivationInt8WeightConfig", {})),
     )
@@ -76,6 +81,7 @@ class Built:
     """A model in one form, and what a record says of it.
 
     replaced  names of the low-bit layers
+    grouped   those of them that share launches in eager mode
     left      reason -> how many layers are left in bfloat16 for it
     table     shape -> seconds of torch's linear and of the low-bit layer, where it was measured
     """
@@ -83,6 +89,7 @@ class Built:
     form: Form
     model: nn.Module
     replaced: list[str] = field(default_factory=list)
+    grouped: list[str] = field(default_factory=list)
     left: dict[str, int] = field(default_factory=dict)
     table: dict[Shape, tuple[float, float]] = field(default_factory=dict)
 
@@ -198,6 +205,12 @@ def _torchao(built: Built, names: set[str]) -> None:
     built.replaced = sorted(names)
 
 
+def _modulations(model: nn.Module) -> dict[str, Scheme]:
+    """Return the scheme of each modulation layer that may be replaced."""
+    chosen, _ = choose_layers(model, Scheme.parse("w4a16"))
+    return {name: chosen[name] for name in patching.modulation_layers(model) if name in chosen}
+
+
 @torch.no_grad()
 def build(form: Form, model: nn.Module, shapes: dict[str, Shape], table: bool) -> Built | str:
     """Return the form of a bfloat16 model, or why there is none.
@@ -218,17 +231,25 @@ def build(form: Form, model: nn.Module, shapes: dict[str, Shape], table: bool) -
         return built
     scheme = Scheme.parse(form.scheme or "")
     measured = measure_table(model, scheme, shapes) if table else {}
-    skip = table_skip(measured, shapes)
-    chosen, skipped = choose_layers(model, scheme, skip)
-    built = Built(form, twin(model), left=dict(Counter(skipped.values())), table=measured)
-    if not chosen:
+    chosen, skipped = choose_layers(model, scheme, table_skip(measured, shapes))
+    rows: dict[str, Scheme] = {}
+    if form.group:
+        rows = _modulations(model)
+        if not rows:
+            return "it has no modulation layers"
+    left = [why for name, why in skipped.items() if name not in rows]
+    built = Built(form, twin(model), left=dict(Counter(left)), table=measured)
+    if not chosen.keys() - rows.keys():
         return "the table leaves every layer in bfloat16"
-    bare = dataclasses.replace(scheme, rank=0)
-    handle = quantization.quantize(built.model, bare, skip=skip, keep_originals=False)
-    for layer in handle.replaced.values():
-        _with_branch(layer, scheme.rank)
+    bare = {name: dataclasses.replace(s, rank=0) for name, s in chosen.items()}
+    plan = Plan.of(built.model, bare | rows)
+    handle = quantization.quantize(built.model, plan=plan, keep_originals=False)
+    for name, layer in handle.replaced.items():
+        _with_branch(layer, 0 if name in rows else scheme.rank)
     built.replaced = sorted(handle.replaced)
     patching.fuse_activations(built.model)
+    if form.group:
+        built.grouped = patching.group_modulations(built.model).grouped
     if form.norms is not None:
         try:
             patching.fuse_norms(built.model, form.norms)

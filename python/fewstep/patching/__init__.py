@@ -5,7 +5,7 @@ reuse across steps from `caching`.
 """
 
 from .activations import FusedActivations, fuse_activations
-from .modulations import GroupedModulations, group_modulations
+from .modulations import GroupedModulations, group_modulations, modulation_layers
 from .norms import FusedNorms, fuse_norms
 from .patch import Patch, active_patches, patch
 from .quantize import load_nunchaku, quantize
@@ -24,6 +24,7 @@ __all__ = [
     "fuse_norms",
     "group_modulations",
     "load_nunchaku",
+    "modulation_layers",
     "patch",
     "quantize",
 ]

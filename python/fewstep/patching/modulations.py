@@ -44,7 +44,7 @@ from ..quantization.layers import W4A16Linear
 from ..quantization.linear import autocast_dtype
 from .fusing import Parent, needs_derivative
 
-__all__ = ["GroupedModulations", "group_modulations"]
+__all__ = ["GroupedModulations", "group_modulations", "modulation_layers"]
 
 HOW = ("group",)
 
@@ -319,6 +319,11 @@ def _pairs(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.SiLU, nn.Modu
             ):
                 found.append((f"{name}.{second}" if name else second, parent, second, silu, layer))
     return found
+
+
+def modulation_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers behind a silu of their own, as adaLN's are."""
+    return [pair[0] for pair in _pairs(model)]
 
 
 def _is_known(parent: nn.Module) -> bool:
