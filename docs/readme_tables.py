@@ -26,7 +26,7 @@ from fewstep.bench.table import seconds, share, summary_markdown
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from drawn.caching import cache_table, draw_curves
+from drawn.caching import cache_table, draw_curves, headline
 from drawn.markdown import caption, table
 from drawn.steps import cache_time_table, model_tables, step_table, time_table
 
@@ -347,6 +347,10 @@ def documents(folder: str) -> dict[Path, str]:
         + bench_caption
         + "\n"
         + peers_caption(peers),
+        (README, "caches"): headline(
+            {"Digits": records.cache_digits, "Photographs": records.cache_photos},
+            f"docs/images/{CURVES['cache_digits']}",
+        ),
         (BENCHMARKS, "bench"): summary_markdown(map(Result.from_record, records.bench))
         + "\n"
         + sentences

@@ -67,6 +67,17 @@ def sentence(report: dict[str, Any]) -> str:
     )
 
 
+def headline(reports: dict[str, dict[str, Any] | None], picture: str) -> str:
+    """Return the first report's picture and every report's sentence."""
+    found = {name: report for name, report in reports.items() if report is not None}
+    if not found:
+        return "Not measured yet.\n"
+    parts = [f"![PSNR over full steps]({picture})\n"]
+    parts += [f"{name}: {sentence(report)}" for name, report in found.items()]
+    last = next(iter(found.values()))
+    return "\n".join(parts) + "\n" + caption(last["environment"], "Held-out images, on")
+
+
 def cache_table(report: dict[str, Any] | None, picture: str) -> str:
     """Return a model's picture, sentence, table and caption; or that there is no record."""
     if report is None:
