@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 import fewstep
 from fewstep.caching import Plan, calibrate
@@ -80,14 +81,36 @@ def test_calibrated(name):
     assert len(plan.full) == 5
     assert plan.full[0] == 0
     assert plan.predicted["psnr"] > 25
-    assert len(plan.predicted["step_error"]) == 8
-    assert all(plan.predicted["step_error"][i] == 0 for i in plan.full[:1])
+    errors = plan.predicted["step_error"]
+    assert [error > 0 for error in errors] == [i >= first_skipped(plan) for i in range(8)]
     alone = calibrate(pipe, [{**given, "generator": generator}], full_steps=5)
     plain = pipe(**given, generator=generator).images
     generator.set_state(state)
     with fewstep.patch(pipe, cache=alone):
         cached = pipe(**given, generator=generator).images
     assert psnr([plain], [cached]) == pytest.approx([alone.predicted["psnr"]], abs=1e-3)
+
+
+def first_skipped(plan):
+    return next(i for i, weights in enumerate(plan.steps) if weights is not None)
+
+
+def test_calls_that_share_a_generator_draw_one_after_the_other():
+    pipe = digits_pipeline(layers=1)
+    generator = torch.Generator().manual_seed(3)
+    given = {**arguments(pipe), "output_type": "latent", "num_inference_steps": 6}
+    state = generator.get_state()
+    plan = calibrate(pipe, [{**given, "generator": generator}] * 2, full_steps=4, passes=0)
+    assert torch.equal(generator.get_state(), state)
+    plain = [pipe(**given, generator=generator).images for _ in range(2)]
+    assert not torch.equal(*plain)
+    generator.set_state(state)
+    with fewstep.patch(pipe, cache=plan):
+        cached = [pipe(**given, generator=generator).images for _ in range(2)]
+    found = psnr(plain, cached)
+    assert plan.predicted["psnr"] == pytest.approx(sum(found) / 2, abs=1e-3)
+    assert plan.predicted["psnr_min"] == pytest.approx(min(found), abs=1e-3)
+    assert found[0] != pytest.approx(found[1], abs=0.01)
 
 
 def test_passes_correct_what_the_plan_itself_leads_to():
@@ -123,6 +146,9 @@ def test_target_and_speedup():
     good = calibrate(pipe, given, target=f"psnr>={reached:.2f}", passes=0)
     assert good.predicted["psnr"] >= reached
     assert 2 < len(good.full) <= 8
+    everything = calibrate(pipe, given, target="psnr>=150", passes=2)
+    assert (len(everything.full), everything.predicted["psnr"]) == (8, 150)
+    assert len(calibrate(pipe, given, passes=0).full) == 2  # a quarter
 
 
 @pytest.mark.parametrize(
@@ -135,6 +161,15 @@ def test_target_and_speedup():
         ({"passes": -1}, "passes: expected at least 0"),
         ({"tail": 0.5}, "tail: expected a finite number of at least 1"),
         ({"speedup": 0.5}, "speedup: expected a finite number"),
+        ({"speedup": True}, "speedup: expected a finite number of at least 1, got True"),
+        ({"speedup": 9}, "speedup: expected at most 8, the calls' steps, got 9"),
+        ({"tail": True}, "tail: expected a finite number of at least 1, got True"),
+        ({"target": "psnr>=151"}, "target: expected at most 150 dB"),
+        (
+            {"full_steps": 4, "speedup": 2},
+            "speedup: expected one of .*, got full_steps and speedup",
+        ),
+        ({"speedup": 2, "target": "psnr>=30"}, "target: expected one of .*, got speedup and targ"),
         ({"target": "ssim>=1"}, "target: expected such as \"psnr>=30\", got 'ssim>=1'"),
     ],
 )
@@ -155,11 +190,41 @@ def test_bad_calls():
     with pytest.raises(TypeError, match="pipe: expected a pipeline with a scheduler"):
         calibrate(torch.nn.Linear(2, 2), [given])
     unet = build("sd-unet")
-    with pytest.raises(ValueError, match="PNDMScheduler evaluates a step twice"):
+    with pytest.raises(ValueError, match=r"PNDMScheduler.step per timestep, got 7 for 6 timest"):
         calibrate(unet, [{**arguments(unet), "output_type": "latent", "num_inference_steps": 6}])
+    sizes = [
+        {**arguments(unet), "output_type": "latent", "height": 16, "width": w} for w in (16, 8)
+    ]
+    unet.scheduler = DDIMScheduler.from_config(unet.scheduler.config)
+    for values in (4, 65536):  # cut to a few values, two sizes would look alike
+        with pytest.raises(ValueError, match=r"one size of latents, \[4, .*, got .* in call 1"):
+            calibrate(unet, sizes, values=values)
     refused = pytest.raises(ValueError, match="got one that is cached")
     with fewstep.patch(pipe, cache=schedule(pipe, 2)), refused:
         calibrate(pipe, [given])
+
+
+def test_outputs_that_are_not_finite():
+    pipe = digits_pipeline(layers=1)
+    given = {**arguments(pipe), "output_type": "latent", "num_inference_steps": 4}
+
+    def break_down(model, inputs, output):
+        nonlocal count
+        count += 1
+        output[0][:] = output[0] * (float("nan") if count > 14 else 1)
+
+    count = 0
+    handle = pipe.transformer.register_forward_hook(break_down)
+    with pytest.raises(ValueError, match="expected finite outputs, got NaN at step 3 of call 1"):
+        calibrate(pipe, [given, given])  # two calls of the model per step
+    handle.remove()
+
+
+def test_a_compiled_model_is_refused_before_it_is_called():
+    pipe = digits_pipeline(layers=1)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(ValueError, match=r"uncompiled model in pipe.transformer, got OptimizedMod"):
+        calibrate(pipe, [{"no such argument": 0}])
 
 
 def test_a_plan_of_another_pipeline_is_refused(tmp_path):

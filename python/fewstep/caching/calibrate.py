@@ -33,8 +33,8 @@ from .output import OutputStack
 from .plan import Plan
 from .plans import parse_target
 from .policy import Forecasts
-from .quality import psnr
-from .record import Run, record, repeatable, responses
+from .quality import MOST, psnr
+from .record import Run, record, repeatable, responses, seeded
 from .ring import MAX_ORDER
 from .scheduled import ScheduledSession
 from .solve import affine_weights, best_schedule, fit_affine, gap_costs, gaps
@@ -74,6 +74,35 @@ class _Runs:
     errors: dict[int, list[float]]  # of what full steps were forecast to be, all branches
 
 
+def _expect_alike(first: Run, run: Run, index: int) -> None:
+    """Raise ValueError where a call can't be counted together with the first one."""
+    if run.times != first.times:
+        raise ValueError(
+            f"calls: expected one grid in all calls, {len(first.times)} steps from "
+            f"{first.times[0]:g}, got {len(run.times)} from {run.times[0]:g} in call {index}"
+        )
+    if len(run.outputs) != len(first.outputs):
+        raise ValueError(
+            f"calls: expected as many steps in all calls, {len(first.outputs)}, got "
+            f"{len(run.outputs)} in call {index}"
+        )
+    if run.size != first.size:
+        raise ValueError(
+            f"calls: expected one size of latents, {list(first.size)}, got {list(run.size)} in "
+            f"call {index}"
+        )
+
+
+def _expect_finite(run: Run, index: int) -> None:
+    for step, (output, latents) in enumerate(zip(run.outputs, run.latents, strict=True)):
+        for what, found in (("outputs", output), ("latents", latents)):
+            if not found.isfinite().all():
+                got = "NaN" if found.isnan().any() else "infinity"
+                raise ValueError(
+                    f"calls: expected finite {what}, got {got} at step {step} of call {index}"
+                )
+
+
 class _Calibration:
     """The calls in full, and plans tried on them."""
 
@@ -87,9 +116,9 @@ class _Calibration:
         self.steps = len(first.outputs)
         if len(self.times) != self.steps:
             raise ValueError(
-                f"calls: expected one step of the scheduler per timestep, {len(self.times)}, got "
-                f"{self.steps}: a run of a part of the grid, or {type(pipe.scheduler).__name__} "
-                "evaluates a step twice"
+                f"calls: expected one call of {type(pipe.scheduler).__name__}.step per timestep, "
+                f"got {self.steps} for {len(self.times)} timesteps: a run of a part of the grid, "
+                "or a sampler that takes a timestep several times"
             )
         self.responses = responses(first)
         outputs = self.full.outputs.transpose(0, 1).double()
@@ -98,29 +127,26 @@ class _Calibration:
         self.sizes = self.full.latents.double().square().mean((1, 2)).numpy()
 
     def _run(self, session: ScheduledSession | None = None) -> tuple[_Runs, Run]:
-        runs = []
+        runs: list[Run] = []
         errors: dict[int, list[float]] = defaultdict(list)
-        for index, call in enumerate(self.calls):
-            seed = self.seed + index
-            watching = record(self.pipe.scheduler, values=self.values, seed=self.seed)
-            with repeatable(call, seed), watching as run:
-                result = self.pipe(**call)
-            run.images = result[0] if isinstance(result, tuple) else getattr(result, "images", None)
-            if not run.outputs:
-                raise ValueError(
-                    f"calls: expected calls that step {type(self.pipe.scheduler).__name__}, got "
-                    f"none in call {index}"
-                )
-            if runs and run.times != runs[0].times:
-                raise ValueError(
-                    f"calls: expected one grid in all calls, {len(runs[0].times)} steps from "
-                    f"{runs[0].times[0]:g}, got {len(run.times)} from {run.times[0]:g} in call "
-                    f"{index}"
-                )
-            runs.append(run)
-            for branch in session.errors().values() if session else ():
-                for step, found in branch.items():
-                    errors[step] += found
+        with repeatable(self.calls):
+            for index, call in enumerate(self.calls):
+                watching = record(self.pipe.scheduler, values=self.values, seed=self.seed)
+                with seeded(self.seed + index), watching as run:
+                    result = self.pipe(**call)
+                is_tuple = isinstance(result, tuple)
+                run.images = result[0] if is_tuple else getattr(result, "images", None)
+                if not run.outputs:
+                    raise ValueError(
+                        f"calls: expected calls that step {type(self.pipe.scheduler).__name__}, "
+                        f"got none in call {index}"
+                    )
+                runs.append(run)
+                _expect_alike(runs[0], run, index)
+                _expect_finite(run, index)
+                for branch in session.errors().values() if session else ():
+                    for step, found in branch.items():
+                        errors[step] += found
         outputs = torch.cat([torch.stack(run.outputs) for run in runs], 1)
         latents = torch.cat([torch.stack(run.latents) for run in runs], 1)
         return _Runs(outputs, latents, [run.images for run in runs], errors), runs[0]
@@ -231,6 +257,8 @@ class _Calibration:
             made={"calls": len(self.calls), "order": order, "passes": passes, "tail": power},
         )
         best = plan
+        if full_steps == self.steps:
+            passes = 0  # nothing is forecast, so there is nothing to correct
         for turn in range(passes + 1):
             runs, predicted = self.try_out(replace(plan, steps=steps))
             if not best.predicted or predicted["final_mse"] < best.predicted["final_mse"]:
@@ -258,7 +286,7 @@ def calibrate(
     pipe: Any,
     calls: Iterable[Mapping[str, Any]],
     *,
-    full_steps: int = 12,
+    full_steps: int | None = None,
     speedup: float | None = None,
     target: str | None = None,
     order: int = 4,
@@ -274,12 +302,14 @@ def calibrate(
 
     Args:
         pipe: a diffusers pipeline with a transformer or UNet, and a scheduler.
-        calls: 4 to 16 keyword dicts, each run as `pipe(**call)`, all on the same grid. What is
-            drawn at random without a generator is drawn the same way in every run.
-        full_steps: how many steps run in full.
+        calls: 4 to 16 keyword dicts, each run as `pipe(**call)`, all on the same grid and of one
+            size. What is drawn at random is drawn the same way in every round of the calls; those
+            that share a generator draw from it one after the other.
+        full_steps: how many steps run in full; a quarter of them where nothing is said.
         speedup: instead of it, steps per full step.
         target: instead of both, the least full steps for a mean PSNR over the calls' images (over
-            the latents where a call returns none), such as "psnr>=30".
+            the latents where a call returns none), such as "psnr>=30". Found by bisection, which
+            takes for granted that more full steps do not lose quality.
         order: K, the most snapshots that a forecast sums, up to 8; each is as large as the model's
             output.
         passes: times that the weights are corrected by runs with the plan.
@@ -293,26 +323,48 @@ def calibrate(
 
     Raises:
         TypeError: not a pipeline with a model that can be cached.
-        ValueError: no call, calls on several grids, a count out of range, a target that is none.
+        ValueError: a compiled model; no call, calls on several grids or of several sizes, outputs
+            that are not finite; a count out of range, a target that is none, several of full_steps,
+            speedup and target.
     """
-    denoiser = next(
-        (m for name in _DENOISERS if isinstance(m := getattr(pipe, name, None), nn.Module)), None
+    component = next(
+        (name for name in _DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)), None
     )
-    if denoiser is None or not hasattr(getattr(pipe, "scheduler", None), "step"):
+    if component is None or not hasattr(getattr(pipe, "scheduler", None), "step"):
         raise TypeError(
             f"pipe: expected a pipeline with a scheduler and one of {', '.join(_DENOISERS)}, got "
             f"{type(pipe).__name__}"
+        )
+    denoiser = getattr(pipe, component)
+    if hasattr(denoiser, "_orig_mod"):
+        raise ValueError(
+            f"pipe: expected an uncompiled model in pipe.{component}, got "
+            f"{type(denoiser).__name__}; calibrate and patch first, then torch.compile"
         )
     if is_cached(denoiser) or getattr(denoiser, "is_cache_enabled", False):
         raise ValueError(
             "pipe: expected a model without a cache, got one that is cached; undo that"
         )
-    _check(full_steps=full_steps, order=order, passes=passes, values=values)
+    wishes = {"full_steps": full_steps, "speedup": speedup, "target": target}
+    said = [name for name, value in wishes.items() if value is not None]
+    if len(said) > 1:
+        raise ValueError(
+            f"{said[1]}: expected one of {', '.join(wishes)}, got {' and '.join(said)}"
+        )
+    if not said:
+        speedup = 4.0
+    _check(full_steps=1 if full_steps is None else full_steps)
+    _check(order=order, passes=passes, values=values)
     if order > MAX_ORDER:
         raise ValueError(f"order: expected at most {MAX_ORDER}, got {order}")
     wanted = None if target is None else parse_target(target)
+    if wanted is not None and wanted > MOST:
+        raise ValueError(
+            f"target: expected at most {MOST:g} dB, what equal images count as, got {target!r}"
+        )
     for name, value in (("tail", tail), ("speedup", 1.0 if speedup is None else speedup)):
-        if not isinstance(value, int | float) or not 1 <= value < math.inf:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 1 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number of at least 1, got {value!r}")
     calls = list(calls)
     if not calls or not all(isinstance(call, Mapping) for call in calls):
@@ -321,7 +373,11 @@ def calibrate(
         found = _Calibration(pipe, denoiser, calls, values, seed)
         if wanted is not None:
             return _cheapest(found, wanted, order, passes, tail)
-        if speedup is not None:
+        if full_steps is None:
+            if said and speedup > found.steps:
+                raise ValueError(
+                    f"speedup: expected at most {found.steps}, the calls' steps, got {speedup:g}"
+                )
             full_steps = max(1, math.floor(found.steps / speedup))
         if full_steps > found.steps:
             raise ValueError(
@@ -331,7 +387,7 @@ def calibrate(
 
 
 def _cheapest(found: _Calibration, wanted: float, order: int, passes: int, tail: float) -> Plan:
-    """Bisect for the fewest full steps whose plan reaches the PSNR."""
+    """Bisect for the fewest full steps whose plan reaches the PSNR, as if it grew with them."""
     low, high, best = 1, found.steps, None
     while low < high:
         middle = (low + high) // 2

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["psnr"]
+__all__ = ["MOST", "psnr"]
 
-_MOST = 150.0  # dB of images that are equal: means stay finite, files stay JSON
+MOST = 150.0  # dB of images that are equal: means stay finite, files stay JSON
 
 
 def _arrays(images: Any) -> list[np.ndarray]:
@@ -43,6 +43,6 @@ def psnr(reference: Sequence[Any], images: Sequence[Any]) -> list[float] | None:
             inside = one.min() >= 0 and one.max() <= 1
             peak = 1.0 if inside else float(one.max() - one.min()) or 1.0
             error = float(np.mean((one - other) ** 2))
-            level = _MOST if error == 0 else 10 * np.log10(peak**2 / error)
-            values.append(float(min(level, _MOST)))
+            level = MOST if error == 0 else 10 * np.log10(peak**2 / error)
+            values.append(float(min(level, MOST)))
     return values

@@ -12,7 +12,7 @@ samplers with a history as they are; for Euler it is the step width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .scheduled import times_of
 
-__all__ = ["Run", "record", "repeatable", "responses"]
+__all__ = ["Run", "record", "repeatable", "responses", "seeded"]
 
 _IMPULSE = 1e-3  # small, so that samplers that clip don't
 
@@ -33,6 +33,7 @@ class Run:
     """One call of a pipeline: outputs and latents by step, each [B, P] float32."""
 
     times: tuple[float, ...] = ()
+    size: tuple[int, ...] = ()  # of one image's latents
     scheduler: Any = None  # a copy as it was before the first step
     outputs: list[Tensor] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
@@ -58,6 +59,7 @@ def record(scheduler: Any, *, values: int, seed: int) -> Iterator[Run]:
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not run.outputs:
             run.times = times_of(scheduler)
+            run.size = tuple(sample.shape[1:])
             del scheduler.__dict__["step"]  # the copy must not record too
             try:
                 run.scheduler = copy.deepcopy(scheduler)
@@ -80,19 +82,28 @@ def record(scheduler: Any, *, values: int, seed: int) -> Iterator[Run]:
 
 
 @contextmanager
-def repeatable(call: Mapping[str, Any], seed: int) -> Iterator[None]:
-    """Draw the same random numbers in every run of a call; its generators stay as they were."""
-    given = call.get("generator")
-    generators = given if isinstance(given, list | tuple) else [given]
-    generators = [g for g in generators if isinstance(g, torch.Generator)]
+def repeatable(calls: Iterable[Mapping[str, Any]]) -> Iterator[None]:
+    """Leave the calls' generators as they were.
+
+    They advance from call to call in between: calls that share one draw different numbers.
+    """
+    given = [call.get("generator") for call in calls]
+    flat = [g for one in given for g in (one if isinstance(one, list | tuple) else [one])]
+    generators = {id(g): g for g in flat if isinstance(g, torch.Generator)}.values()
     states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw what is drawn without a generator from a seed; the global ones stay as they were."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
+        yield
 
 
 def responses(run: Run) -> np.ndarray:
@@ -104,8 +115,7 @@ def responses(run: Run) -> np.ndarray:
         scheduler = copy.deepcopy(run.scheduler)
         x = torch.zeros(1, 1, 1, steps, dtype=torch.float32, device=timesteps.device)
         rows = [x.reshape(-1)]
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
+        with seeded(0), torch.no_grad():
             for index in range(steps):
                 impulse = torch.zeros_like(x)
                 impulse[..., index] = size
