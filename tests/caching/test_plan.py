@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from fewstep.caching import Fingerprint, Plan
@@ -109,10 +110,40 @@ def test_not_carried_over():
     with pytest.raises(ValueError, match="no Gram matrix"):
         plan().forecasts(TIMES[:40])
     made = plan(gram=tuple(map(tuple, smooth_gram(TIMES))))
-    with pytest.raises(ValueError, match=r"expected 25 to 100 steps from time 1000.*got 8 from"):
+    with pytest.raises(ValueError, match=r"expected 25 to 100 steps, which .* for 50 .* got 8$"):
         made.forecasts(np.linspace(1000, 125, 8))
-    with pytest.raises(ValueError, match="got 40 from 500"):
-        made.forecasts(np.linspace(500, 10, 40))
+    for first, last in ((500, 20), (1000, 500), (20, 1000)):
+        message = rf"expected times from 1000 to 20, .* got {first} to {last}"
+        with pytest.raises(ValueError, match=message):
+            made.forecasts(np.linspace(first, last, 40))
+    with pytest.raises(ValueError, match=r"got 0$"):
+        made.forecasts([])
+
+
+def grid(scheduler, count):
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # as pipelines of flows do
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / count, count))
+    else:
+        scheduler.set_timesteps(count)
+    return tuple(scheduler.timesteps.tolist())
+
+
+@pytest.mark.parametrize("counts", [(20, 10), (10, 20), (50, 28), (8, 4)])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        *(DDIMScheduler(timestep_spacing=how) for how in ("leading", "trailing", "linspace")),
+        FlowMatchEulerDiscreteScheduler(shift=1.0),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        EulerDiscreteScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_grids_of_one_scheduler_lie_in_one_range(scheduler, counts):
+    mine, other = (grid(scheduler, count) for count in counts)
+    steps = tuple(None if i % 3 == 0 else (1.0,) for i in range(len(mine)))
+    made = Plan(mine, steps, gram=tuple(map(tuple, smooth_gram(mine))))
+    assert made.at(other).times == other
 
 
 class Scheduler:

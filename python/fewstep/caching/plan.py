@@ -147,6 +147,8 @@ class Plan:
     def at(self, times: Sequence[float]) -> Plan:
         """Return a plan for another grid in the same range of times, half to twice the steps.
 
+        Where a grid starts and ends depends on its count of steps (leading ones of 20 and 10 steps
+        start at 951 and 901): by a step of the coarser one.
         As many steps run in full, those nearest to the plan's; weights are fitted anew to the Gram
         matrix, interpolated between its times. What it loses has not been measured.
 
@@ -159,14 +161,20 @@ class Plan:
                 f"cache: expected the plan's grid of {count} steps, got one of {len(times)}; the "
                 "plan has no Gram matrix to be carried over with"
             )
-        span = self.times[0] - self.times[-1]
-        first = abs(times[0] - self.times[0]) if len(times) else math.inf
-        if first > 0.05 * abs(span) or not count / 2 <= len(times) <= count * 2:
+        if not count / 2 <= len(times) <= count * 2:
             raise ValueError(
-                f"cache: expected {-(-count // 2)} to {2 * count} steps from time "
-                f"{self.times[0]:g}, where the plan can be carried over to, got {len(times)} from "
-                f"{times[0] if len(times) else math.nan:g}"
+                f"cache: expected {-(-count // 2)} to {2 * count} steps, which the plan for "
+                f"{count} can be carried over to, got {len(times)}"
             )
+        span = self.times[0] - self.times[-1]
+        coarser = min(tuple(times), self.times, key=len)
+        for end, inside in ((0, 1), (-1, -2)):
+            if abs(times[end] - self.times[end]) > _last_step(coarser, span, end, inside):
+                raise ValueError(
+                    f"cache: expected times from {self.times[0]:g} to {self.times[-1]:g}, up to a "
+                    "step more or less, where the plan can be carried over to, got "
+                    f"{times[0]:g} to {times[-1]:g}"
+                )
         place = np.interp(-np.asarray(times), -np.asarray(self.times), np.arange(count))
         if span < 0:
             place = np.interp(np.asarray(times), np.asarray(self.times), np.arange(count))
@@ -236,6 +244,14 @@ def _fingerprint(data: dict[str, Any]) -> Fingerprint:
 
 def _rows(matrix: Any) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(f"{value:.6g}") for value in row) for row in matrix)
+
+
+def _last_step(times: tuple[float, ...], span: float, end: int, inside: int) -> float:
+    """Return how wide a grid's steps are on average or at one end, whichever is more."""
+    if len(times) == 1:
+        return abs(span)
+    mean = abs(times[0] - times[-1]) / (len(times) - 1)
+    return max(mean, abs(times[end] - times[inside]))
 
 
 def _interpolate(gram: np.ndarray, place: np.ndarray) -> np.ndarray:
