@@ -44,7 +44,7 @@ def test_no_schedule(steps, message):
 
 
 def test_file(tmp_path):
-    mark = Fingerprint.of(nn.Linear(3, 2), object())
+    mark = Fingerprint.of(nn.Linear(3, 2), Scheduler(shift=3.0, betas=[0.5] * 50))
     made = plan(fingerprint=mark, gram=((1.0, 0.5), (0.5, 1.0)), predicted={"psnr": 30.0})
     made.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == made
@@ -61,11 +61,11 @@ def test_no_plan_in_the_file(tmp_path, spoil):
         path.write_text("[1]")
     else:
         data = json.loads(text)
-        data["version"] = 99 if spoil == "version" else 1
+        data["version"] = 1 if spoil == "version" else 2
         if spoil == "steps":
             del data["steps"]
         path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="expected a fewstep cache plan of version 1"):
+    with pytest.raises(ValueError, match="expected a fewstep cache plan of version 2"):
         Plan.load(path)
 
 
@@ -156,7 +156,13 @@ def test_fingerprint_tells_models_weights_and_schedulers_apart():
     mark = Fingerprint.of(model, Scheduler(shift=3.0))
     assert mark.differences(model, Scheduler(shift=3.0)) == []
     assert mark.differences(model.to(torch.bfloat16), Scheduler(shift=3.0)) == []
-    assert "scheduler configuration" in mark.differences(model, Scheduler(shift=1.0))[0]
+    assert mark.differences(model, Scheduler(shift=3.0, since="a newer version")) == []
+    assert mark.differences(model, Scheduler(shift=1.0)) == [
+        "scheduler configuration: expected shift 3.0, got 1.0"
+    ]
+    assert mark.differences(model, Scheduler()) == [
+        "scheduler configuration: expected shift 3.0, got none"
+    ]
     assert "model: expected 'Sequential', got 'Linear'" in mark.differences(
         nn.Linear(4, 4), Scheduler(shift=3.0)
     )

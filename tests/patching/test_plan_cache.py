@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverSinglestepScheduler
 
 import fewstep
 from fewstep.caching import Plan, calibrate
@@ -12,6 +12,7 @@ from patching.tiny_pipelines import BUILDERS, Counter, arguments, build, call, d
 from patching.tiny_pipelines import digits as digits_pipeline
 
 STEPS = 6
+FIVE = {"num_inference_steps": 5}
 # PNDM evaluates its second step twice and counts no steps.
 ALL = sorted(set(BUILDERS) - {"sd-unet", "digits_student"})
 
@@ -241,6 +242,23 @@ def test_a_plan_of_another_pipeline_is_refused(tmp_path):
         next(pipe.transformer.parameters()).mul_(2)
     with pytest.raises(ValueError, match="weights: expected"):
         fewstep.patch(pipe, cache=tmp_path / "plan.json")
+
+
+def test_a_scheduler_that_rewrites_its_configuration():
+    """A plan fits before and after the run that makes the scheduler do so."""
+    pipe = build("pixart")
+    pipe.scheduler = DPMSolverSinglestepScheduler(final_sigmas_type="sigma_min")
+    plan = calibrate(pipe, [{**arguments(pipe), "output_type": "latent", **FIVE}], full_steps=4)
+    assert pipe.scheduler.config.lower_order_final is False
+    for _ in range(2):
+        with fewstep.patch(pipe, cache=plan) as patch:
+            call(pipe, **FIVE)
+            assert patch.report()["cache"]["skipped"] > 0
+        call(pipe, **FIVE)
+        assert pipe.scheduler.config.lower_order_final is True
+    pipe.scheduler.register_to_config(solver_order=3)
+    with pytest.raises(ValueError, match="configuration: expected solver_order 2, got 3"):
+        fewstep.patch(pipe, cache=plan)
 
 
 def test_other_step_counts():

@@ -111,7 +111,9 @@ class _Calibration:
     ) -> None:
         self.pipe, self.denoiser, self.calls = pipe, denoiser, calls
         self.values, self.seed = values, seed
+        mark = Fingerprint.of(denoiser, pipe.scheduler)
         self.full, first = self._run()
+        self.mark = mark.without_rewritten(pipe.scheduler)
         self.times = first.times
         self.steps = len(first.outputs)
         if len(self.times) != self.steps:
@@ -251,7 +253,7 @@ class _Calibration:
         plan = Plan(
             self.times,
             steps,
-            Fingerprint.of(self.denoiser, self.pipe.scheduler),
+            self.mark,
             lookback=self.checks(full, order),
             gram=tuple(tuple(float(f"{value:.6g}") for value in row) for row in self.gram),
             made={"calls": len(self.calls), "order": order, "passes": passes, "tail": power},
@@ -271,6 +273,21 @@ class _Calibration:
             if turn < passes:
                 steps = self.correct(steps, base, runs)
         return best
+
+
+@contextmanager
+def _same_config(scheduler: Any) -> Iterator[None]:
+    """Undo what runs rewrite in the scheduler's configuration."""
+    before = getattr(scheduler, "config", None)
+    before = dict(before) if isinstance(before, Mapping) else {}
+    try:
+        yield
+    finally:
+        changed = {
+            name: value for name, value in before.items() if scheduler.config.get(name) is not value
+        }
+        if changed:
+            scheduler.register_to_config(**changed)
 
 
 def _check(**counts: int) -> None:
@@ -369,7 +386,7 @@ def calibrate(
     calls = list(calls)
     if not calls or not all(isinstance(call, Mapping) for call in calls):
         raise ValueError("calls: expected at least one dict of keyword arguments")
-    with torch.no_grad():
+    with torch.no_grad(), _same_config(pipe.scheduler):
         found = _Calibration(pipe, denoiser, calls, values, seed)
         if wanted is not None:
             return _cheapest(found, wanted, order, passes, tail)

@@ -5,7 +5,8 @@
     scheduler  class and configuration
 
 Parameters that are no longer there are not compared: quantised layers keep their plan. Values are
-compared to 2 %, so that a model in bfloat16 is the one in float32.
+compared to 2 %, so that a model in bfloat16 is the one in float32. Of configurations, entries that
+a newer version of their class has added are not compared, nor those that a run itself rewrites.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,18 +25,27 @@ __all__ = ["Fingerprint", "active_adapters"]
 _PARAMETERS = 64  # whose values are looked at
 _VALUES = 4  # of each
 _RELATIVE, _ABSOLUTE = 0.02, 1e-5
+_LONGEST = 100  # characters of an entry of a configuration; of longer ones a digest is kept
 
+Config = tuple[tuple[str, str], ...]
 Values = tuple[tuple[str, tuple[float, ...]], ...]
 
 
-def _config(owner: Any) -> str:
-    """Return a digest of a configuration, without what loading adds to it."""
+def _config(owner: Any) -> Config:
+    """Return a configuration as JSON by entry, without what loading adds to it."""
     config = getattr(owner, "config", None)
     entries = dict(config) if isinstance(config, Mapping) else {}
-    kept = {name: value for name, value in entries.items() if not name.startswith("_")}
-    kept.pop("quantization_config", None)
-    text = json.dumps(kept, sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    entries.pop("quantization_config", None)
+    return tuple(
+        (name, _text(entries[name])) for name in sorted(entries) if not name.startswith("_")
+    )
+
+
+def _text(entry: Any) -> str:
+    text = json.dumps(entry, sort_keys=True, default=repr)
+    if len(text) > _LONGEST:  # tables of betas and the like
+        return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return text
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -73,10 +83,10 @@ class Fingerprint:
     """What a plan belongs to; see the module's text."""
 
     model: str
-    model_config: str
+    model_config: Config
     adapters: tuple[str, ...]
     scheduler: str
-    scheduler_config: str
+    scheduler_config: Config
     values: Values
 
     @classmethod
@@ -93,20 +103,33 @@ class Fingerprint:
             tuple((name, _values(parameter)) for name, parameter in chosen),
         )
 
+    def without_rewritten(self, scheduler: Any) -> Fingerprint:
+        """Return the fingerprint without the entries that the scheduler has rewritten since.
+
+        Some set what a count of steps demands (`lower_order_final` of a single-step DPM-Solver), so
+        a pipeline that has run has another entry than one that has just been loaded.
+        """
+        now = dict(_config(scheduler))
+        kept = tuple(entry for entry in self.scheduler_config if now.get(entry[0]) == entry[1])
+        return replace(self, scheduler_config=kept)
+
     def differences(self, denoiser: nn.Module, scheduler: Any) -> list[str]:
         """Say what differs: "model: expected .., got ..", the most important first."""
-        pairs = (
-            ("model", self.model, type(denoiser).__name__),
-            ("model configuration", self.model_config, _config(denoiser)),
-            ("adapters", self.adapters, active_adapters(denoiser)),
-            ("scheduler", self.scheduler, type(scheduler).__name__),
-            ("scheduler configuration", self.scheduler_config, _config(scheduler)),
-        )
-        found = [
-            f"{name}: expected {mine!r}, got {theirs!r}"
-            for name, mine, theirs in pairs
-            if mine != theirs
-        ]
+        model, step = type(denoiser).__name__, type(scheduler).__name__
+        adapters = active_adapters(denoiser)
+        found: list[str] = []
+        if self.model != model:
+            found.append(f"model: expected {self.model!r}, got {model!r}")
+        else:
+            found += _differing("model configuration", self.model_config, _config(denoiser))
+        if self.adapters != adapters:
+            found.append(f"adapters: expected {self.adapters!r}, got {adapters!r}")
+        if self.scheduler != step:
+            found.append(f"scheduler: expected {self.scheduler!r}, got {step!r}")
+        else:
+            found += _differing(
+                "scheduler configuration", self.scheduler_config, _config(scheduler)
+            )
         present = _parameters(denoiser)
         for name, values in self.values:
             parameter = present.get(name)
@@ -117,6 +140,15 @@ class Fingerprint:
                 found.append(f"weights: expected {name} to start {values}, got {now}")
                 break
         return found
+
+
+def _differing(what: str, mine: Config, theirs: Config) -> list[str]:
+    now = dict(theirs)
+    return [
+        f"{what}: expected {name} {text}, got {now.get(name, 'none')}"
+        for name, text in mine
+        if now.get(name) != text
+    ]
 
 
 def _close(mine: float, theirs: float) -> bool:

@@ -27,7 +27,7 @@ from .solve import affine_weights
 __all__ = ["Plan"]
 
 _FORMAT = "fewstep cache plan"
-_VERSION = 1
+_VERSION = 2
 _SUM = 1e-3  # how far weights may be from summing to one: they are rounded when they are saved
 
 
@@ -239,7 +239,11 @@ class Plan:
 
 def _fingerprint(data: dict[str, Any]) -> Fingerprint:
     values = tuple((name, tuple(numbers)) for name, numbers in data["values"])
-    return Fingerprint(**{**data, "adapters": tuple(data["adapters"]), "values": values})
+    configs = {
+        name: tuple((key, text) for key, text in data[name])
+        for name in ("model_config", "scheduler_config")
+    }
+    return Fingerprint(**{**data, **configs, "adapters": tuple(data["adapters"]), "values": values})
 
 
 def _rows(matrix: Any) -> tuple[tuple[float, ...], ...]:
