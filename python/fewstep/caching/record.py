@@ -12,6 +12,7 @@ samplers with a history as they are; for Euler it is the step width.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ def record(scheduler: Any, *, values: int, seed: int) -> Iterator[Run]:
     inner: Callable[..., Any] = scheduler.step
     before = scheduler.__dict__.get("step")
 
+    # Pipelines look at the signature for whether `step` takes a generator and eta.
+    @functools.wraps(inner)
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not run.outputs:
             run.times = times_of(scheduler)
