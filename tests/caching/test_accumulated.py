@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.caching import PRESETS, EasyCache, TeaCache
+from fewstep.caching import PRESETS, EasyCache, FirstBlock, TeaCache
 from fewstep.caching.accumulated import InputSession, Memory
 from patching.tiny_pipelines import build, call, digits
 
@@ -92,20 +92,46 @@ class TeaDice(TeaCache):
     small_change = Dice.small_change
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("kind", [Dice, TeaDice])
-def test_batch_mates_change_no_bit(kind):
+def test_batch_mates_change_no_bit(kind, guidance):
     pipe = digits(layers=2)
     noise = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     batches = [noise[[0, 0, 0]], noise, torch.cat([noise[:1], noise[1:] * 9])]
     images, blended = [], 0
     with fewstep.patch(pipe, cache=kind(warmup=2)) as patch:
         for latents in batches:
-            given = {"latents": latents, "num_inference_steps": 12, "guidance_scale": 1.0}
+            given = {"latents": latents, "num_inference_steps": 12, "guidance_scale": guidance}
             images.append(pipe([4, 4, 4], output_type="latent", **given).images[0])
             blended += patch.report()["cache"]["blended"]
     assert blended > 0
     assert torch.equal(images[1], images[0])
     assert torch.equal(images[2], images[0])
+
+
+class BlockDice(FirstBlock):
+    small_change = Dice.small_change
+
+
+@pytest.mark.parametrize("kind", [Dice, BlockDice])
+def test_guidance_passes_share_decisions_and_have_a_state_each(kind):
+    """A pass that runs alone, once the other is dropped, decides by what it has summed up."""
+    pipe = digits(layers=2)
+
+    def drop(pipe, step, timestep, values):
+        if step == 9:
+            pipe._guidance_scale = 1.0
+        return values
+
+    given = {"num_inference_steps": 16, "guidance_scale": 2.0, "seed": 2}
+    with fewstep.patch(pipe, cache=kind(warmup=2)) as patch:
+        call(pipe, **given)
+        first, second = patch.report()["cache"]["branches"].values()
+        assert first == second
+        assert {"full", "skip"} == set(first[2:-1])
+        assert call(pipe, callback_on_step_end=drop, **given).isfinite().all()
+        lengths = sorted(map(len, patch.report()["cache"]["branches"].values()))
+        assert lengths == [10, 16]
 
 
 @pytest.mark.parametrize("name", ["easycache", "teacache"])

@@ -218,6 +218,79 @@ def test_conditioning_finds_its_branch_when_a_pass_is_dropped():
     assert [len(decisions["call 0"]), len(decisions["call 1"])] == [2, 5]
 
 
+class Told:
+    """Takes its decisions, one [B] per measured call, from a list."""
+
+    first, last, measures = 1, 0, True
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def must_run(self, step, since_full):
+        return None
+
+    def small_change(self, change):
+        return torch.tensor(self.answers.pop(0))
+
+
+def test_passes_on_equal_inputs_share_the_first_ones_decision():
+    x, scheduler = torch.randn(2, 3, 8), Scheduler(6)
+    policy = Told([True, True], [False, False], [True, False], [True, True])
+    model, session = cached(policy, scheduler)
+    first, second = drive(model, scheduler, x, x.clone())
+    report = session.report()
+    assert report["branches"]["call 0"] == report["branches"]["call 1"]
+    assert report["branches"]["call 0"] == ["full", "skip", "full", "full", "skip", "full"]
+    assert report["blended"] == 2
+    assert policy.answers == []  # asked once per step
+    assert torch.equal(first, second)
+    assert session._decided is None
+
+
+def test_a_pass_shares_the_decision_of_equal_samples_alone():
+    """Two groups of passes in one step, too: each goes by its own first one."""
+    x, scheduler = torch.randn(2, 3, 8), Scheduler(4)
+    mixed = torch.cat([x[:1], torch.randn(1, 3, 8)])
+    # The second pass is asked, and its answer counts for its own sample only; the third is not.
+    policy = Told(*[[False, True], [True, True]] * 2)
+    model, session = cached(policy, scheduler)
+    drive(model, scheduler, x, mixed, mixed.clone())
+    assert policy.answers == []
+    for index in range(3):
+        decisions = session.report()["branches"][f"call {index}"]
+        assert decisions == ["full"] * 4
+    assert session.report()["blended"] == 6
+    assert session.report()["why_full"]["changed too much"] == 6
+
+
+def test_a_pass_without_a_state_runs_beside_a_skipped_one():
+    x, scheduler = torch.randn(1, 3, 8), Scheduler(5)
+    off, on = torch.zeros(1), torch.ones(1)
+    model, session = cached(SKIP_ALWAYS, scheduler)
+    with torch.no_grad():
+        for step, t in enumerate(scheduler.timesteps):
+            for conditioning in (off,) if step < 2 else (off, on):
+                model(x, t, encoder_hidden_states=conditioning)
+            scheduler.step()
+    decisions = session.report()["branches"]
+    assert decisions["call 0"] == ["full", "skip", "skip", "skip", "full"]
+    assert decisions["call 1"] == ["full", "skip", "full"]
+
+
+@pytest.mark.parametrize("mate", [0.0, float("nan")])
+def test_halves_of_a_batch_run_together_where_their_inputs_are_equal(mate):
+    scheduler, noise = Scheduler(3), torch.randn(2, 3, 8)
+    other = noise.clone()
+    other[1] += 1 + mate
+    model, session = cached(Told([True, False, False, True]), scheduler)
+    with torch.no_grad():
+        for t in scheduler.timesteps[:2]:
+            model(torch.cat([noise, other]), t)
+            scheduler.step()
+    # 0 and 2 are one image's passes, 1 and 3 two images
+    assert session._branches[("call", 0)].full_at == (1, 1, 1, 0)
+
+
 def test_a_changed_shape_runs_in_full():
     scheduler = Scheduler(4)
     model, session = cached(SKIP_ALWAYS, scheduler)

@@ -73,7 +73,7 @@ class Followed(Wrapped):
         entry = next((x for x in given.values() if isinstance(x, Tensor)), None)
         form = () if entry is None else (entry.shape, entry.dtype, entry.device)
         call = session.begin(given.get("timestep"), conditioning, form)
-        call.entry = entry
+        call.entry = call.given = entry
         try:
             result = self.run(call, args, kwargs)
         except BaseException:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..ops import cache_metric
 
-__all__ = ["Check", "Flags", "lookback", "trips"]
+__all__ = ["Check", "Flags", "halves", "lookback", "trips"]
 
 
 class Check(NamedTuple):
@@ -48,14 +48,23 @@ def trips(error: Tensor, limit: float, entry: Tensor | None) -> Tensor:
     Args:
         error: e [B].
         limit: what it may be; a NaN trips.
-        entry: what the model was given [B, ...]: where its halves are equal, they trip together.
+        entry: what the model was given [B, ...]: equal samples of its halves trip together.
     """
     tripped = ~(error <= limit)
-    count = len(tripped)
-    if entry is None or count % 2 or len(entry) != count:
-        return tripped
+    tied = halves(entry, len(tripped))
+    return tripped if tied is None else tripped | (tripped.roll(len(tripped) // 2) & tied)
+
+
+def halves(entry: Tensor | None, count: int) -> Tensor | None:
+    """Return which samples have the same input as their counterpart in the other half, [B].
+
+    By pair, so that whether two are tied depends on these two alone. None where there are no
+    halves of a batch of `count`.
+    """
+    if entry is None or not count or count % 2 or len(entry) != count:
+        return None
     first, second = entry.chunk(2)
-    return tripped | (tripped.roll(count // 2) & (first == second).all())
+    return (first == second).flatten(1).all(1).repeat(2)
 
 
 class Flags:

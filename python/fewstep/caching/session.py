@@ -17,6 +17,11 @@ other; with one of its own they are not this scheduler's steps and run in full: 
 the end, or still while time goes on. Where a run was left in the middle, the first call of another
 pipeline is told by its conditioning: once that was the same tensor on two steps of a run, another
 tensor is another image's.
+
+Every guidance pass has a state of its own, but a sample has one decision per step: the first pass
+that measures takes it for all that get the same input. Guidance, a difference of passes, cancels
+most of the error of two forecasts; of one forecast beside one computed pass it cancels none. Passes
+that are halves of one batch run where either of the two wants to.
 """
 
 from __future__ import annotations
@@ -26,12 +31,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import cache_metric
+from .guard import halves
 from .policy import CachePolicy, ScheduledPolicy
 from .ring import Ring
 
@@ -67,6 +73,13 @@ class Branch:
             self.ring.clear()
 
 
+class Decided(NamedTuple):
+    """What a pass decided, for the passes of its step that are given the same."""
+
+    given: Tensor  # what entered the model
+    reasons: list[str | None]  # by sample, why it runs in full
+
+
 @dataclass
 class Call:
     """One call of the denoiser."""
@@ -77,6 +90,7 @@ class Call:
     skip: bool = False
     flags: Any = None  # of the guard: the samples that a skipped step computes all the same
     form: tuple[Any, ...] = ()  # of what entered the model
+    given: Tensor | None = None  # what entered the model
     entry: Tensor | None = None  # the layout's scratch: what entered the model or block 0,
     head: tuple[Any, ...] = ()  # what left the last block that always runs,
     done: bool = False  # and whether the stored features were put in
@@ -113,6 +127,7 @@ class Session:
         self._step = -1
         self._seen: Counter[str] = Counter()
         self._used: set[tuple[str, int]] = set()
+        self._decided: Decided | None = None
         for branch in self._branches.values():
             branch.forget()
         self._stale = True  # the record of the last run is kept until the next one starts
@@ -186,6 +201,7 @@ class Session:
             self._step += 1
             self._seen.clear()
             self._used.clear()
+            self._decided = None
         if self._stale:
             self._branches.clear()
             self.reasons.clear()
@@ -253,7 +269,7 @@ class Session:
                 output, entry, previous=previous, return_residual=True, per_sample=True
             )
             if previous is not None:
-                reasons = self._judge(reasons, change)
+                reasons = self._judge(call, reasons, change)
         probe = branch.probe
         self._settle(call, reasons, output.device)
         if not call.skip:
@@ -284,21 +300,57 @@ class Session:
             return [self.policy.must_run(call.step, call.step - at) for at in branch.full_at]
         return [reason] * form[0][0]
 
-    def _judge(self, reasons: list[str | None], change: Tensor) -> list[str | None]:
-        """Let the policy look at the change of the samples that may skip; reads it back, [B]."""
+    def _judge(self, call: Call, reasons: list[str | None], change: Tensor) -> list[str | None]:
+        """Decide for the samples that may skip: as an earlier pass of this step, or by the change.
+
+        Reads back [B], twice only where a pass shares some of its samples.
+        """
+        decided = self._decided
+        shared = self._shared(decided, call, len(reasons))
+        if not any(shared):
+            own = self._judge_alone(call, reasons, change)
+        else:
+            own = reasons if all(shared) else self._judge_alone(call, reasons, change)
+            each = zip(reasons, shared, decided.reasons, own, strict=True)
+            own = [reason or (theirs if same else mine) for reason, same, theirs, mine in each]
+        if not all(shared):
+            self._decided = None  # the passes behind this one look at it
+        return own
+
+    def _shared(self, decided: Decided | None, call: Call, count: int) -> list[bool]:
+        """Return which samples are given what the pass before was given; reads back [B]."""
+        if decided is None or call.given is None or call.given.shape != decided.given.shape:
+            return [False] * count
+        return (call.given == decided.given).flatten(1).all(1).tolist()
+
+    def _judge_alone(
+        self, call: Call, reasons: list[str | None], change: Tensor
+    ) -> list[str | None]:
+        """Let the policy look at the change; halves of a batch with equal inputs are tied."""
         small = self.policy.small_change(change)
-        each = small.tolist() if isinstance(small, Tensor) else [small] * len(reasons)
-        return [
+        if not isinstance(small, Tensor):
+            return [reason or (None if small else "changed too much") for reason in reasons]
+        tied = halves(call.given, len(reasons))
+        each, *ties = (small[None] if tied is None else torch.stack((small, tied))).tolist()
+        own = [
             reason or (None if fine else "changed too much")
             for reason, fine in zip(reasons, each, strict=True)
         ]
+        for tie in ties:
+            half = len(own) // 2
+            pairs = zip(own, own[half:] + own[:half], tie, strict=True)
+            own = [reason or (other if both else None) for reason, other, both in pairs]
+        return own
 
     def _settle(self, call: Call, reasons: list[str | None], device: torch.device) -> None:
         """Skip where no sample wants a full step; else run, for those that want it.
 
         So whether a sample's output is computed or forecast depends on this sample alone.
         """
-        branch = call.branch
+        branch, given = call.branch, call.given
+        leads = self.policy.measures and self._decided is None and not call.is_last
+        if leads and given is not None and len(given) == len(reasons):
+            self._decided = Decided(given.detach().clone(), reasons)
         wanted = [reason for reason in reasons if reason]
         if not wanted:
             call.skip = True
@@ -344,7 +396,7 @@ class Session:
 
     def abort(self) -> None:
         """Close a call that raised: nothing of this run is used again."""
-        self.call = None
+        self.call = self._decided = None
         for branch in self._branches.values():
             branch.forget()
 
