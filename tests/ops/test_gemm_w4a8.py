@@ -316,5 +316,5 @@ def test_the_missing_cuda_kernel_is_said_in_words():
         reason = _native.unavailable("gemm_w4a8", torch.device("cuda"))
         assert "built without CUDA kernels" in reason
         return
-    reason = _native.unavailable("gemm_w4a8", torch.device("cuda"))
+    reason = _native.unavailable("quantize_int4", torch.device("cuda"))
     assert reason == "there is no native cuda kernel for this op"
