@@ -6,7 +6,7 @@
 
 1 means that skipped steps are free. Plans reuse the newest outputs by equal weights, as many as the
 calibrated plans sum: their time is the same and needs no calibration. The digits teacher with its
-trained weights, guided; a DiT of 342M parameters with random weights in bfloat16, which serves for
+trained weights, guided; a DiT of 326M parameters with random weights in bfloat16, which serves for
 time only.
 """
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = measure("DiT, tiny", *large(tiny | {"sample_size": 8}), 6, (2,), 2)
     else:
         rows = measure("digits teacher, 10 images", *digits(10), 50, (17, 12, 8), options.rounds)
-        rows += measure("DiT, 342M parameters", *large(SIZES), 12, (4, 3), options.rounds)
+        rows += measure("DiT, 326M parameters", *large(SIZES), 12, (4, 3), options.rounds)
     report = {"environment": machine, "rows": rows}
     if options.record is not None:
         path = options.record / slug(machine["device"]) / "cache_time.json"
