@@ -90,8 +90,3 @@ class Flags:
         if self._event is not None and not self._event.query():
             return False
         return bool(self._any)
-
-    def mix(self, computed: Tensor, forecast: Tensor) -> Tensor:
-        """Return per sample what was computed where it tripped, and the forecast elsewhere."""
-        shape = (-1, *(1,) * (computed.dim() - 1))
-        return torch.where(self.tripped.view(shape), computed, forecast)

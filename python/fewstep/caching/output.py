@@ -69,8 +69,9 @@ class _Output(Followed):
             self.session.compare(call, computed, forecast)
         if call.flags is None:
             return forecast
+        stays = ~call.flags.tripped
         return tuple(
-            call.flags.mix(own, other) if isinstance(own, Tensor) else other
+            blend(stays, other, own) if isinstance(own, Tensor) else other
             for own, other in zip(computed, forecast, strict=True)
         )
 

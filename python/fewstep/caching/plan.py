@@ -129,10 +129,6 @@ class Plan:
         """Return the plan for a grid: this one, or this one carried over (`at`)."""
         return self if self.is_on(times) else self.at(times)
 
-    def checks(self, times: Sequence[float]) -> tuple[Check | None, ...]:
-        """Return what the guard compares on a grid."""
-        return self.on(times).lookback
-
     def guarded(self, factor: float | None = 2.0) -> Plan:
         """Return the plan with the guard at a factor of the expected error; None takes it out."""
         return replace(self, guard=factor)

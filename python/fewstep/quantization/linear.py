@@ -41,6 +41,7 @@ from ..ops._gemm import MAX_K
 from ..ops._gemm_short import run_short
 from ..ops._layout import FLOATS
 from ..ops._prologue import rotate_blocks
+from .computed_weight import ComputedWeight
 from .low_rank import split
 from .rows import QuantizedRows
 from .scheme import Scheme
@@ -49,25 +50,6 @@ Join = Callable[[Tensor | None, Tensor | None, torch.dtype], tuple[Tensor, Tenso
 Options = dict[str, Any]
 # What the short way runs instead of.
 _BYPASSED = ("_multiply", "_activations", "_expect_input")
-
-
-class ComputedWeight(Tensor):
-    """The dequantised weight, for reading. Assigning to `.data`, as merging a LoRA does, raises."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what it computes is plain again
-
-    @property
-    def data(self) -> Tensor:
-        """The values."""
-        return self.as_subclass(Tensor).detach()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        raise RuntimeError(
-            "weight: expected to be read only, got an assignment: the weight of a quantised layer "
-            "is computed from its low-bit values. A LoRA stays beside it: load it without fusing, "
-            "or fuse it before the model is quantised"
-        )
 
 
 class QuantLinear(nn.Linear):
