@@ -5,6 +5,8 @@
 #   benchmarks/gpu.sh [--dry-run] [OP ...]
 #   benchmarks/gpu.sh low_bit      # the low-bit layers: 'quantize_*' 'gem[mv]_*' 'norm_quantize_*',
 #                                  # and whole models in steps "models NAME"
+#   benchmarks/gpu.sh caching      # the caches: forecast_apply, snapshot_store, cache_metric,
+#                                  # 'token_*', and denoising loops in steps "loops NAME"
 #
 # OP is an op or a pattern of names; without one it is all of them.
 #
@@ -33,6 +35,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 budget=570
 dry_run=0
 low_bit=0
+caching=0
 ops=()
 for argument in "$@"; do
     case "$argument" in
@@ -40,6 +43,7 @@ for argument in "$@"; do
         -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         -*) echo "gpu.sh: expected --dry-run or an op, got $argument" >&2; exit 2 ;;
         low_bit) low_bit=1 ops+=('quantize_*' 'gem[mv]_*' 'norm_quantize_*') ;;
+        caching) caching=1 ops+=(forecast_apply snapshot_store cache_metric 'token_*') ;;
         *) ops+=("$argument") ;;
     esac
 done
@@ -114,7 +118,7 @@ if [[ -n $given ]]; then
     fi
     missing=()
     modules=(pytest rich typer numpy pybind11 triton)
-    ((low_bit)) && modules+=(diffusers importlib_metadata)
+    ((low_bit || caching)) && modules+=(diffusers importlib_metadata)
     for module in "${modules[@]}"; do
         has "$module" || missing+=("$module")
     done
@@ -156,6 +160,7 @@ done
 # What several ops share: masks, rows, states.
 [[ -n ${tests[*]} ]] && tests+=(tests/ops/test__*.py)
 ((low_bit)) && tests+=(tests/bench/test_model_steps.py)
+((caching)) && tests+=(tests/bench/test_cache_steps.py)
 if ((dry_run)); then
     # The CPU subset that needs no interpreter: a check of this script more than of the kernels.
     step "op tests, native on the CPU" 120 "${pytest[@]}" -x -k "native" "${tests[@]}"
@@ -268,6 +273,16 @@ elif ((low_bit)); then
             models+=(--record "$OUT/records")
         fi
         step "models $model" 330 ${beside[@]+"${beside[@]}"} "${models[@]}"
+    done
+fi
+
+if ((caching)) && ! has diffusers; then
+    note "loops" skipped 0s "needs diffusers"
+elif ((caching)); then
+    for model in FLUX.1-dev Qwen-Image Wan2.1-T2V-1.3B SDXL; do
+        loops=("$PYTHON" benchmarks/pipelines/cache_steps.py "$model" --device "$device")
+        if ((dry_run)); then loops+=(--quick); else loops+=(--record "$OUT/records"); fi
+        step "loops $model" 300 "${loops[@]}"
     done
 fi
 

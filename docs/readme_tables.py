@@ -28,7 +28,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from drawn.caching import cache_table, draw_curves, headline
 from drawn.markdown import caption, table
-from drawn.steps import cache_time_table, model_tables, step_table, time_table
+from drawn.steps import (
+    LOOPS,
+    MODELS,
+    cache_time_table,
+    gpu_tables,
+    loop_table,
+    model_table,
+    step_table,
+    time_table,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -355,7 +364,8 @@ def documents(folder: str) -> dict[Path, str]:
         + "\n"
         + sentences
         + bench_caption,
-        (BENCHMARKS, "models"): model_tables(RESULTS),
+        (BENCHMARKS, "models"): gpu_tables(RESULTS, MODELS, model_table),
+        (CACHING, "cache_loops"): gpu_tables(RESULTS, LOOPS, loop_table),
         (BENCHMARKS, "peers"): (peers_table(peers) + "\n" if peers else "") + peers_caption(peers),
         **{
             (CACHES, name): cache_table(getattr(records, name), f"images/{picture}")

@@ -111,7 +111,7 @@ def test_without_a_record_of_other_packages_the_documents_say_so(tables, results
 
 
 def test_whole_models_are_drawn_from_records_of_gpus(tables, tmp_path):
-    assert tables.model_tables(tmp_path) == "Not measured yet.\n"
+    assert tables.gpu_tables(tmp_path, tables.MODELS, tables.model_table) == "Not measured yet.\n"
     machine = {"device": "NVIDIA H200", "device_type": "cuda", "driver": "1.2", "torch": "2.11"}
     machine |= {"triton": "3.6", "commit": "0123456789abcdef", "dirty": False}
     row = {"model": "SDXL", "form": "w8a8", "weight_bytes": 2**30, "low_bit_layers": 7}
@@ -129,7 +129,7 @@ def test_whole_models_are_drawn_from_records_of_gpus(tables, tmp_path):
         path = tmp_path / device / "model_steps.json"
         path.parent.mkdir()
         path.write_text(json.dumps({"environment": machine | more, "rows": rows}))
-    drawn = tables.model_tables(tmp_path)
+    drawn = tables.gpu_tables(tmp_path, tables.MODELS, tables.model_table)
     cells = "SDXL | w8a8 | 20 ms | 10 ms |  |  | 2.50x | 7 `a native` | 5 | 1.00 | 2.00"
     assert drawn.count("| model |") == 1
     assert f"| {cells} |" in drawn
@@ -137,7 +137,23 @@ def test_whole_models_are_drawn_from_records_of_gpus(tables, tmp_path):
     assert "on NVIDIA H200, driver 1.2, torch 2.11, Triton 3.6, commit 0123456789." in drawn
     path.write_text(json.dumps({"environment": machine | {"dirty": True}, "rows": rows}))
     with pytest.raises(ValueError, match="clean commit"):
-        tables.model_tables(tmp_path)
+        tables.gpu_tables(tmp_path, tables.MODELS, tables.model_table)
+
+
+def test_loops_are_drawn_from_records_of_gpus(tables, tmp_path):
+    machine = {"device": "NVIDIA H200", "device_type": "cuda", "driver": "1.2", "torch": "2.11"}
+    machine |= {"triton": "3.6", "commit": "0123456789abcdef", "dirty": False}
+    row = {"model": "SDXL", "mode": "graph", "steps": 20, "full_steps": 5, "host_waits": 0}
+    row |= {"full": {"median_s": 2.0}, "plan": {"median_s": 0.5}}
+    row |= {"speedup": 4.0, "efficiency": 1.0}
+    rows = [row, {"model": "FLUX.1-dev", "failed": "RuntimeError: no memory"}]
+    path = tmp_path / "nvidia-h200" / "cache_steps.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"environment": machine, "rows": rows}))
+    drawn = tables.gpu_tables(tmp_path, tables.LOOPS, tables.loop_table)
+    assert "| SDXL | graph | 5 of 20 | 2 s | 500 ms | 4.00x | 100.0% | 0 |" in drawn
+    assert "Without a number: FLUX.1-dev: RuntimeError: no memory" in drawn
+    assert "Whole loops, random weights, on NVIDIA H200" in drawn
 
 
 def test_quality_has_its_error_or_is_not_measured(tables):

@@ -137,9 +137,11 @@ def append_lines(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]
         file.writelines(json.dumps(row | machine, allow_nan=False) + "\n" for row in rows)
 
 
-def write_record(folder: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write_record(
+    folder: Path, machine: dict[str, Any], rows: list[dict[str, Any]], name: str = NAME
+) -> None:
     """Write a report; rows of other models stay if they are of the same machine and commit."""
-    path, kept = folder / f"{NAME}.json", []
+    path, kept = folder / f"{name}.json", []
     if path.exists():
         before = json.loads(path.read_text())
         same = ("device", "driver", "torch", "triton", "commit", "dirty")

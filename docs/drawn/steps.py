@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fewstep.bench.table import seconds
 from .markdown import caption, table
 
 MODELS = "model_steps.json"  # of benchmarks/pipelines/model_steps.py
+LOOPS = "cache_steps.json"  # of benchmarks/pipelines/cache_steps.py
 MODES = ("eager", "graph", "compiled", "compiled, graph")
 GIB = 2**30
 
@@ -102,15 +104,27 @@ def _without(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _clean(report: dict[str, Any], name: str) -> dict[str, Any]:
+    machine = report["environment"]
+    if machine["commit"] is None or machine["dirty"]:
+        raise ValueError(f"{name}: expected records of a clean commit, got {machine['commit']}")
+    return machine
+
+
+def _gpu_caption(machine: dict[str, Any], what: str) -> str:
+    return (
+        f"\n{what}, random weights, on {machine['device']}, driver {machine['driver']}, torch "
+        f"{machine['torch']}, Triton {machine['triton']}, commit {machine['commit'][:10]}.\n"
+    )
+
+
 def model_table(report: dict[str, Any]) -> str:
     """Return what the forms of full-size models take on one GPU, as Markdown.
 
     Raises:
         ValueError: the report is of no commit, or of local changes.
     """
-    machine = report["environment"]
-    if machine["commit"] is None or machine["dirty"]:
-        raise ValueError(f"{MODELS}: expected records of a clean commit, got {machine['commit']}")
+    machine = _clean(report, MODELS)
     forms: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in report["rows"]:
         if "median_s" in row:
@@ -122,15 +136,44 @@ def model_table(report: dict[str, Any]) -> str:
     body = table(header, "llrrrrrlrrr", [_model_row(runs) for runs in forms.values()])
     without = _without(report["rows"])
     left = "\nWithout a number:\n\n" + "".join(without) if without else ""
-    return (
-        f"{body}{left}\nOne evaluation, random weights, on {machine['device']}, driver "
-        f"{machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}, commit "
-        f"{machine['commit'][:10]}.\n"
+    return f"{body}{left}" + _gpu_caption(machine, "One evaluation")
+
+
+def loop_table(report: dict[str, Any]) -> str:
+    """Return what plans save of whole loops of full-size models on one GPU, as Markdown.
+
+    Raises:
+        ValueError: the report is of no commit, or of local changes.
+    """
+    machine = _clean(report, LOOPS)
+    rows = [
+        [
+            row["model"],
+            row["mode"],
+            f"{row['full_steps']} of {row['steps']}",
+            seconds(row["full"]["median_s"]),
+            seconds(row["plan"]["median_s"]),
+            f"{row['speedup']:.2f}x",
+            f"{100 * row['efficiency']:.1f}%",
+            str(row["host_waits"]),
+        ]
+        for row in report["rows"]
+        if "failed" not in row
+    ]
+    header = (
+        "| model | mode | full steps | in full | with the plan | speed-up | of steps / full "
+        "| host waits |"
     )
+    failed = "".join(
+        f"\nWithout a number: {row['model']}: {row['failed']}\n"
+        for row in report["rows"]
+        if "failed" in row
+    )
+    return table(header, "lllrrrrr", rows) + failed + _gpu_caption(machine, "Whole loops")
 
 
-def model_tables(results: Path) -> str:
+def gpu_tables(results: Path, name: str, draw: Callable[[dict[str, Any]], str]) -> str:
     """Return a table for each GPU that has a record, or that there is none."""
-    reports = [json.loads(path.read_text()) for path in sorted(results.glob(f"*/{MODELS}"))]
+    reports = [json.loads(path.read_text()) for path in sorted(results.glob(f"*/{name}"))]
     on_gpus = [r for r in reports if r["environment"]["device_type"] == "cuda"]
-    return "\n".join(map(model_table, on_gpus)) or "Not measured yet.\n"
+    return "\n".join(map(draw, on_gpus)) or "Not measured yet.\n"

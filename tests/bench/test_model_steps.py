@@ -45,6 +45,7 @@ SIZES = {
     "SANA-1.6B": 1.60,
     "PixArt-Sigma": 0.61,
     "Qwen-Image": 20.43,
+    "Wan2.1-T2V-1.3B": 1.42,
 }
 
 

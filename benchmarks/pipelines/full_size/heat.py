@@ -32,6 +32,7 @@ from fewstep.bench.kernels import launches
 
 from . import forms, models
 from .forms import BF16, Built, Form
+from .timing import capture, distance, memory, seconds
 
 EAGER, COMPILED = "eager", "compiled"
 CAPTURED = {"graph": EAGER, "compiled, graph": COMPILED}
@@ -109,56 +110,6 @@ class Compiled:
         finally:
             for module in self.calls:
                 module._compiled_call_impl = None
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Return the most bytes that a call takes beside what is there already; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    _wait(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    _wait(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def capture(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], Tensor], int]:
-    """Return the call as a replay of its CUDA graph, and the bytes of the graph's own memory."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream(device).wait_stream(side)
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    taken = torch.cuda.memory_reserved(device) - before
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay, taken
-
-
-def _distance(out: Tensor, want: Tensor) -> float:
-    return float((out.double() - want.double()).norm() / want.double().norm())
 
 
 def _facts(built: Built) -> dict[str, Any]:
@@ -245,9 +196,9 @@ class Heat:
                 self._compile(run, run.compiled)
             with run.ready():
                 if run.compiled is None:
-                    run.row["first_call_s"] = _seconds(run.call, self.device)
+                    run.row["first_call_s"] = seconds(run.call, self.device)
                 self._expect(run)
-                run.row["extra_bytes"] = _memory(run.call, self.device)
+                run.row["extra_bytes"] = memory(run.call, self.device)
         except Exception as error:
             self._leave(run.built.form, run.mode, error)
             return False
@@ -259,12 +210,12 @@ class Heat:
         before = counters["stats"]["unique_graphs"]
         try:
             with run.ready():
-                run.row["first_call_s"] = _seconds(run.call, self.device)
+                run.row["first_call_s"] = seconds(run.call, self.device)
         except Unsupported as error:
             run.row["graph_break"] = str(error).splitlines()[0][:300]
             compiled.compile(fullgraph=False)
             with run.ready():
-                run.row["first_call_s"] = _seconds(run.call, self.device)
+                run.row["first_call_s"] = seconds(run.call, self.device)
         run.row["graphs"] = counters["stats"]["unique_graphs"] - before
         if run.row["graphs"] == 0:
             raise RuntimeError("expected compiled blocks, got no graph")
@@ -276,7 +227,7 @@ class Heat:
             RuntimeError: it is not what was asked for.
         """
         row, form = run.row, run.built.form
-        row["relative_l2"] = _distance(run.call(), self.want)
+        row["relative_l2"] = distance(run.call(), self.want)
         if not row["relative_l2"] <= FARTHEST:
             raise RuntimeError(f"expected an output near bf16's, got {row['relative_l2']:.3g} off")
         if form.scheme is not None and run.mode == EAGER:
@@ -326,7 +277,7 @@ class Heat:
         try:
             with run.ready():
                 replay, row["extra_bytes"] = capture(run.call, self.device)
-            row["relative_l2"] = _distance(replay(), self.want)
+            row["relative_l2"] = distance(replay(), self.want)
             if not row["relative_l2"] <= FARTHEST:
                 raise RuntimeError(f"expected bf16's output, got {row['relative_l2']:.3g} off")
         except Exception as error:
@@ -345,7 +296,7 @@ class Heat:
             random.Random(_SEED + round_).shuffle(order)
             for i in order:
                 with self.runs[i].ready():
-                    samples[i].append(_seconds(self.runs[i].call, self.device))
+                    samples[i].append(seconds(self.runs[i].call, self.device))
             round_ += 1
         medians = {
             f"bf16 {run.mode}": statistics.median(taken)

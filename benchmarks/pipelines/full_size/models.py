@@ -1,9 +1,9 @@
 """Models of diffusers by their published configurations, with random weights, and their inputs.
 
-Images of 1024 x 1024 pixels. Texts are as long as the pipelines make them: 512 tokens for FLUX.1
-and, at most, Qwen-Image; 77 for SDXL; 300 for PixArt-Sigma and SANA. SDXL, PixArt and SANA see two
-samples, as classifier-free guidance has them; FLUX.1-dev is distilled from guidance, and
-Qwen-Image's pipeline calls twice with one sample.
+Images of 1024 x 1024 pixels, and a video. Texts are as long as the pipelines make them: 512 tokens
+for FLUX.1, Wan and, at most, Qwen-Image; 77 for SDXL; 300 for PixArt-Sigma and SANA. SDXL, PixArt
+and SANA see two samples, as classifier-free guidance has them; FLUX.1-dev is distilled from
+guidance, and the pipelines of Qwen-Image and Wan call twice with one sample.
 
 `small` makes each a few layers of 128 channels: the same code in a second on a CPU.
 """
@@ -157,12 +157,30 @@ def qwen(small: bool) -> Model:
     return Model("QwenImageTransformer2DModel", config, inputs, ("QwenImageTransformerBlock",))
 
 
+def wan(small: bool) -> Model:
+    """Wan 2.1 of 1.3B parameters: 81 frames of 480 x 832 pixels."""
+    size, text, wide = ((1, 4, 4), 8, 128) if small else ((21, 60, 104), 512, 4096)
+    config: dict[str, Any] = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+    if small:
+        config = {"num_attention_heads": 1, "ffn_dim": 128, "num_layers": 1, "text_dim": wide}
+
+    def inputs(draw: Draw) -> dict[str, Any]:
+        return {
+            "hidden_states": draw(1, 16, *size),
+            "encoder_hidden_states": draw(1, text, wide),
+            "timestep": draw(1).fill_(500),
+        }
+
+    return Model("WanTransformer3DModel", config, inputs, ("WanTransformerBlock",))
+
+
 MODELS: dict[str, Callable[[bool], Model]] = {
     "FLUX.1-dev": flux,
     "SDXL": sdxl,
     "SANA-1.6B": sana,
     "PixArt-Sigma": pixart,
     "Qwen-Image": qwen,
+    "Wan2.1-T2V-1.3B": wan,
 }
 
 

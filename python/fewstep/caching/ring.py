@@ -31,7 +31,7 @@ def slot_table(weights: Forecasts, order: int, schedule: Forecasts) -> Tensor:
         order: K.
         schedule: None where a step runs in full.
     """
-    table = torch.zeros(len(schedule), order, dtype=torch.float64)
+    table = torch.zeros(len(schedule), order, dtype=torch.float64, device="cpu")
     rank = 0
     for index, own in enumerate(weights):
         for back, weight in enumerate(own or (), 1):

@@ -61,6 +61,7 @@ class ScheduledSession(Session):
         self.changed: Callable[[], str | None] = _nothing  # says what is not as it was
         self.forecasts: Forecasts | None = None
         self._times: tuple[float, ...] = ()
+        self._read: tuple[Any, int, tuple[float, ...]] | None = None  # timesteps, version, times
         self._plan: Any = None  # of this run, where the policy is a plan or chooses one
         self._refused: str | None = None  # why this run is not the schedule's
         self._ranks: tuple[int, ...] = ()  # full steps before each step
@@ -78,7 +79,7 @@ class ScheduledSession(Session):
 
     def _plan_run(self) -> None:
         """Ask the policy about the grid of this run."""
-        self._times = times = times_of(self._scheduler())
+        self._times = times = self._read_times()
         checks: tuple[Check | None, ...] = ()
         self._refused = self.changed()
         if self._refused is not None:
@@ -98,6 +99,23 @@ class ScheduledSession(Session):
         self._ranks = tuple(accumulate((w is None for w in forecasts), initial=0))
         skipped = [index for index, weights in enumerate(forecasts) if weights is not None]
         self._last_skip = skipped[-1] if skipped else -1
+
+    def _read_times(self) -> tuple[float, ...]:
+        """Return the scheduler's times, read anew only where it has other ones than before.
+
+        So a loop over a grid that is set can be captured in a CUDA graph after one run: nothing of
+        it reads the device.
+        """
+        scheduler = self._scheduler()
+        timesteps = getattr(scheduler, "timesteps", None)
+        known = isinstance(timesteps, Tensor) and not timesteps.is_inference()
+        if known and self._read is not None:
+            read, version, times = self._read
+            if read is timesteps and version == timesteps._version:
+                return times
+        times = times_of(scheduler)
+        self._read = (timesteps, timesteps._version, times) if known else None
+        return times
 
     def _row(self, call: Call, what: str) -> Tensor:
         """Return the weights of a call's step by slot, on its device."""
