@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._wrap import is_cached
+from ._pipelines import denoiser_of, expect_calls, same_config
 from .fingerprint import Fingerprint
 from .guard import Check
 from .output import OutputStack
@@ -40,8 +40,6 @@ from .scheduled import ScheduledSession
 from .solve import affine_weights, best_schedule, fit_affine, gap_costs, gaps
 
 __all__ = ["calibrate"]
-
-_DENOISERS = ("transformer", "unet")
 
 
 @contextmanager
@@ -275,21 +273,6 @@ class _Calibration:
         return best
 
 
-@contextmanager
-def _same_config(scheduler: Any) -> Iterator[None]:
-    """Undo what runs rewrite in the scheduler's configuration."""
-    before = getattr(scheduler, "config", None)
-    before = dict(before) if isinstance(before, Mapping) else {}
-    try:
-        yield
-    finally:
-        changed = {
-            name: value for name, value in before.items() if scheduler.config.get(name) is not value
-        }
-        if changed:
-            scheduler.register_to_config(**changed)
-
-
 def _check(**counts: int) -> None:
     for name, value in counts.items():
         least = 0 if name == "passes" else 1
@@ -344,24 +327,7 @@ def calibrate(
             that are not finite; a count out of range, a target that is none, several of full_steps,
             speedup and target.
     """
-    component = next(
-        (name for name in _DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)), None
-    )
-    if component is None or not hasattr(getattr(pipe, "scheduler", None), "step"):
-        raise TypeError(
-            f"pipe: expected a pipeline with a scheduler and one of {', '.join(_DENOISERS)}, got "
-            f"{type(pipe).__name__}"
-        )
-    denoiser = getattr(pipe, component)
-    if hasattr(denoiser, "_orig_mod"):
-        raise ValueError(
-            f"pipe: expected an uncompiled model in pipe.{component}, got "
-            f"{type(denoiser).__name__}; calibrate and patch first, then torch.compile"
-        )
-    if is_cached(denoiser) or getattr(denoiser, "is_cache_enabled", False):
-        raise ValueError(
-            "pipe: expected a model without a cache, got one that is cached; undo that"
-        )
+    denoiser = denoiser_of(pipe)
     wishes = {"full_steps": full_steps, "speedup": speedup, "target": target}
     said = [name for name, value in wishes.items() if value is not None]
     if len(said) > 1:
@@ -383,10 +349,8 @@ def calibrate(
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 1 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number of at least 1, got {value!r}")
-    calls = list(calls)
-    if not calls or not all(isinstance(call, Mapping) for call in calls):
-        raise ValueError("calls: expected at least one dict of keyword arguments")
-    with torch.no_grad(), _same_config(pipe.scheduler):
+    calls = expect_calls(calls)
+    with torch.no_grad(), same_config(pipe.scheduler):
         found = _Calibration(pipe, denoiser, calls, values, seed)
         if wanted is not None:
             return _cheapest(found, wanted, order, passes, tail)

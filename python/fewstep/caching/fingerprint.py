@@ -103,6 +103,17 @@ class Fingerprint:
             tuple((name, _values(parameter)) for name, parameter in chosen),
         )
 
+    @classmethod
+    def of_json(cls, data: Mapping[str, Any]) -> Fingerprint:
+        """Return the fingerprint that `dataclasses.asdict` and JSON have made `data` of."""
+        configs = {
+            name: tuple((key, text) for key, text in data[name])
+            for name in ("model_config", "scheduler_config")
+        }
+        values = tuple((name, tuple(numbers)) for name, numbers in data["values"])
+        lists = {**configs, "adapters": tuple(data["adapters"]), "values": values}
+        return cls(**{**data, **lists})
+
     def without_rewritten(self, scheduler: Any) -> Fingerprint:
         """Return the fingerprint without the entries that the scheduler has rewritten since.
 

@@ -219,7 +219,7 @@ class Plan:
             return cls(
                 times=tuple(data.pop("times")),
                 steps=tuple(None if w is None else tuple(w) for w in data.pop("steps")),
-                fingerprint=None if mark is None else _fingerprint(mark),
+                fingerprint=None if mark is None else Fingerprint.of_json(mark),
                 lookback=tuple(
                     None if c is None else Check(tuple(c[0]), c[1]) for c in data.pop("lookback")
                 ),
@@ -231,15 +231,6 @@ class Plan:
                 f"{path}: expected a {_FORMAT} of version {_VERSION}, got something else "
                 f"({type(e).__name__}: {e})"
             ) from e
-
-
-def _fingerprint(data: dict[str, Any]) -> Fingerprint:
-    values = tuple((name, tuple(numbers)) for name, numbers in data["values"])
-    configs = {
-        name: tuple((key, text) for key, text in data[name])
-        for name in ("model_config", "scheduler_config")
-    }
-    return Fingerprint(**{**data, **configs, "adapters": tuple(data["adapters"]), "values": values})
 
 
 def _rows(matrix: Any) -> tuple[tuple[float, ...], ...]:

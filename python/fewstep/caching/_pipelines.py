@@ -1,0 +1,70 @@
+"""What calibration and training ask of a pipeline, and what they leave as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ._wrap import is_cached
+
+__all__ = ["denoiser_of", "expect_calls", "same_config"]
+
+_DENOISERS = ("transformer", "unet")
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """Return the model that a pipeline's runs evaluate.
+
+    Raises:
+        TypeError: not a pipeline with a model that can be cached.
+        ValueError: a compiled model, or one that is cached already.
+    """
+    component = next(
+        (name for name in _DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)), None
+    )
+    if component is None or not hasattr(getattr(pipe, "scheduler", None), "step"):
+        raise TypeError(
+            f"pipe: expected a pipeline with a scheduler and one of {', '.join(_DENOISERS)}, got "
+            f"{type(pipe).__name__}"
+        )
+    denoiser = getattr(pipe, component)
+    if hasattr(denoiser, "_orig_mod"):
+        raise ValueError(
+            f"pipe: expected an uncompiled model in pipe.{component}, got "
+            f"{type(denoiser).__name__}; calibrate and patch first, then torch.compile"
+        )
+    if is_cached(denoiser) or getattr(denoiser, "is_cache_enabled", False):
+        raise ValueError(
+            "pipe: expected a model without a cache, got one that is cached; undo that"
+        )
+    return denoiser
+
+
+def expect_calls(calls: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the calls as a list.
+
+    Raises:
+        ValueError: none, or something else than dicts.
+    """
+    calls = list(calls)
+    if not calls or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError("calls: expected at least one dict of keyword arguments")
+    return calls
+
+
+@contextmanager
+def same_config(scheduler: Any) -> Iterator[None]:
+    """Undo what runs rewrite in the scheduler's configuration."""
+    before = getattr(scheduler, "config", None)
+    before = dict(before) if isinstance(before, Mapping) else {}
+    try:
+        yield
+    finally:
+        changed = {
+            name: value for name, value in before.items() if scheduler.config.get(name) is not value
+        }
+        if changed:
+            scheduler.register_to_config(**changed)
