@@ -21,6 +21,7 @@ from .plots import plot_report
 from .policy import CachePolicy, FirstBlock, Interval, ScheduledPolicy
 from .presets import PRESETS, resolve_policy
 from .scheduled import ScheduledSession
+from .seacache import SeaCache
 from .session import Session
 from .stack import BlockStack
 from .timestep import TimePart, TimeSession, is_time_cached
@@ -46,6 +47,7 @@ __all__ = [
     "ScheduledPolicy",
     "ScheduledSession",
     "Scm",
+    "SeaCache",
     "Session",
     "Taylor",
     "TeaCache",

@@ -74,7 +74,9 @@ class Followed(Wrapped):
         form = () if entry is None else (entry.shape, entry.dtype, entry.device)
         call = session.begin(given.get("timestep"), conditioning, form)
         call.entry = call.given = entry
+        call.arguments = given
         try:
+            session.enter(call)
             result = self.run(call, args, kwargs)
         except BaseException:
             session.abort()

@@ -49,21 +49,29 @@ def _mean(x: Tensor) -> Tensor:
 class InputSession(Session):
     """Sums what the policy makes of every step's input."""
 
+    remember: type[Memory] = Memory
+
     def enter(self, call: Call) -> None:
-        """Decide before the model runs, by what enters it."""
-        if call.branch is not None and call.entry is not None:
-            self.decide(call, call.entry, call.entry)
+        """Decide before the model runs, by what enters it, where the policy wants that."""
+        if self.policy.early and call.branch is not None and call.entry is not None:
+            self._decide(call, call.entry, call.entry)
+
+    def decide(self, call: Call, entry: Tensor, output: Tensor) -> None:
+        """Decide by what entered the first block, where the policy wants that."""
+        if not self.policy.early:
+            self._decide(call, entry, output)
 
     @torch.compiler.disable
-    def decide(self, call: Call, entry: Tensor, output: Tensor) -> None:
-        """Set `call.skip` and `call.stays` from what entered the first block, or the model."""
+    def _decide(self, call: Call, entry: Tensor, output: Tensor) -> None:
+        """Set `call.skip` and `call.stays`."""
         branch, form = call.branch, self._form(call, output)
         if form is None:
             return
         reasons = self._must_run(call, branch, form)
+        entry = self.seen(call, entry)
         memory: Memory | None = branch.memory
         if memory is None or memory.entry.shape != entry.shape:
-            memory = branch.memory = Memory(entry, _mean(entry) * 0)
+            memory = branch.memory = self.remember(entry, _mean(entry) * 0)
         elif not all(reasons):
             memory.error = memory.error + self.policy.increment(memory, entry)
             reasons = self._judge(call, reasons, memory.error)
@@ -74,6 +82,10 @@ class InputSession(Session):
             stays = call.stays
             memory.error = nothing if stays is None else blend(stays, memory.error, nothing)
             branch.form = form
+
+    def seen(self, call: Call, entry: Tensor) -> Tensor:
+        """Return what is compared of what entered: here, all of it."""
+        return entry
 
     @torch.compiler.disable
     def keep(self, call: Call, *kept: Any) -> None:
@@ -88,13 +100,12 @@ class InputSession(Session):
         if getattr(self.policy, "scope", "blocks") == "output":
             # The pipeline may write to what the model returns; residuals are nobody else's.
             kept = tuple(part.clone() if isinstance(part, Tensor) else part for part in kept)
-        self.policy.learn(branch.memory, call, kept[0])
-        super().keep(call, *kept)
+        super().keep(call, *self.policy.learn(branch.memory, call, kept))
 
     def recall(self, call: Call) -> tuple[Any, ...]:
         """Return what stands for a skipped call."""
         kept = super().recall(call)
-        return (self.policy.carry(call.branch.memory, kept[0]), *kept[1:])
+        return (self.policy.carry(call.branch.memory, kept[0], call), *kept[1:])
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,7 @@ class TeaCache(Threshold):
     first: int = 1
     last: int = 0
 
+    early = False  # whether the decision is taken before the model runs
     session = InputSession
 
     def __post_init__(self) -> None:
@@ -135,10 +147,11 @@ class TeaCache(Threshold):
             total = total * change + coefficient
         return total
 
-    def learn(self, memory: Memory, call: Call, output: Tensor) -> None:
-        """Nothing: P is given."""
+    def learn(self, memory: Memory, call: Call, kept: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what is stored: all of it. P is given."""
+        return kept
 
-    def carry(self, memory: Memory, kept: Tensor) -> Tensor:
+    def carry(self, memory: Memory, kept: Tensor, call: Call) -> Tensor:
         """Return the stored residual as it is."""
         return kept
 
@@ -152,16 +165,17 @@ class EasyCache(Threshold):
         max_skips: at most this many skipped steps in a row. The rule has no such bound; k is told
             on full steps alone, so this says how old it may get. On the digits teacher 8 is first
             met at a threshold of 0.1 on 50 steps.
-        warmup: steps at the start that always run in full. k takes two of them, so that 1 does what
-            2 does. Five is caution, for models whose outputs change most at the start; on the
-            digits teacher 2 is as good on 50 steps, and fewer of them run.
+        warmup: steps at the start that always run in full; k takes two of them, so that 1 does
+            what 2 does. Its authors take 10 of 50 on Wan2.1, where outputs change most at the
+            start; a number that suits 50 steps takes most of a short run, and on the digits teacher
+            2 is as good on 50, so it is 2 here.
     """
 
     threshold: float = 0.05
     max_skips: int = 8
-    warmup: int = 5
+    warmup: int = 2
 
-    scope = "output"
+    scope, early = "output", True
     first, last = 1, 0
     session = InputSession
 
@@ -171,9 +185,9 @@ class EasyCache(Threshold):
             return torch.full_like(memory.error, torch.inf)
         return memory.gain * _mean(entry - memory.entry) / _mean(memory.full_output)
 
-    def learn(self, memory: Memory, call: Call, output: Tensor) -> None:
+    def learn(self, memory: Memory, call: Call, kept: tuple[Any, ...]) -> tuple[Any, ...]:
         """Take k from this full step and the one before, for the samples that ran."""
-        entry = memory.entry
+        entry, output = memory.entry, kept[0]
         if output.shape != entry.shape:
             raise ValueError(
                 "cache: expected a model whose output has the shape of its input, "
@@ -187,7 +201,8 @@ class EasyCache(Threshold):
             full_entry = blend(call.stays, memory.full_entry, entry)
             full_output = blend(call.stays, memory.full_output, output)
         memory.gain, memory.full_entry, memory.full_output = gain, full_entry, full_output
+        return kept
 
-    def carry(self, memory: Memory, kept: Tensor) -> Tensor:
+    def carry(self, memory: Memory, kept: Tensor, call: Call) -> Tensor:
         """Return the last output, moved as the input has moved."""
         return kept + (memory.entry - memory.full_entry)

@@ -45,7 +45,6 @@ class _Output(Followed):
     """`forward` of the model; a skipped call returns the forecast in the form of the last one."""
 
     def run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.session.enter(call)
         if call.skip:
             call.done = True
             forecast = self.session.recall(call)

@@ -164,5 +164,6 @@ class Interval:
 
 def check_ends(policy: CachePolicy) -> None:
     """Raise where a policy's `first` or `last` can't be."""
-    for name, least in (("first", 1), ("last", 0)):
+    # What decides before the model runs needs no block for it.
+    for name, least in (("first", int(not getattr(policy, "early", False))), ("last", 0)):
         check_count(f"cache: {name} of {policy!r}", getattr(policy, name), least)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from .accumulated import EasyCache, TeaCache
 from .methods import FoCa, Fora, HiCache, Newton, Taylor
 from .policy import CachePolicy, FirstBlock, Interval, ScheduledPolicy, check_ends
+from .seacache import SeaCache
 
 __all__ = ["PRESETS", "resolve_policy"]
 
@@ -20,6 +21,7 @@ PRESETS: dict[str, Callable[[], CachePolicy | ScheduledPolicy]] = {
     "foca": FoCa,
     "easycache": EasyCache,
     "teacache": TeaCache,
+    "seacache": SeaCache,
 }
 
 

@@ -91,6 +91,7 @@ class Call:
     flags: Any = None  # of the guard: the samples that a skipped step computes all the same
     form: tuple[Any, ...] = ()  # of what entered the model
     given: Tensor | None = None  # what entered the model
+    arguments: dict[str, Any] = field(default_factory=dict)  # all of it, by name
     entry: Tensor | None = None  # the layout's scratch: what entered the model or block 0,
     head: tuple[Any, ...] = ()  # what left the last block that always runs,
     done: bool = False  # and whether the stored features were put in
