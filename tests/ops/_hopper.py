@@ -30,6 +30,8 @@ from fewstep.kernels import (
     quantize_int4,
     quantize_int8,
     snapshot_store,
+    token_gather,
+    token_scatter,
 )
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -60,6 +62,8 @@ KERNELS = {
     norm_quantize_int8: ["_norm_quantize_int8_kernel"],
     forecast_apply: ["_forecast_apply_kernel"],
     snapshot_store: ["_snapshot_store_kernel", "_snapshot_store_finish_kernel"],
+    token_gather: ["_token_gather_kernel"],
+    token_scatter: ["_token_scatter_kernel"],
 }
 
 
@@ -307,6 +311,20 @@ def slots(dtype, columns=3072, int4=False, count=3):
     return launches(launch)
 
 
+def tokens(columns, whole, kind=torch.int64):
+    """Return the launches that gather tokens and scatter them, `whole` with all operands."""
+    x = torch.empty((2, 4096, columns), dtype=torch.bfloat16, device="meta")
+    chosen, rows = x.new_empty((2, 1024, columns)), x.new_empty((2, 2 * columns)).chunk(2, -1)
+    index, position = (x.new_empty((2, n), dtype=kind) for n in (1024, 4096))
+    scale, shift, base = (*rows, x) if whole else (None, None, None)
+
+    def launch():
+        token_gather.launch_token_gather(x, index, scale, shift, chosen, whole, 1e-6)
+        token_scatter.launch_token_scatter(chosen, position, base, scale, x, whole)
+
+    return launches(launch)
+
+
 # What is known to spill, bytes a thread at most.
 SPILLED = {
     "forward 256 additive": 64,
@@ -411,6 +429,8 @@ VARIANTS = {
     "slots int8": lambda: slots(torch.int8),
     "slots e4m3": lambda: slots(torch.uint8),
     "slots int4": lambda: slots(torch.uint8, int4=True),
+    "tokens": lambda: tokens(3072, False),
+    "tokens whole": lambda: tokens(1152, True, torch.int32),
     "slots e4m3 of broken groups": lambda: slots(torch.uint8, columns=3000, count=8),
 }
 # Tiles of few rows do without warpgroups; a product that keeps float32's accuracy without either.

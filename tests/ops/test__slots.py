@@ -16,7 +16,7 @@ def test_compiles_for_hopper():
     """No spills; see `_hopper.py`. The interpreter takes more than the compiler does."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     child = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("_hopper.py")), "slots"],
+        [sys.executable, str(Path(__file__).with_name("_hopper.py")), "slots", "tokens"],
         env=environment,
         capture_output=True,
         text=True,
