@@ -24,11 +24,17 @@ DIALS: dict[str, tuple[float, ...]] = {
     "every": (3, 4, 6, 8),
 }
 FREE = {"max_skips": 50}  # limits that would end a sweep early
+OF_UNETS = ("levels", "encoder")  # scopes that other models have not
 
 
 def said(settings: dict[str, Any]) -> str:
     """Return settings as the record writes them."""
     return ", ".join(f"{name}={value}" for name, value in settings.items()) or "as it comes"
+
+
+def needs_unet(preset: str) -> bool:
+    """Return whether a preset serves UNets alone."""
+    return getattr(PRESETS[preset], "scope", "") in OF_UNETS
 
 
 @functools.cache
@@ -62,8 +68,10 @@ def plans(study: Study) -> Iterator[Trial]:
 
 
 def presets(study: Study) -> Iterator[Trial]:
-    """Yield every preset, with a sweep of its dial."""
+    """Yield every preset that serves the model, with a sweep of its dial."""
     for name, make in PRESETS.items():
+        if needs_unet(name) and not study.is_unet():
+            continue
         takes = inspect.signature(make).parameters
         free = {setting: value for setting, value in FREE.items() if setting in takes}
         dials = [dial for dial in DIALS if dial in takes]
@@ -71,6 +79,18 @@ def presets(study: Study) -> Iterator[Trial]:
         for settings in sweep or [{}]:
             install = functools.partial(_preset, name=name, **settings)
             yield Trial(name, said(settings), install, "fewstep")
+
+
+def of_unets(study: Study) -> Iterator[Trial]:
+    """Yield what UNets have besides: the published key steps, and another level."""
+    if not study.is_unet():
+        return
+    for name, settings in (
+        ("faster-diffusion", {}),
+        *(("deepcache, level 1", {"every": n, "level": 1}) for n in DIALS["every"]),
+    ):
+        install = functools.partial(_preset, name=name.partition(",")[0], **settings)
+        yield Trial(name, said(settings), install, "fewstep")
 
 
 def fewer_steps(study: Study) -> Iterator[Trial]:

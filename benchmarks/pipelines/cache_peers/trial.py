@@ -2,15 +2,16 @@
 
     PSNR = 10 log10(1 / mean (y - y_full)^2)    y, y_full in [0, 1]; dB, one value per image
 
-Work is counted in the linear layers of the transformer's blocks (rows x inputs x outputs), whoever
-calls them: `block_share` is a trial's over the uncached run's. A call of the transformer counts as
-full if all of these layers ran, as partial if some did; `full_steps` is full calls over the calls
-of one step. What lies outside the blocks (embeddings, output layer) is in neither; the embedders
-of the time, which this model keeps in its blocks and its output layer calls too, count as outside.
+Work is counted in the linear and convolution layers of the model's blocks (multiplications),
+whoever calls them: `block_share` is a trial's over the uncached run's. A call of the model counts
+as full if all of these layers ran, as partial if some did; `full_steps` is full calls over the
+calls of one step. What lies outside the blocks (embeddings, output layer) is in neither; embedders
+of the time, which a DiT keeps in its blocks and its output layer calls too, count as outside.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch import Tensor
 
 MOST_DB = 150.0  # of images that are equal, so that means stay finite
 HELD_OUT_SEED = 20_000
+BLOCKS = ("transformer_blocks", "down_blocks", "mid_block", "up_blocks")
+_EMBEDS = re.compile(r"\.emb\.|time_emb_proj")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Study:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def is_unet(self) -> bool:
+        """Return whether the model has an encoder and a decoder."""
+        return hasattr(self.pipeline().transformer, "up_blocks")
+
     def calibration(self, calls: int = 4, images: int = 8) -> list[dict[str, Any]]:
         """Return calls whose noise no held-out image has, all labels among them."""
         classes = self.pipeline().num_classes
@@ -75,7 +82,7 @@ class Drawn:
 
 @contextmanager
 def counted(transformer: torch.nn.Module) -> Iterator[list[float]]:
-    """Count the multiplications of each call in the blocks' linear layers, per image."""
+    """Count the multiplications of each call in the blocks' layers, per image."""
     found: list[float] = []
     images = 1
 
@@ -84,15 +91,17 @@ def counted(transformer: torch.nn.Module) -> Iterator[list[float]]:
         images = len(args[0])
         found.append(0.0)
 
-    def add(layer: torch.nn.Linear, args: tuple[Tensor, ...]) -> None:
-        found[-1] += args[0].numel() * layer.out_features / images
+    def add(layer: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        found[-1] += output.numel() * layer.weight[0].numel() / images
 
     layers = [
         layer
-        for name, layer in transformer.transformer_blocks.named_modules()
-        if isinstance(layer, torch.nn.Linear) and ".emb." not in name
+        for lists in BLOCKS
+        if hasattr(transformer, lists)
+        for name, layer in getattr(transformer, lists).named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and not _EMBEDS.search(name)
     ]
-    handles = [layer.register_forward_pre_hook(add) for layer in layers]
+    handles = [layer.register_forward_hook(add) for layer in layers]
     handles.append(transformer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
     try:
         yield found

@@ -2,15 +2,16 @@
 
 A policy decides at run time and a `Session` follows it; a `Plan`, or any other schedule, knows
 every decision before the run and a `ScheduledSession` follows that. Both keep one state per
-guidance branch, and a layout (`OutputStack`, `BlockStack`, `UNetStack`) turns them into
-replacements of `forward` on a model's instances. `calibrate` makes plans. A `TimeSession` keeps
-what depends on the time alone, exactly. Nothing here changes a model:
+guidance branch, and a layout (`OutputStack`, `BlockStack`, `UNetStack`, `EncoderStack`) turns them
+into replacements of `forward` on a model's instances. `calibrate` makes plans. A `TimeSession`
+keeps what depends on the time alone, exactly. Nothing here changes a model:
 `fewstep.patch(pipe, cache=..., time=...)` installs and removes the replacements.
 """
 
 from ._wrap import is_cached
 from .accumulated import EasyCache, TeaCache
 from .calibrate import calibrate
+from .encoder import EncoderStack
 from .fingerprint import Fingerprint
 from .magcache import MagCache, MagnitudeRecorder
 from .methods import FoCa, Fora, HiCache, Newton, Scm, Taylor
@@ -26,12 +27,16 @@ from .session import Session
 from .stack import BlockStack
 from .timestep import TimePart, TimeSession, is_time_cached
 from .unet import UNetStack
+from .unet_methods import DeepCache, FasterDiffusion, Tiue
 
 __all__ = [
     "PRESETS",
     "BlockStack",
     "CachePolicy",
+    "DeepCache",
     "EasyCache",
+    "EncoderStack",
+    "FasterDiffusion",
     "Fingerprint",
     "FirstBlock",
     "FoCa",
@@ -53,6 +58,7 @@ __all__ = [
     "TeaCache",
     "TimePart",
     "TimeSession",
+    "Tiue",
     "UNetStack",
     "calibrate",
     "find_plans",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ._wrap import Followed, Replacement, follow
 from .session import Call, Session, blend
 
-__all__ = ["OutputStack"]
+__all__ = ["OutputStack", "take_apart"]
 
 
 @dataclass
@@ -53,7 +53,7 @@ class _Output(Followed):
             return call.branch.rebuild(forecast)
         output = self.below(*args, **kwargs)
         if call.branch is not None:
-            parts, call.branch.rebuild = _take_apart(output)
+            parts, call.branch.rebuild = take_apart(output)
             self.session.keep(call, *parts)
             if call.stays is not None:
                 call.done = True
@@ -63,7 +63,7 @@ class _Output(Followed):
 
     def _beside(self, call: Call, forecast: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
         """Return the forecast, given what the model computes on the same step."""
-        computed, _ = _take_apart(output)
+        computed, _ = take_apart(output)
         if self.session.verify:
             self.session.compare(call, computed, forecast)
         if call.flags is None:
@@ -75,7 +75,7 @@ class _Output(Followed):
         )
 
 
-def _take_apart(output: Any) -> tuple[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]]:
+def take_apart(output: Any) -> tuple[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]]:
     """Return the tensors of a model's output, and what makes such an output of others."""
     if isinstance(output, Tensor):
         return (output,), lambda parts: parts[0]

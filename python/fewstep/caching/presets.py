@@ -8,6 +8,7 @@ from .accumulated import EasyCache, TeaCache
 from .methods import FoCa, Fora, HiCache, Newton, Taylor
 from .policy import CachePolicy, FirstBlock, Interval, ScheduledPolicy, check_ends
 from .seacache import SeaCache
+from .unet_methods import DeepCache, FasterDiffusion, Tiue
 
 __all__ = ["PRESETS", "resolve_policy"]
 
@@ -22,6 +23,9 @@ PRESETS: dict[str, Callable[[], CachePolicy | ScheduledPolicy]] = {
     "easycache": EasyCache,
     "teacache": TeaCache,
     "seacache": SeaCache,
+    "deepcache": DeepCache,
+    "faster-diffusion": FasterDiffusion,
+    "tiue": Tiue,
 }
 
 

@@ -95,6 +95,7 @@ class Call:
     entry: Tensor | None = None  # the layout's scratch: what entered the model or block 0,
     head: tuple[Any, ...] = ()  # what left the last block that always runs,
     done: bool = False  # and whether the stored features were put in
+    copies: int = 1  # of the batch: what lies behind a UNet's encoder may run for several steps
     stays: Tensor | None = None  # [B], the samples of a full step that take the stored features,
     before: tuple[Any, ...] = ()  # these features,
     since: tuple[int, ...] = ()  # and the step of every sample's last full run after this one

@@ -1,11 +1,12 @@
-"""Caching a UNet: the outermost level runs on every step, the deeper ones are reused.
+"""Caching a UNet: the outermost levels run on every step, the deeper ones are reused.
 
     full step      keep d = output of the last but one up block, what enters the outermost one
     skipped step   conv_in, down block 0 and the outermost up block run; down blocks 1.., the mid
                    block and the inner up blocks do not, and the last of these returns d
 
 The skip connections of the outermost level are always fresh, which is why d may be stale: DeepCache
-(arXiv 2312.00858). For `first-block` the residual measured is the one of down block 0 at full
+(arXiv 2312.00858). A policy with a `level` of l has the l + 1 outermost levels run; d is then what
+enters up block -(l + 1). For `first-block` the residual measured is the one of down block 0 at full
 resolution: its last feature before the downsampler, minus its input.
 """
 
@@ -26,7 +27,7 @@ __all__ = ["UNetStack"]
 
 @dataclass
 class UNetStack:
-    """The levels of a UNet2DConditionModel.
+    """The levels of a UNet2DConditionModel or UNet2DModel.
 
     Args:
         denoiser: the UNet.
@@ -40,44 +41,66 @@ class UNetStack:
     mid: nn.Module | None
     up: list[nn.Module]
 
-    def check(self) -> None:
-        """Raise ValueError where the outermost level can't be cut off."""
+    def level(self, session: Session) -> int:
+        """Return the innermost level that every step runs, the outermost is 0.
+
+        Raises:
+            ValueError: the levels can't be cut there.
+        """
+        level = getattr(session.policy, "level", 0)
         name = type(self.denoiser).__name__
         if len(self.down) < 2 or len(self.up) != len(self.down):
             raise ValueError(
                 f"cache: expected at least 2 down blocks and as many up blocks, "
                 f"got {len(self.down)} and {len(self.up)} in {name}"
             )
-        outer, inner = len(self.up[-1].resnets), len(self.down[0].resnets)
-        if outer != inner + 1:
+        if level > len(self.down) - 2:
             raise ValueError(
-                f"cache: expected the outermost up block to take {inner + 1} skip connections "
-                f"(conv_in and down block 0), got {outer} in {name}"
+                f"cache: expected a level of at most {len(self.down) - 2}, so that something is "
+                f"left to skip of the {len(self.down)} levels of {name}, got {level}"
             )
+        odd = [type(block).__name__ for block in self.down if hasattr(block, "skip_conv")]
+        if odd:
+            raise ValueError(
+                f"cache: expected down blocks that return their output and its skip connections, "
+                f"got {', '.join(odd)} in {name}"
+            )
+        for outside in range(level + 1):
+            outer, inner = self.up[-1 - outside].resnets, self.down[outside].resnets
+            if len(outer) != len(inner) + 1:
+                raise ValueError(
+                    f"cache: expected the up block of level {outside} to take {len(inner) + 1} "
+                    f"skip connections (what enters down block {outside}, and its layers'), got "
+                    f"{len(outer)} in {name}"
+                )
+        return level
 
     def describe(self, session: Session) -> str:
         """Say which blocks a skipped step leaves out."""
-        self.check()
+        level = self.level(session)
         mid = "" if self.mid is None else ", the mid block"
+        outermost = (
+            f"{level + 1} outermost down and up blocks" if level else "outermost down and up block"
+        )
         return (
-            f"a skipped step leaves out down blocks 1 to {len(self.down) - 1}{mid} and up blocks "
-            f"0 to {len(self.up) - 2}; the outermost down and up block always run"
+            f"a skipped step leaves out down blocks {level + 1} to {len(self.down) - 1}{mid} and "
+            f"up blocks 0 to {len(self.up) - 2 - level}; the {outermost} always run"
         )
 
     def replacements(self, session: Session) -> list[Replacement]:
         """Return what to set on the instances; sets nothing itself."""
-        self.check()
+        level = self.level(session)
         found = follow(self.denoiser, session, ignore=())
 
         def add(module: nn.Module, kind: type[Wrapped], *extra: Any) -> None:
             found.append(Replacement(module, "forward", kind(module.forward, session, *extra)))
 
         add(self.down[0], _Probe, len(self.down[0].resnets) - 1)
-        for module in self.down[1:] + ([] if self.mid is None else [self.mid]):
+        for module in self.down[level + 1 :] + ([] if self.mid is None else [self.mid]):
             add(module, _Stubbed)
-        for module in self.up[:-2]:
+        for module in self.up[: -2 - level]:
             add(module, _Passed)
-        add(self.up[-2], _Leaving)
+        add(self.up[-2 - level], _Leaving)
         return found
 
 

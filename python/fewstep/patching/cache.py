@@ -31,6 +31,8 @@ from .undo import Change, PatchError, Slot
 
 __all__ = ["plan_cache"]
 
+_SCOPES = ("output", "blocks", "levels", "encoder")
+
 
 class _CacheChange(Change):
     def __init__(self, summary: str, session: Session) -> None:
@@ -152,8 +154,9 @@ def plan_cache(
     """
     policy = _resolve(cache, options, pipe, target, scheduler)
     scope = getattr(policy, "scope", "blocks")
-    if scope not in ("output", "blocks"):
-        raise ValueError(f'cache: expected scope "output" or "blocks", got {scope!r} in {policy!r}')
+    if scope not in _SCOPES:
+        names = " or ".join(f'"{name}"' for name in _SCOPES)
+        raise ValueError(f"cache: expected scope {names}, got {scope!r} in {policy!r}")
     if not isinstance(options.verify, bool):
         raise TypeError(f"verify: expected a bool, got {options.verify!r}")
     if scope == "output":
@@ -161,7 +164,7 @@ def plan_cache(
         target.require_alone("cache")
         layout: Any = OutputStack(target.denoiser)
     else:
-        layout = target.layout()
+        layout = target.layout(scope)
     if is_cached(target.denoiser):
         raise PatchError(
             f"cache: expected a {target.model} without a cache, got one that another pipeline's "

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..caching import BlockStack, UNetStack
+from ..caching import BlockStack, EncoderStack, UNetStack
 
 __all__ = ["FAMILIES", "Family", "Target", "recognise"]
 
@@ -51,6 +51,7 @@ FAMILIES = (
     Family("PixArt", "PixArtTransformer2DModel", ("transformer_blocks",)),
     Family("DiT", "DiTTransformer2DModel", ("transformer_blocks",)),
     Family("Stable Diffusion UNet", "UNet2DConditionModel"),
+    Family("UNet without text", "UNet2DModel"),
 )
 
 
@@ -101,11 +102,11 @@ class Target:
         outside = [name for name in names if _OUTSIDE.fullmatch(name)]
         return outside, [name for name in names if name not in outside]
 
-    def layout(self) -> BlockStack | UNetStack:
-        """Return the denoiser's blocks for caching.
+    def layout(self, scope: str = "blocks") -> BlockStack | UNetStack | EncoderStack:
+        """Return the denoiser's blocks for caching, or, of a UNet, its "levels" or its "encoder".
 
         Raises:
-            ValueError: the family is not known or the model is compiled.
+            ValueError: the family is not known, or has none of these, or the model is compiled.
         """
         self.require_eager("cache")
         self.require_alone("cache")
@@ -114,7 +115,12 @@ class Target:
             known = ", ".join(family.model for family in FAMILIES)
             raise ValueError(f"cache: expected a denoiser of {known}; got {self.model}")
         if not self.family.lists:
-            return UNetStack(model, list(model.down_blocks), model.mid_block, list(model.up_blocks))
+            down, mid = list(model.down_blocks), model.mid_block
+            if scope == "encoder":
+                return EncoderStack(model, model.conv_in, down, mid)
+            return UNetStack(model, down, mid, list(model.up_blocks))
+        if scope != "blocks":
+            raise ValueError(f"cache: expected a UNet for scope {scope!r}, got {self.model}")
         blocks = [block for name in self.family.lists for block in getattr(model, name)]
         return BlockStack(model, blocks, self.family.two_streams)
 
