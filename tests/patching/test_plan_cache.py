@@ -13,7 +13,7 @@ from patching.tiny_pipelines import digits as digits_pipeline
 
 STEPS = 6
 FIVE = {"num_inference_steps": 5}
-# PNDM evaluates its second step twice and counts no steps.
+# PNDM evaluates its second step twice: it is in test_plan_samplers.
 ALL = sorted(set(BUILDERS) - {"sd-unet", "digits_student"})
 
 
@@ -191,8 +191,6 @@ def test_bad_calls():
     with pytest.raises(TypeError, match="pipe: expected a pipeline with a scheduler"):
         calibrate(torch.nn.Linear(2, 2), [given])
     unet = build("sd-unet")
-    with pytest.raises(ValueError, match=r"PNDMScheduler.step per timestep, got 7 for 6 timest"):
-        calibrate(unet, [{**arguments(unet), "output_type": "latent", "num_inference_steps": 6}])
     sizes = [
         {**arguments(unet), "output_type": "latent", "height": 16, "width": w} for w in (16, 8)
     ]

@@ -79,6 +79,11 @@ def _expect_alike(first: Run, run: Run, index: int) -> None:
             f"calls: expected one grid in all calls, {len(first.times)} steps from "
             f"{first.times[0]:g}, got {len(run.times)} from {run.times[0]:g} in call {index}"
         )
+    if run.start != first.start:
+        raise ValueError(
+            f"calls: expected one start in all calls, step {first.start}, got {run.start} in call "
+            f"{index}; a plan of the whole grid serves runs that start anywhere"
+        )
     if len(run.outputs) != len(first.outputs):
         raise ValueError(
             f"calls: expected as many steps in all calls, {len(first.outputs)}, got "
@@ -112,13 +117,14 @@ class _Calibration:
         mark = Fingerprint.of(denoiser, pipe.scheduler)
         self.full, first = self._run()
         self.mark = mark.without_rewritten(pipe.scheduler)
-        self.times = first.times
         self.steps = len(first.outputs)
-        if len(self.times) != self.steps:
+        grid, end = len(first.times), first.start + self.steps
+        self.times = first.times[first.start : end]
+        self.part = None if len(self.times) == grid else (first.start, grid)
+        if end > grid:
             raise ValueError(
                 f"calls: expected one call of {type(pipe.scheduler).__name__}.step per timestep, "
-                f"got {self.steps} for {len(self.times)} timesteps: a run of a part of the grid, "
-                "or a sampler that takes a timestep several times"
+                f"got {self.steps} from timestep {first.start} of {grid}: a sampler that goes back"
             )
         self.responses = responses(first)
         outputs = self.full.outputs.transpose(0, 1).double()
@@ -255,6 +261,7 @@ class _Calibration:
             lookback=self.checks(full, order),
             gram=tuple(tuple(float(f"{value:.6g}") for value in row) for row in self.gram),
             made={"calls": len(self.calls), "order": order, "passes": passes, "tail": power},
+            part=self.part,
         )
         best = plan
         if full_steps == self.steps:
@@ -302,9 +309,9 @@ def calibrate(
 
     Args:
         pipe: a diffusers pipeline with a transformer or UNet, and a scheduler.
-        calls: 4 to 16 keyword dicts, each run as `pipe(**call)`, all on the same grid and of one
-            size. What is drawn at random is drawn the same way in every round of the calls; those
-            that share a generator draw from it one after the other.
+        calls: 4 to 16 keyword dicts, each run as `pipe(**call)`, all on the same grid, or the same
+            part of it, and of one size. What is drawn at random is drawn the same way in every
+            round of the calls; those that share a generator draw from it one after the other.
         full_steps: how many steps run in full; a quarter of them where nothing is said.
         speedup: instead of it, steps per full step.
         target: instead of both, the least full steps for a mean PSNR over the calls' images (over

@@ -98,6 +98,7 @@ class Fora:
     scope: str = "output"
 
     clock = "step"
+    restarts = True
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("warmup", 1), ("tail", 0)):

@@ -16,13 +16,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from .carrying import carried_over, embedded, rows, starting
 from .fingerprint import Fingerprint
 from .guard import Check
 from .policy import Forecasts
 from .ring import MAX_ORDER
-from .solve import affine_weights
 
 __all__ = ["Plan"]
 
@@ -47,6 +45,8 @@ class Plan:
         guard: how many times the expected error trips it; None never.
         gram: [S, S] mean inner products of the outputs, for other step counts; None without.
         made: how: settings of the calibration.
+        part: where the times are a part of a grid, as of image to image: the first one's place on
+            it, and how many it has; the other steps run in full.
 
     Raises:
         ValueError: not a schedule: the first step skipped, more weights than full steps before,
@@ -61,6 +61,7 @@ class Plan:
     guard: float | None = None
     gram: tuple[tuple[float, ...], ...] | None = None
     made: dict[str, Any] = field(default_factory=dict)
+    part: tuple[int, int] | None = None
 
     scope = "output"
 
@@ -85,6 +86,12 @@ class Plan:
                     f"steps: expected finite weights that sum to 1 at step {index}, got {weights}"
                 )
 
+        first, total = self.part or (0, len(self.times))
+        if first < 0 or first + len(self.times) > total:
+            raise ValueError(
+                f"part: expected (first, total) that {len(self.times)} steps fit into, "
+                f"got {self.part}"
+            )
         if self.lookback and len(self.lookback) != len(self.steps):
             raise ValueError(
                 f"lookback: expected one entry per time ({len(self.times)}) or none, "
@@ -125,19 +132,37 @@ class Plan:
         """
         return self.on(times).steps
 
-    def on(self, times: Sequence[float]) -> Plan:
-        """Return the plan for a grid: this one, or this one carried over (`at`)."""
-        return self if self.is_on(times) else self.at(times)
+    def on(self, times: Sequence[float], start: int = 0) -> Plan:
+        """Return the plan for a grid: this one, or this one carried over (`at`).
+
+        Args:
+            times: the whole grid.
+            start: the step of it that the run starts at (`from_step`).
+        """
+        plan = self if self.is_on(times) else self.at(times)
+        first, _ = plan.part or (0, 0)
+        return embedded(plan.from_step(start - first), times)
+
+    def from_step(self, start: int) -> Plan:
+        """Return the plan for runs that start at a step in its middle: that step runs in full.
+
+        The full steps behind it stay. So do the weights of forecasts that need no snapshot from
+        before it; the others are fitted anew to the Gram matrix. Without one, steps that lack
+        snapshots run in full.
+        """
+        return starting(self, start)
 
     def guarded(self, factor: float | None = 2.0) -> Plan:
         """Return the plan with the guard at a factor of the expected error; None takes it out."""
         return replace(self, guard=factor)
 
     def is_on(self, times: Sequence[float]) -> bool:
-        """Whether a grid is the plan's."""
+        """Whether a grid is the plan's, or that which the plan is a part of."""
+        first, total = self.part or (0, len(self.times))
         span = max(abs(self.times[0] - self.times[-1]), 1e-9)
-        return len(times) == len(self.times) and all(
-            abs(mine - other) <= 1e-3 * span for mine, other in zip(self.times, times, strict=True)
+        return len(times) == total and all(
+            abs(mine - other) <= 1e-3 * span
+            for mine, other in zip(self.times, times[first:], strict=False)
         )
 
     def at(self, times: Sequence[float]) -> Plan:
@@ -151,52 +176,7 @@ class Plan:
         Raises:
             ValueError: no Gram matrix, or another range or far other count of steps.
         """
-        count = len(self.times)
-        if self.gram is None:
-            raise ValueError(
-                f"cache: expected the plan's grid of {count} steps, got one of {len(times)}; the "
-                "plan has no Gram matrix to be carried over with"
-            )
-        if not count / 2 <= len(times) <= count * 2:
-            raise ValueError(
-                f"cache: expected {-(-count // 2)} to {2 * count} steps, which the plan for "
-                f"{count} can be carried over to, got {len(times)}"
-            )
-        span = self.times[0] - self.times[-1]
-        coarser = min(tuple(times), self.times, key=len)
-        for end, inside in ((0, 1), (-1, -2)):
-            if abs(times[end] - self.times[end]) > _last_step(coarser, span, end, inside):
-                raise ValueError(
-                    f"cache: expected times from {self.times[0]:g} to {self.times[-1]:g}, up to a "
-                    "step more or less, where the plan can be carried over to, got "
-                    f"{times[0]:g} to {times[-1]:g}"
-                )
-        place = np.interp(-np.asarray(times), -np.asarray(self.times), np.arange(count))
-        if span < 0:
-            place = np.interp(np.asarray(times), np.asarray(self.times), np.arange(count))
-        gram = _interpolate(np.asarray(self.gram), place)
-        nearest = {int(np.abs(place - index).argmin()) for index in self.full}
-        steps: list[tuple[float, ...] | None] = []
-        checks: list[Check | None] = []
-        known: list[int] = []
-        for index in range(len(times)):
-            weights = tuple(affine_weights(gram, known[: self.order], index).tolist())
-            full = index in nearest or index == 0
-            old = self.lookback[round(place[index])] if self.lookback else None
-            judged = full and known and old is not None
-            checks.append(Check(weights, old.expected) if judged else None)
-            steps.append(None if full else weights)
-            if full:
-                known.insert(0, index)
-        return replace(
-            self,
-            times=tuple(times),
-            steps=tuple(steps),
-            predicted={},
-            lookback=tuple(checks) if self.lookback else (),
-            gram=_rows(gram),
-            made={**self.made, "carried_over_from": count},
-        )
+        return carried_over(self, times)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -223,7 +203,8 @@ class Plan:
                 lookback=tuple(
                     None if c is None else Check(tuple(c[0]), c[1]) for c in data.pop("lookback")
                 ),
-                gram=None if (gram := data.pop("gram")) is None else _rows(gram),
+                gram=None if (gram := data.pop("gram")) is None else rows(gram),
+                part=None if (part := data.pop("part", None)) is None else tuple(part),
                 **data,
             )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
@@ -231,26 +212,3 @@ class Plan:
                 f"{path}: expected a {_FORMAT} of version {_VERSION}, got something else "
                 f"({type(e).__name__}: {e})"
             ) from e
-
-
-def _rows(matrix: Any) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(float(f"{value:.6g}") for value in row) for row in matrix)
-
-
-def _last_step(times: tuple[float, ...], span: float, end: int, inside: int) -> float:
-    """Return how wide a grid's steps are on average or at one end, whichever is more."""
-    if len(times) == 1:
-        return abs(span)
-    mean = abs(times[0] - times[-1]) / (len(times) - 1)
-    return max(mean, abs(times[end] - times[inside]))
-
-
-def _interpolate(gram: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Return the matrix at fractional rows and columns, bilinear."""
-    low = np.clip(place.astype(int), 0, max(len(gram) - 2, 0))
-    share = place - low
-    spread = np.zeros((len(place), len(gram)))
-    rows = np.arange(len(place))
-    spread[rows, low] += 1 - share
-    spread[rows, np.minimum(low + 1, len(gram) - 1)] += share
-    return spread @ gram @ spread.T

@@ -107,9 +107,15 @@ class PlanChoice:
             return max(meets, key=_reached)
         return min(meets, key=lambda plan: (-plan.speedup, -_reached(plan)))
 
-    def on(self, times: Sequence[float]) -> Plan | None:
-        """Return the plan for a grid, or None: then every step runs in full."""
-        return self._best([plan for plan in self.plans if plan.is_on(times)])
+    def on(self, times: Sequence[float], start: int = 0) -> Plan | None:
+        """Return the plan for a grid, or None: then every step runs in full.
+
+        Of the plans for it, those calibrated on runs that start at the same step come first.
+        """
+        fits = [plan for plan in self.plans if plan.is_on(times)]
+        alike = [plan for plan in fits if (plan.part or (0,))[0] == start]
+        plan = self._best(alike) or self._best(fits)
+        return None if plan is None else plan.on(times, start)
 
     def forecasts(self, times: Sequence[float]) -> Forecasts:
         """Return the decisions of the plan for a grid; all in full without one."""

@@ -71,6 +71,8 @@ class ScheduledPolicy(Protocol):
 
     scope: str  # "output": the model's output is forecast; "blocks": its middle blocks' residual
     order: int  # K, snapshots that are kept
+    # `restarts`, False where it is not said: whether a run of a grid's last steps has the schedule
+    # of these alone. Else it has the grid's, and runs in full until enough snapshots are there.
 
     def forecasts(self, times: Sequence[float]) -> Forecasts:
         """Return what to do at every step of a grid.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scheduled import times_of
+from .session import step_now, times_of
 
 __all__ = ["Run", "record", "repeatable", "responses", "seeded"]
 
@@ -33,7 +34,8 @@ _IMPULSE = 1e-3  # small, so that samplers that clip don't
 class Run:
     """One call of a pipeline: outputs and latents by step, each [B, P] float32."""
 
-    times: tuple[float, ...] = ()
+    times: tuple[float, ...] = ()  # of the whole grid
+    start: int = 0  # the step of it that the call started at
     size: tuple[int, ...] = ()  # of one image's latents
     scheduler: Any = None  # a copy as it was before the first step
     outputs: list[Tensor] = field(default_factory=list)
@@ -58,23 +60,31 @@ def record(scheduler: Any, *, values: int, seed: int) -> Iterator[Run]:
     before = scheduler.__dict__.get("step")
 
     # Pipelines look at the signature for whether `step` takes a generator and eta.
-    @functools.wraps(inner)
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not run.outputs:
-            run.times = times_of(scheduler)
-            run.size = tuple(sample.shape[1:])
-            del scheduler.__dict__["step"]  # the copy must not record too
-            try:
-                run.scheduler = copy.deepcopy(scheduler)
-            finally:
-                scheduler.__dict__["step"] = step
-        result = inner(model_output, timestep, sample, *args, **kwargs)
-        latents = result[0] if isinstance(result, tuple) else result.prev_sample
-        run.outputs.append(_sample(model_output, values, seed))
-        run.latents.append(_sample(latents, values, seed))
-        return result
+    class Step:
+        """`scheduler.step`; a copy of the scheduler steps without being recorded."""
 
-    scheduler.__dict__["step"] = step
+        def __init__(self) -> None:
+            functools.update_wrapper(self, inner)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return copy.deepcopy(inner, memo)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            if not run.outputs:
+                run.times = times_of(scheduler)
+                time = torch.as_tensor(given["timestep"]).reshape(-1)[0].item()
+                run.start = step_now(scheduler, time, run.times) or 0
+                run.size = tuple(given["sample"].shape[1:])
+                run.scheduler = copy.deepcopy(scheduler)
+            result = inner(*args, **kwargs)
+            latents = result[0] if isinstance(result, tuple) else result.prev_sample
+            run.outputs.append(_sample(given["model_output"], values, seed))
+            run.latents.append(_sample(latents, values, seed))
+            return result
+
+    signature = inspect.signature(inner)
+    scheduler.__dict__["step"] = Step()
     try:
         yield run
     finally:
@@ -112,7 +122,7 @@ def seeded(seed: int) -> Iterator[None]:
 def responses(run: Run) -> np.ndarray:
     """Return R [S + 1, S]: row b is what the outputs do to the latents that enter step b."""
     steps = len(run.outputs)
-    timesteps = run.scheduler.timesteps
+    timesteps = run.scheduler.timesteps[run.start :]
 
     def drive(size: float) -> np.ndarray:
         scheduler = copy.deepcopy(run.scheduler)

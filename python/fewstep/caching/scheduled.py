@@ -7,6 +7,9 @@
 Weights belong to the full steps of the schedule, so only these enter the ring. A step that runs in
 full against the schedule (new conditioning, another shape, too few snapshots) leaves the ring as it
 is, and the schedule goes on as soon as enough of its full steps are in it.
+
+A run may start in the middle of its grid (image to image): then the policy is asked for a schedule
+that starts there.
 """
 
 from __future__ import annotations
@@ -22,23 +25,9 @@ from torch import Tensor
 from .guard import Check, Flags, lookback, trips
 from .policy import Forecasts, ScheduledPolicy
 from .ring import Ring, slot_table
-from .session import Branch, Call, Session
+from .session import Branch, Call, Session, times_of
 
-__all__ = ["ScheduledSession", "times_of"]
-
-
-def times_of(scheduler: Any) -> tuple[float, ...]:
-    """Return the scheduler's timesteps in the order of the run; () if it has none.
-
-    Where the scheduler counts no steps, a step is told by its time, so repeated times are one.
-    """
-    timesteps = getattr(scheduler, "timesteps", None)
-    if timesteps is None:
-        return ()
-    times = [float(time) for time in torch.as_tensor(timesteps).tolist()]
-    if not hasattr(scheduler, "step_index"):
-        times = [time for i, time in enumerate(times) if i == 0 or time != times[i - 1]]
-    return tuple(times)
+__all__ = ["ScheduledSession"]
 
 
 class ScheduledSession(Session):
@@ -63,6 +52,7 @@ class ScheduledSession(Session):
         self._times: tuple[float, ...] = ()
         self._read: tuple[Any, int, tuple[float, ...]] | None = None  # timesteps, version, times
         self._plan: Any = None  # of this run, where the policy is a plan or chooses one
+        self._start = 0  # the run's first step on its grid
         self._refused: str | None = None  # why this run is not the schedule's
         self._ranks: tuple[int, ...] = ()  # full steps before each step
         self._last_skip = -1
@@ -77,20 +67,22 @@ class ScheduledSession(Session):
         self.forecasts = None
         self._flags = None
 
-    def _plan_run(self) -> None:
-        """Ask the policy about the grid of this run."""
+    def _plan_run(self, counted: int, index: Any) -> None:
+        """Ask the policy about the grid of this run, given the number and place of its step."""
         self._times = times = self._read_times()
+        self._start = start = index if isinstance(index, int) else self._place(counted)
         checks: tuple[Check | None, ...] = ()
         self._refused = self.changed()
         if self._refused is not None:
             self._plan, forecasts = None, ()
         elif hasattr(self.policy, "on"):
-            self._plan = self.policy.on(times)
+            self._plan = self.policy.on(times, start)
             forecasts = () if self._plan is None else self._plan.steps
             checks = () if self._plan is None else self._plan.lookback
             self._refused = "no plan for this grid" if self._plan is None else None
         else:
-            forecasts = self.policy.forecasts(times)
+            skipped = start if getattr(self.policy, "restarts", False) else 0
+            forecasts = (None,) * skipped + tuple(self.policy.forecasts(times[skipped:]))
             _expect_schedule(forecasts, len(times), self.policy)
         if (forecasts, checks) != (self._taken, self._checks):
             self._tables = {}
@@ -131,7 +123,7 @@ class ScheduledSession(Session):
     def _foresee(self, call: Call, timesteps: Any, index: Any) -> None:
         branch = call.branch
         if self.forecasts is None:
-            self._plan_run()
+            self._plan_run(call.step, index)
         if branch.ring is None:
             branch.ring = Ring(self.policy.order)
         # The scheduler's own count, so that a run that starts in the middle of its grid (image to
@@ -236,6 +228,7 @@ class ScheduledSession(Session):
                 "steps": len(self._plan.steps),
                 "full": list(self._plan.full),
                 "carried_over_from": self._plan.made.get("carried_over_from"),
+                "starts_at": self._start,
             }
             if expected := self._plan.predicted.get("step_error"):
                 numbers["step_error"] = list(expected)

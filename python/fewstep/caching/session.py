@@ -41,10 +41,51 @@ from .guard import halves
 from .policy import CachePolicy, ScheduledPolicy
 from .ring import Ring
 
-__all__ = ["Branch", "Call", "Session"]
+__all__ = ["Branch", "Call", "Session", "step_now", "times_of"]
 
 # More calls than this in one step mean that the session can't see the steps: it then stays out.
 _MAX_CALLS_PER_STEP = 8
+
+
+def times_of(scheduler: Any) -> tuple[float, ...]:
+    """Return the scheduler's timesteps in the order of the run; () if it has none.
+
+    Where the scheduler counts no steps, a step is told by its time, so repeated times are one.
+    """
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None:
+        return ()
+    times = [float(time) for time in torch.as_tensor(timesteps).tolist()]
+    if not (hasattr(scheduler, "step_index") or _counts(scheduler)):
+        times = [time for i, time in enumerate(times) if i == 0 or time != times[i - 1]]
+    return tuple(times)
+
+
+def _counts(scheduler: Any) -> bool:
+    """Whether the scheduler counts its steps from where a run started, as PNDM does."""
+    return isinstance(getattr(scheduler, "counter", None), int)
+
+
+def step_now(scheduler: Any, time: Any, times: tuple[float, ...]) -> int | None:
+    """Return the step on the grid that comes next, or None where the time is none of the grid's.
+
+    Args:
+        scheduler: may count steps from the grid's start, from the run's, or not at all.
+        time: the present one.
+        times: the grid (`times_of`).
+    """
+    index = getattr(scheduler, "step_index", "absent")
+    if index != "absent" and index is not None:
+        return index
+    if index is None:
+        if (begin := getattr(scheduler, "begin_index", None)) is not None:
+            return begin
+        # The scheduler is about to look for the time, too. Of a time that is there twice it takes
+        # the second, where the step to the next time begins; of one that is not, nothing is known.
+        places = [place for place, own in enumerate(times) if own == time][:2]
+        return places[-1] if places else 0
+    later = times[scheduler.counter if _counts(scheduler) else 0 :]
+    return len(times) - len(later) + later.index(time) if time in later else None
 
 
 @dataclass
@@ -118,6 +159,7 @@ class Session:
         self.blended = 0
         self._scheduler = scheduler
         self._branches: dict[tuple[str, int], Branch] = {}
+        self._listed: tuple[Any, tuple[float, ...]] = (None, ())  # a grid that was read
         self._start_run(None)
 
     # Where in the image are we?
@@ -139,20 +181,30 @@ class Session:
         timesteps = getattr(scheduler, "timesteps", None)
         index = getattr(scheduler, "step_index", "absent")
         if index is None:
-            index = getattr(scheduler, "begin_index", None) or 0
+            index = getattr(scheduler, "begin_index", None)
         value = None
         if not isinstance(timestep, Tensor):
             value = timestep
-        elif timestep.device.type == "cpu" or index == "absent":
+        elif timestep.device.type == "cpu" or index in ("absent", None):
             value = timestep.detach().reshape(-1)[0].item()
+        counts = index == "absent" and _counts(scheduler)
+        if counts and self._listed[0] is not timesteps:
+            self._listed = (timesteps, times_of(scheduler))
+        if counts:
+            place = step_now(scheduler, value, self._listed[1])
+            index = index if place is None else place
+        elif index is None:
+            index = step_now(scheduler, value, times_of(scheduler))
         return timesteps, (index, value)
 
     def _is_last(self, timesteps: Any, index: Any) -> bool:
         if timesteps is None:
             return False
         total = len(timesteps)
-        # SCM lists the final 0 as one more timestep.
-        if getattr(self._scheduler(), "num_inference_steps", None) == total - 1:
+        scheduler = self._scheduler()
+        # SCM lists the final 0 as one more timestep; PNDM takes one twice.
+        more = getattr(scheduler, "num_inference_steps", None) == total - 1
+        if more and not _counts(scheduler):
             total -= 1
         return (self._step if index == "absent" else index) >= total - 1
 
