@@ -117,7 +117,15 @@ def test_one_grid_is_like_another_in_its_unit():
     ("make", "error", "message"),
     [
         (lambda: Fora(every=0), ValueError, "every: expected at least 1, got 0"),
-        (lambda: Fora(scope="block"), ValueError, "scope: expected 'output' or 'blocks', got 'bl"),
+        (
+            lambda: Fora(scope="stack"),
+            ValueError,
+            "scope: expected 'output' or 'blocks' or 'block'",
+        ),
+        (lambda: Fora(modules="attn"), ValueError, 'modules: expected with scope "block" or "mod'),
+        (lambda: Fora(scope="module", modules="("), ValueError, "modules: expected a regular exp"),
+        (lambda: Fora(scope="module", modules=["a"]), TypeError, "modules: expected a regular exp"),
+        (lambda: Fora(snapshots="fp16"), ValueError, "snapshots: expected 'float32' or 'bfloat16'"),
         (lambda: Taylor(degree=0), ValueError, "degree: expected at least 1, got 0"),
         (lambda: Taylor(degree=8), ValueError, "degree: expected at most 7, got 8"),
         (lambda: Taylor(degree=1.0), TypeError, "degree: expected an integer, got float"),

@@ -169,6 +169,7 @@ def test_a_failure_while_applying_takes_the_earlier_changes_back(monkeypatch):
     before = snapshot(pipe)
 
     def fail(self):
+        self.slots += self.plan()
         self.slots[0].apply()
         raise RuntimeError("no")
 

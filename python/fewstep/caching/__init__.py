@@ -1,11 +1,12 @@
 """Reuse of features across denoising steps: when to skip (policy), what is kept (session), how.
 
 A policy decides at run time and a `Session` follows it; a `Plan`, or any other schedule, knows
-every decision before the run and a `ScheduledSession` follows that. Both keep one state per
-guidance branch, and a layout (`OutputStack`, `BlockStack`, `UNetStack`, `EncoderStack`) turns them
-into replacements of `forward` on a model's instances. `calibrate` makes plans. A `TimeSession`
-keeps what depends on the time alone, exactly. Nothing here changes a model:
-`fewstep.patch(pipe, cache=..., time=...)` installs and removes the replacements.
+every decision before the run and a `ScheduledSession` follows that, with a ring for every module a
+`ModuleSession`. All keep one state per guidance branch, and a layout (`OutputStack`, `BlockStack`,
+`ModuleStack`, `UNetStack`, `EncoderStack`) turns them into replacements of `forward` on a model's
+instances. `calibrate` makes plans. A `TimeSession` keeps what depends on the time alone, exactly.
+Nothing here changes a model: `fewstep.patch(pipe, cache=..., time=...)` installs and removes the
+replacements.
 """
 
 from ._wrap import is_cached
@@ -13,8 +14,12 @@ from .accumulated import EasyCache, TeaCache
 from .calibrate import calibrate
 from .encoder import EncoderStack
 from .fingerprint import Fingerprint
+from .kept import BY_MODULE, Kept
+from .layers import choose_modules, find_modules
 from .magcache import MagCache, MagnitudeRecorder
 from .methods import FoCa, Fora, HiCache, Newton, Scm, Taylor
+from .module_session import ModuleSession
+from .modules import ModuleStack, hands_on
 from .output import OutputStack
 from .plan import Plan
 from .plans import PlanChoice, find_plans, parse_target
@@ -30,6 +35,7 @@ from .unet import UNetStack
 from .unet_methods import DeepCache, FasterDiffusion, Tiue
 
 __all__ = [
+    "BY_MODULE",
     "PRESETS",
     "BlockStack",
     "CachePolicy",
@@ -43,8 +49,11 @@ __all__ = [
     "Fora",
     "HiCache",
     "Interval",
+    "Kept",
     "MagCache",
     "MagnitudeRecorder",
+    "ModuleSession",
+    "ModuleStack",
     "Newton",
     "OutputStack",
     "Plan",
@@ -61,7 +70,10 @@ __all__ = [
     "Tiue",
     "UNetStack",
     "calibrate",
+    "choose_modules",
+    "find_modules",
     "find_plans",
+    "hands_on",
     "is_cached",
     "is_time_cached",
     "parse_target",

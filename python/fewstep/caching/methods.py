@@ -10,8 +10,9 @@
 
 `forecasters` has the weights, `schedules` the steps. With scope "output" the model's output is
 forecast and a skipped step runs nothing of the model; with "blocks" it is the residual of all its
-blocks (of a UNet: what enters its outermost up block), as in TaylorSeer-Lite and cache-dit. The
-originals keep a forecast per module of every block: that costs their memory, and is not done here.
+blocks (of a UNet: what enters its outermost up block), as in TaylorSeer-Lite and cache-dit. With
+"block" every block has a forecast of its own, with "module" every attention and feed-forward layer,
+as in the originals: that costs memory, which `snapshots` makes less (`snapshots.py`).
 
 Forecasters see the scheduler's times in units of the grid's mean step, or, where `clock` is "step"
 as in the originals, the numbers of the steps.
@@ -25,13 +26,13 @@ from itertools import pairwise
 
 from . import forecasters, schedules
 from ._checks import check_choice, check_count, check_number
+from .kept import Kept
 from .policy import Forecasts
 from .ring import MAX_ORDER
 from .schedules import Schedule
 
 __all__ = ["FoCa", "Fora", "HiCache", "Newton", "Scm", "Taylor", "forecast_steps"]
 
-_SCOPES = ("output", "blocks")
 _CLOCKS = ("time", "step")
 
 
@@ -82,28 +83,28 @@ def forecast_steps(
 
 
 @dataclass(frozen=True)
-class Fora:
+class Fora(Kept):
     """Run every n-th step in full and repeat its output in between.
 
     Args:
         every: n; 1 never skips.
         warmup: steps at the start that always run in full.
         tail: steps at the end that do.
-        scope: "output" or "blocks": what is kept.
+
+    `scope`, `modules` and `snapshots`: as of `Kept`.
     """
 
     every: int = 3
     warmup: int = 1
     tail: int = 0
-    scope: str = "output"
 
     clock = "step"
     restarts = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (("every", 1), ("warmup", 1), ("tail", 0)):
             check_count(name, getattr(self, name), least)
-        check_choice("scope", self.scope, _SCOPES)
         check_choice("clock", self.clock, _CLOCKS)
 
     @property
@@ -129,7 +130,6 @@ class _Extrapolated(Fora):
         every: n; 1 never skips.
         warmup: steps at the start that always run in full, so that there is something to carry on.
         tail: steps at the end that do.
-        scope: "output" or "blocks".
         clock: "time" or "step": what the forecaster sees.
     """
 
@@ -223,28 +223,28 @@ class FoCa(_Extrapolated):
 
 
 @dataclass(frozen=True)
-class Scm:
+class Scm(Kept):
     """Run the steps of a mask in full; a Taylor sum stands for the others.
 
     Args:
         mask: 1 (full) or 0 per step, as a sequence or as text such as "11101000"; `from_bins` makes
             one of runs, and LeMiCa's schedule (`schedules.minimax`) is one by `Scm.of`.
         degree: of the sum; 0 repeats the newest output.
-        scope: "output" or "blocks".
         clock: "time" or "step": what the sum sees.
+
+    `scope`, `modules` and `snapshots`: as of `Kept`.
     """
 
     mask: str | tuple[int, ...]
     degree: int = 0
-    scope: str = "output"
     clock: str = "time"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         schedules.from_mask(self.mask)
         check_count("degree", self.degree, 0)
         if self.degree >= MAX_ORDER:
             raise ValueError(f"degree: expected at most {MAX_ORDER - 1}, got {self.degree}")
-        check_choice("scope", self.scope, _SCOPES)
         check_choice("clock", self.clock, _CLOCKS)
 
     @classmethod

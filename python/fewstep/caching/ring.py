@@ -6,6 +6,7 @@ Reuse, Taylor, Newton, Hermite, BDF, DMD and calibrated affine forecasts are all
 one ring and one sum serve them. The full step of rank r (the r-th of the schedule) is kept in slot
 r mod K: which weight belongs to which slot is known before the run, so a schedule's weights are one
 table on the device (`slot_table`), and a skipped step copies nothing there.
+S may be kept in a lower precision (`snapshots.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import forecast_apply
 from .policy import Forecasts
+from .snapshots import Slots
 
 __all__ = ["MAX_ORDER", "Ring", "slot_table"]
 
@@ -45,10 +46,16 @@ class Ring:
 
     Args:
         order: K, 1 to 8.
+        snapshots: in which precision, a name of `FORMATS`; None as computed.
+
+    Attributes:
+        bytes: what the snapshots take, or took before they were dropped.
+        rebuild: what the layout makes of a forecast; it sets it.
     """
 
-    def __init__(self, order: int) -> None:
-        self.order = order
+    def __init__(self, order: int, snapshots: str | None = None) -> None:
+        self.order, self.snapshots, self.bytes = order, snapshots, 0
+        self.rebuild: Any = None
         self.clear()
 
     def clear(self) -> None:
@@ -62,8 +69,16 @@ class Ring:
         """Return how many snapshots there are of the full steps just before that of a rank."""
         return min(self._kept, self.order) if self._newest == rank - 1 else 0
 
-    def push(self, snapshot: tuple[Any, ...], rank: int, form: Any) -> None:
-        """Keep the snapshot of the full step of a rank.
+    @property
+    def device(self) -> torch.device:
+        """Where the snapshots are; the CPU where there are none."""
+        own = (slots.ring.device for slots in self._slots if isinstance(slots, Slots))
+        return next(own, torch.device("cpu"))
+
+    def push(
+        self, snapshot: tuple[Any, ...], rank: int, form: Any, base: tuple[Any, ...] | None = None
+    ) -> None:
+        """Keep the snapshot of the full step of a rank, or what it adds to `base`.
 
         The others go where the form differs, or where full steps between were not kept: slots
         belong to ranks, so a gap would have weights meet what is older, or nothing.
@@ -72,20 +87,20 @@ class Ring:
             self.clear()
             self.form = form
             self._slots = tuple(
-                part.new_empty((self.order, *part.shape)) if isinstance(part, Tensor) else part
+                Slots(part, self.order, self.snapshots) if isinstance(part, Tensor) else part
                 for part in snapshot
             )
-        for slots, part in zip(self._slots, snapshot, strict=True):
+            self.bytes = sum(slots.bytes for slots in self._slots if isinstance(slots, Slots))
+        heads = (None,) * len(snapshot) if base is None else base
+        for slots, part, head in zip(self._slots, snapshot, heads, strict=True):
             if isinstance(part, Tensor):
-                slots[rank % self.order].copy_(part.detach())
+                slots.put(part, rank % self.order, head)
         self._kept, self._newest = self._kept + 1, rank
 
-    def forecast(self, weights: Tensor) -> tuple[Any, ...]:
-        """Return the sums, given a row of `slot_table` on the snapshots' device."""
+    def forecast(self, weights: Tensor, base: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
+        """Return the sums, plus `base`, given a row of `slot_table` on the snapshots' device."""
+        heads = (None,) * len(self._slots) if base is None else base
         return tuple(
-            _sum(slots, weights) if isinstance(slots, Tensor) else slots for slots in self._slots
+            slots.sum(weights, head) if isinstance(slots, Slots) else slots
+            for slots, head in zip(self._slots, heads, strict=True)
         )
-
-
-def _sum(slots: Tensor, weights: Tensor) -> Tensor:
-    return forecast_apply(slots, weights.double() if slots.dtype == torch.float64 else weights)

@@ -81,9 +81,7 @@ class ScheduledSession(Session):
             checks = () if self._plan is None else self._plan.lookback
             self._refused = "no plan for this grid" if self._plan is None else None
         else:
-            skipped = start if getattr(self.policy, "restarts", False) else 0
-            forecasts = (None,) * skipped + tuple(self.policy.forecasts(times[skipped:]))
-            _expect_schedule(forecasts, len(times), self.policy)
+            forecasts = self._ask(self.policy.forecasts)
         if (forecasts, checks) != (self._taken, self._checks):
             self._tables = {}
         self.forecasts = self._taken = forecasts
@@ -91,6 +89,13 @@ class ScheduledSession(Session):
         self._ranks = tuple(accumulate((w is None for w in forecasts), initial=0))
         skipped = [index for index, weights in enumerate(forecasts) if weights is not None]
         self._last_skip = skipped[-1] if skipped else -1
+
+    def _ask(self, policy: Callable[[tuple[float, ...]], Forecasts]) -> Forecasts:
+        """Return a policy's decisions, from the run's first step on where it counts from that."""
+        skipped = self._start if getattr(self.policy, "restarts", False) else 0
+        forecasts = (None,) * skipped + tuple(policy(self._times[skipped:]))
+        _expect_schedule(forecasts, len(self._times), self.policy)
+        return forecasts
 
     def _read_times(self) -> tuple[float, ...]:
         """Return the scheduler's times, read anew only where it has other ones than before.
@@ -125,7 +130,7 @@ class ScheduledSession(Session):
         if self.forecasts is None:
             self._plan_run(call.step, index)
         if branch.ring is None:
-            branch.ring = Ring(self.policy.order)
+            branch.ring = Ring(self.policy.order, getattr(self.policy, "snapshots", None))
         # The scheduler's own count, so that a run that starts in the middle of its grid (image to
         # image) is at the right place of the schedule.
         call.step = index if isinstance(index, int) else self._place(call.step)
@@ -218,11 +223,14 @@ class ScheduledSession(Session):
     def report(self) -> dict[str, Any]:
         """Return what every session does, the plan that was followed, and the forecasts' errors.
 
+        `snapshot_bytes`: what the snapshots of all guidance passes take during the run.
         `step_error`: relative RMS, what calibration lets expect per step. `measured_error`, with a
         guard or `verify`: relative L1 by branch, step and sample; at full steps of the forecast
         that was not used, and with `verify` of those that were.
         """
         numbers = super().report()
+        rings = (branch.ring for branch in self._branches.values())
+        numbers["snapshot_bytes"] = sum(ring.bytes for ring in rings if ring is not None)
         if self._plan is not None:
             numbers["plan"] = {
                 "steps": len(self._plan.steps),

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
+from ..caching.layers import source_for_views
 from .activations import activation_of, is_quantized, refuse_layer
 
 _TOGETHER = "self.act_mlp(self.proj_mlp("
@@ -94,14 +93,8 @@ def _enter(plain: type[nn.Module], form: type[nn.Module]) -> None:
 
 def qualifies(forward: Callable[..., Any]) -> bool:
     """Return whether a forward calls act_mlp(proj_mlp(x)) and uses neither otherwise."""
-    try:
-        source = inspect.getsource(inspect.unwrap(forward))
-    except (OSError, TypeError):  # no source at hand
-        return False
-    once = all(source.count(x) == 1 for x in (_TOGETHER, "self.act_mlp", "self.proj_mlp"))
-    alone = len(re.findall(r"\bself\b(?!\.)", source)) == 1  # its own argument
-    sets = re.search(r"\bself(\.\w+)+\s*([+*/-]?=)(?!=)", source)
-    return once and alone and sets is None and "super(" not in source
+    source = source_for_views(forward)
+    return all(source.count(x) == 1 for x in (_TOGETHER, "self.act_mlp", "self.proj_mlp"))
 
 
 def wants(module: nn.Module) -> bool:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..caching import (
+    BY_MODULE,
     PRESETS,
+    ModuleSession,
     OutputStack,
     Plan,
     PlanChoice,
@@ -31,13 +33,19 @@ from .undo import Change, PatchError, Slot
 
 __all__ = ["plan_cache"]
 
-_SCOPES = ("output", "blocks", "levels", "encoder")
+_SCOPES = ("output", "blocks", "levels", "encoder", *BY_MODULE)
 
 
 class _CacheChange(Change):
     def __init__(self, summary: str, session: Session) -> None:
         super().__init__("cache", summary)
         self._session = session
+        self.plan: Callable[[], list[Slot]] = list
+
+    def apply(self) -> None:
+        # Not before: `forward` of a module is its class's, which quantising may have changed.
+        self.slots += self.plan()
+        super().apply()
 
     def undo(self) -> None:
         # A wrapper that somebody else has wrapped stays below theirs: it must do nothing then.
@@ -163,6 +171,8 @@ def plan_cache(
         target.require_eager("cache")
         target.require_alone("cache")
         layout: Any = OutputStack(target.denoiser)
+    elif scope in BY_MODULE:
+        layout = target.modules(scope, getattr(policy, "modules", None))
     else:
         layout = target.layout(scope)
     if is_cached(target.denoiser):
@@ -176,11 +186,13 @@ def plan_cache(
             "enable_cache; call disable_cache first"
         )
     scheduled = isinstance(policy, ScheduledPolicy)
+    if scope in BY_MODULE and not scheduled:
+        raise ValueError(f'cache: expected a schedule with scope "{scope}", got {policy!r}')
     if options.verify and not (scheduled and policy.scope == "output"):
         raise ValueError(
             f"verify: expected a cache that forecasts the model's output, got {policy!r}"
         )
-    kind = getattr(policy, "session", ScheduledSession if scheduled else Session)
+    kind = getattr(policy, "session", _session_of(scope, scheduled))
     more = {"verify": options.verify} if scheduled else {}
     session: Session = kind(policy, SchedulerOf(pipe), **more)
     if isinstance(policy, Plan | PlanChoice) and isinstance(session, ScheduledSession):
@@ -194,9 +206,22 @@ def plan_cache(
         f"{ends} step of an image runs in full; state is per guidance pass and starts anew with "
         "every image"
     )
-    names = {id(module): name for name, module in target.denoiser.named_modules()}
-    for module, name, value in layout.replacements(session):
-        path = f"{names[id(module)]}.{name}".lstrip(".")
-        change.slots.append(Slot(module, name, value, f"pipe.{target.component}.{path}"))
+    change.plan = lambda: _slots(target, layout, session)
+    change.left += getattr(layout, "left", [])
     change.left.append("weights, scheduler and step count")
     return change
+
+
+def _session_of(scope: str, scheduled: bool) -> type[Session]:
+    if scope in BY_MODULE:
+        return ModuleSession
+    return ScheduledSession if scheduled else Session
+
+
+def _slots(target: Target, layout: Any, session: Session) -> list[Slot]:
+    whole = f"pipe.{target.component}"
+    names = {id(module): name for name, module in target.denoiser.named_modules()}
+    return [
+        Slot(module, name, value, ".".join(filter(None, (whole, names[id(module)], name))))
+        for module, name, value in layout.replacements(session)
+    ]

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..caching import hands_on
 from ..quantization import QuantLinear
 from ..quantization.linear import autocast_dtype
 from ..quantization.rows import QuantizedRows
@@ -120,7 +121,7 @@ def _refuse_wrapped(block: nn.Module, path: str) -> str | None:
     keys = path.split(".")
     for i in range(1, len(keys) + 1):
         module = _at(block, name := ".".join(keys[:i]))
-        if module is not None and is_wrapped(module):
+        if module is not None and is_wrapped(module) and not hands_on(module):
             return f"{name} has hooks"
     return None
 

@@ -161,9 +161,10 @@ class Patch:
 def _seen(numbers: dict[str, Any]) -> list[str]:
     lines = []
     for branch, decisions in numbers.get("branches", {}).items():
-        marks = "".join("F" if decision == "full" else "-" for decision in decisions)
-        skipped = decisions.count("skip")
-        lines.append(f"{branch}: {marks} ({skipped} of {len(decisions)} steps skipped)")
+        marks = "".join({"full": "F", "part": "p"}.get(decision, "-") for decision in decisions)
+        said = f"{decisions.count('skip')} of {len(decisions)} steps skipped"
+        partly = decisions.count("part")
+        lines.append(f"{branch}: {marks} ({said}{f', {partly} in part' if partly else ''})")
     if numbers.get("why_full"):
         why = ", ".join(f"{reason} {count}" for reason, count in numbers["why_full"].items())
         lines.append(f"in full because of: {why}")

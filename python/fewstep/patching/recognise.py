@@ -12,7 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from ..caching import BlockStack, EncoderStack, UNetStack
+from ..caching import (
+    BlockStack,
+    EncoderStack,
+    ModuleStack,
+    UNetStack,
+    choose_modules,
+    find_modules,
+)
 
 __all__ = ["FAMILIES", "Family", "Target", "recognise"]
 
@@ -112,8 +119,7 @@ class Target:
         self.require_alone("cache")
         model = self.denoiser
         if self.family is None:
-            known = ", ".join(family.model for family in FAMILIES)
-            raise ValueError(f"cache: expected a denoiser of {known}; got {self.model}")
+            raise self._not_known()
         if not self.family.lists:
             down, mid = list(model.down_blocks), model.mid_block
             if scope == "encoder":
@@ -123,6 +129,49 @@ class Target:
             raise ValueError(f"cache: expected a UNet for scope {scope!r}, got {self.model}")
         blocks = [block for name in self.family.lists for block in getattr(model, name)]
         return BlockStack(model, blocks, self.family.two_streams)
+
+    def _not_known(self) -> ValueError:
+        known = ", ".join(family.model for family in FAMILIES)
+        return ValueError(f"cache: expected a denoiser of {known}; got {self.model}")
+
+    def _blocks(self) -> dict[str, nn.Module] | None:
+        """Return the transformer blocks by path, a UNet's among them; None where not known."""
+        model = self.denoiser
+        if self.family is None:
+            return None
+        if self.family.lists:
+            lists = [(name, getattr(model, name)) for name in self.family.lists]
+        else:
+            lists = [
+                (name, blocks)
+                for name, blocks in model.named_modules()
+                if name.endswith("transformer_blocks")
+            ]
+        return {f"{name}.{i}": block for name, blocks in lists for i, block in enumerate(blocks)}
+
+    def modules(self, scope: str, pattern: Any = None) -> ModuleStack:
+        """Return the blocks (scope "block") or their layers ("module") for caching one by one.
+
+        Raises:
+            ValueError: blocks of a family that is not known, a pattern that matches nothing, a
+                model that has no such layers, or a compiled one.
+        """
+        self.require_eager("cache")
+        self.require_alone("cache")
+        blocks = self._blocks()
+        if scope == "block":
+            if self.family is None:
+                raise self._not_known()
+            chosen = choose_modules(blocks, pattern)
+            return ModuleStack(self.denoiser, chosen, self.family.two_streams)
+        found = find_modules(self.denoiser, blocks)
+        if not found:
+            raise ValueError(
+                "cache: expected a denoiser with attention or feed-forward layers in lists of "
+                f"blocks, got {self.model} without"
+            )
+        chosen = choose_modules(found, pattern)
+        return ModuleStack(self.denoiser, chosen, blocks=blocks or {})
 
 
 def recognise(pipe: Any) -> Target:
