@@ -303,6 +303,8 @@ def test_deepcache_runs_the_outermost_levels(name):
 
 def test_what_is_refused():
     pipe = class_unet()
+    with pytest.raises(ValueError, match=r"time: expected a denoiser .* got UNet2DModel"):
+        fewstep.patch(pipe, time="cache")
     with pytest.raises(ValueError, match=r"a level of at most 1, so that .* of the 3 levels"):
         fewstep.patch(pipe, cache=DeepCache(level=2))
     with pytest.raises(ValueError, match=r'expected a UNet for scope "?.encoder'):

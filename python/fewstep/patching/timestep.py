@@ -116,14 +116,15 @@ def plan_time(pipe: Any, target: Target, time: Any) -> Change:
         raise ValueError(f"time: expected 'cache', got {time!r}")
     target.require_eager("time")
     model = target.denoiser
-    if target.family is None or not type(model).forward.__module__.startswith("diffusers."):
+    family = target.family.name if target.family else ""
+    if family not in _PLACES or not type(model).forward.__module__.startswith("diffusers."):
         known = ", ".join(_PLACES)
         raise ValueError(
             f"time: expected a denoiser of diffusers, one of {known}; got {target.model}"
         )
     session = TimeSession(SchedulerOf(pipe))
     change = _TimeChange(session)
-    for place in _PLACES[target.family.name](model):
+    for place in _PLACES[family](model):
         module, where = model.get_submodule(place.path), f"pipe.{target.component}.{place.path}"
         if is_time_cached(module):
             raise PatchError(
