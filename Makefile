@@ -44,6 +44,7 @@ figures: $(VENV)/.test
 	$(PY) benchmarks/pipelines/quantized_quality.py --model photos --record benchmarks/results
 	$(PY) benchmarks/pipelines/dit_step.py --record benchmarks/results
 	$(PY) benchmarks/pipelines/time_steps.py --record benchmarks/results
+	$(PY) benchmarks/pipelines/time_steps.py --feature text --record benchmarks/results
 	$(PY) benchmarks/pipelines/cache_time.py --record benchmarks/results
 	$(VENV)/bin/fewstep bench ops --device cpu --output benchmarks/results
 

@@ -33,10 +33,10 @@ from drawn.steps import (
     MODELS,
     cache_time_table,
     gpu_tables,
+    kept_table,
     loop_table,
     model_table,
     step_table,
-    time_table,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +68,7 @@ OPTIONAL = (
     "quantized_digits",
     "quantized_photos",
     "time_steps",
+    "text_steps",
     "cache_time",
     "cache_digits",
     "cache_photos",
@@ -105,6 +106,7 @@ class Records:
     quantized_digits: dict[str, Any] | None = None
     quantized_photos: dict[str, Any] | None = None
     time_steps: dict[str, Any] | None = None
+    text_steps: dict[str, Any] | None = None
     cache_time: dict[str, Any] | None = None
     cache_digits: dict[str, Any] | None = None
     cache_photos: dict[str, Any] | None = None
@@ -374,7 +376,8 @@ def documents(folder: str) -> dict[Path, str]:
         (PATCHING, "patches"): patches_table(records.patches)
         + "\n"
         + caption(records.patches["environment"], f"{records.patches['images']} images, on"),
-        (PATCHING, "time_steps"): time_table(records.time_steps),
+        (PATCHING, "time_steps"): kept_table(records.time_steps, "per step"),
+        (PATCHING, "text_steps"): kept_table(records.text_steps, "kept"),
         (CACHING, "cache_time"): cache_time_table(records.cache_time),
         (QUANTIZATION, "quantized_digits"): quality(records.quantized_digits),
         (QUANTIZATION, "quantized_photos"): quality(records.quantized_photos),

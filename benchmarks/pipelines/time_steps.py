@@ -1,11 +1,13 @@
-"""One evaluation of a denoiser with `time="cache"` and without: seconds, all in one run.
+"""One evaluation of a denoiser with and without `time="cache"` or `text="cache"`, all in one run.
 
     python benchmarks/pipelines/time_steps.py --record benchmarks/results
+    python benchmarks/pipelines/time_steps.py --feature text --record benchmarks/results
 
 Random weights serve for time and memory only. Models have the widths of the published ones and
-fewer blocks (`blocks` says how many of how many), so that a round takes seconds; the share of the
-time's path is larger than in the whole model where that path is one layer for all blocks (PixArt,
-SANA). Two samples, as guidance has them. Forms take turns, shuffled in every round.
+fewer blocks (`blocks` says how many of how many), so that a round takes seconds; what there is once
+for all blocks has a larger share than in the whole model: PixArt's and SANA's path of the time,
+and their projection of the text. For the text, 1,024 tokens of an image and as many of a text as
+the pipelines give. Two samples, as guidance has them. Forms take turns, shuffled in every round.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +58,8 @@ class Case(NamedTuple):
         return self.pipe.unet if hasattr(self.pipe, "unet") else self.pipe.transformer
 
 
-def _text(width: int) -> dict[str, Any]:
-    return {"encoder_hidden_states": torch.randn(BATCH, TEXT, width, dtype=DTYPE)}
+def _text(width: int, tokens: int) -> dict[str, Any]:
+    return {"encoder_hidden_states": torch.randn(BATCH, tokens, width, dtype=DTYPE)}
 
 
 def dit(side: int = 32, layers: int = 16) -> Case:
@@ -70,46 +73,53 @@ def dit(side: int = 32, layers: int = 16) -> Case:
     return Case(pipe, side, labels, f"{layers} of 24")
 
 
-def pixart(side: int = 32, layers: int = 8) -> Case:
+def pixart(side: int = 32, layers: int = 8, text: int = TEXT) -> Case:
     """PixArt-alpha: one modulation for all blocks."""
     model = PixArtTransformer2DModel(
         num_layers=layers, sample_size=side, caption_channels=4096, use_additional_conditions=False
     )
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = PixArtAlphaPipeline(None, None, None, model.to(DTYPE).eval(), scheduler)
-    return Case(pipe, side, {**_text(4096), "added_cond_kwargs": _NO_SIZE}, f"{layers} of 28")
+    return Case(pipe, side, {**_text(4096, text), "added_cond_kwargs": _NO_SIZE}, f"{layers} of 28")
 
 
-def sana(side: int = 16, layers: int = 4) -> Case:
+def sana(side: int = 16, layers: int = 4, text: int = TEXT) -> Case:
     """SANA 1.6B: one modulation for all blocks."""
     model = SanaTransformer2DModel(num_layers=layers, sample_size=side)
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = SanaPipeline(None, None, None, model.to(DTYPE).eval(), scheduler)
-    return Case(pipe, side, _text(2304), f"{layers} of 20")
+    return Case(pipe, side, _text(2304, text), f"{layers} of 20")
 
 
-def unet(side: int = 32) -> Case:
+def unet(side: int = 32, text: int = TEXT) -> Case:
     """Stable Diffusion 1.5: one embedding of the time; each ResNet projects it as ever."""
     model = UNet2DConditionModel(sample_size=side, cross_attention_dim=768).to(DTYPE).eval()
     scheduler = FlowMatchEulerDiscreteScheduler()
     parts = (None, None, None, model, scheduler, None, None)
     pipe = StableDiffusionPipeline(*parts, requires_safety_checker=False)
-    return Case(pipe, side, _text(768), "all")
+    return Case(pipe, side, _text(768, text), "all")
 
 
-CASES: dict[str, Callable[[], Case]] = {
-    "DiT-L, 256 tokens": dit,
-    "PixArt, 256 tokens": pixart,
-    "SANA, 256 tokens": sana,
-    "Stable Diffusion 1.5, 32 x 32": unet,
+CASES: dict[str, dict[str, Callable[[], Case]]] = {
+    "time": {
+        "DiT-L, 256 tokens": dit,
+        "PixArt, 256 tokens": pixart,
+        "SANA, 256 tokens": sana,
+        "Stable Diffusion 1.5, 32 x 32": unet,
+    },
+    "text": {
+        "PixArt, 1024 tokens, 120 of text": partial(pixart, 64, 4, 120),
+        "SANA, 1024 tokens, 300 of text": partial(sana, 32, 2, 300),
+        "Stable Diffusion 1.5, 32 x 32, 77 tokens of text": partial(unet, 32, 77),
+    },
 }
 
 
 @torch.no_grad()
-def measure(name: str, case: Case, rounds: int) -> dict[str, Any]:
+def measure(name: str, case: Case, rounds: int, feature: str) -> dict[str, Any]:
     """Return a row of the report."""
     twin = copy.deepcopy(case.pipe)
-    patch = fewstep.patch(twin, time="cache")
+    patch = fewstep.patch(twin, **{feature: "cache"})
     models = {False: case.model, True: case._replace(pipe=twin).model}
     latents = torch.randn(BATCH, case.model.config.in_channels, case.side, case.side, dtype=DTYPE)
     times = [torch.full((BATCH,), 1000.0 * (i + 1) / STEPS) for i in range(STEPS)]
@@ -123,7 +133,7 @@ def measure(name: str, case: Case, rounds: int) -> dict[str, Any]:
         plain = call(False, step)[1]
         for _ in range(2):
             if not torch.equal(call(True, step)[1], plain):
-                raise RuntimeError(f"{name}: expected the same bits with time='cache'")
+                raise RuntimeError(f"{name}: expected the same bits with {feature}='cache'")
     samples: dict[bool, list[float]] = {False: [], True: []}
     order = [False, True]
     for round_ in range(rounds):
@@ -135,7 +145,7 @@ def measure(name: str, case: Case, rounds: int) -> dict[str, Any]:
         statistics.quantiles([a / b for a, b in zip(*samples.values(), strict=True)], n=4)[i]
         for i in (0, 2)
     ]
-    kept = patch.report()["time"]
+    kept = patch.report()[feature]["bytes"]
     return {
         "model": name,
         "blocks": case.blocks,
@@ -144,25 +154,26 @@ def measure(name: str, case: Case, rounds: int) -> dict[str, Any]:
         "cached": cached_s,
         "ratio": plain_s / cached_s,
         "ratio_quartiles": quartiles,
-        "bytes_per_step": kept["bytes"] / STEPS,
+        "bytes": kept / (STEPS if feature == "time" else 1),  # time: of each step
     }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and write <record>/<device>/time_steps.json."""
+    """Measure and write <record>/<device>/<feature>_steps.json."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", choices=sorted(CASES), help="one model")
+    parser.add_argument("--feature", choices=CASES, default="time")
+    parser.add_argument("--only", default="", help="models with this in their name")
     args = parser.parse_args(argv)
     rows = []
-    for name, build in CASES.items():
-        if args.only in (None, name):
+    for name, build in CASES[args.feature].items():
+        if args.only in name:
             torch.manual_seed(0)
-            rows.append(measure(name, build(), args.rounds))
+            rows.append(measure(name, build(), args.rounds, args.feature))
             print(rows[-1], flush=True)
     report = {"environment": environment(torch.device("cpu")), "rows": rows}
-    path = args.record / slug(report["environment"]["device"]) / "time_steps.json"
+    path = args.record / slug(report["environment"]["device"]) / f"{args.feature}_steps.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     print(f"wrote {path}")

@@ -55,8 +55,8 @@ def cache_time_table(report: dict[str, Any] | None) -> str:
     return body + "\n" + caption(report["environment"], "Whole runs, on")
 
 
-def time_table(report: dict[str, Any] | None) -> str:
-    """Return what keeping the time's path saves per evaluation, as Markdown."""
+def kept_table(report: dict[str, Any] | None, kept: str) -> str:
+    """Return what keeping the time's or the text's path saves per evaluation, as Markdown."""
     if report is None:
         return "Not measured yet.\n"
     rows = [
@@ -66,11 +66,11 @@ def time_table(report: dict[str, Any] | None) -> str:
             f"{row['parameters'] / 1e6:.0f}M",
             seconds(row["plain"]),
             f"{row['ratio']:.3f}x ({' - '.join(f'{x:.3f}' for x in row['ratio_quartiles'])})",
-            f"{row['bytes_per_step'] / 2**10:.0f} KiB",
+            f"{row['bytes'] / 2**10:.0f} KiB",
         ]
         for row in report["rows"]
     ]
-    header = "| model | blocks | parameters | one evaluation | faster by (quartiles) | per step |"
+    header = f"| model | blocks | parameters | one evaluation | faster by (quartiles) | {kept} |"
     body = table(header, "llrrrr", rows)
     return body + "\n" + caption(report["environment"], "bfloat16, two samples, on")
 

@@ -4,9 +4,9 @@ A policy decides at run time and a `Session` follows it; a `Plan`, or any other 
 every decision before the run and a `ScheduledSession` follows that, with a ring for every module a
 `ModuleSession`. All keep one state per guidance branch, and a layout (`OutputStack`, `BlockStack`,
 `ModuleStack`, `UNetStack`, `EncoderStack`) turns them into replacements of `forward` on a model's
-instances. `calibrate` makes plans. A `TimeSession` keeps what depends on the time alone, exactly.
-Nothing here changes a model: `fewstep.patch(pipe, cache=..., time=...)` installs and removes the
-replacements.
+instances. `calibrate` makes plans. A `TimeSession` keeps what depends on the time alone, a
+`TextSession` what depends on the prompt alone, exactly. Nothing here changes a model:
+`fewstep.patch(pipe, cache=..., time=..., text=...)` installs and removes the replacements.
 """
 
 from ._wrap import is_cached
@@ -30,7 +30,8 @@ from .scheduled import ScheduledSession
 from .seacache import SeaCache
 from .session import Session
 from .stack import BlockStack
-from .timestep import TimePart, TimeSession, is_time_cached
+from .text import TextPart, TextSession
+from .timestep import TimePart, TimeSession
 from .unet import UNetStack
 from .unet_methods import DeepCache, FasterDiffusion, Tiue
 
@@ -65,6 +66,8 @@ __all__ = [
     "Session",
     "Taylor",
     "TeaCache",
+    "TextPart",
+    "TextSession",
     "TimePart",
     "TimeSession",
     "Tiue",
@@ -75,7 +78,6 @@ __all__ = [
     "find_plans",
     "hands_on",
     "is_cached",
-    "is_time_cached",
     "parse_target",
     "plot_report",
     "resolve_policy",

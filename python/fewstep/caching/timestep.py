@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,26 +40,18 @@ from torch import Tensor, nn
 
 from . import clock
 from .clock import Clock, Unknown, form_of
+from .part import Part
 from .surroundings import refuse_module, refuse_surroundings, surroundings
-from .weights import Weights
 
-__all__ = ["MAX_BYTES", "TimePart", "TimeSession", "is_time_cached"]
+__all__ = ["MAX_BYTES", "TimePart", "TimeSession"]
 
 MAX_BYTES = 64 << 20
-_PART = "_fewstep_time"
 _PATIENCE = 1024  # calls of the denoiser after which a value that was not asked for may go
 _MAX_SEEN = 4096  # times remembered to notice that a grid starts again
 
 
-def is_time_cached(module: nn.Module) -> bool:
-    """Whether a `TimePart` belongs to the module, also below other wrappers."""
-    return _PART in module.__dict__
-
-
-class TimePart:
+class TimePart(Part):
     """A module whose output depends on its arguments and on few of them: times, conditions.
-
-    The module is held weakly, or it would be in a cycle through its own `forward`.
 
     Args:
         module: has the forward of its class.
@@ -70,44 +61,20 @@ class TimePart:
             On a device its values can't be read: there it is known as that output.
     """
 
+    mark = "_fewstep_time"
+
     def __init__(
         self, module: nn.Module, session: TimeSession, gives: str = "", takes: str = ""
     ) -> None:
-        self._module = weakref.ref(module)
-        self.session, self.gives, self.takes = session, gives, takes
-        self.weights = Weights()
-        session.parts.append(self)
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The module, while it is there."""
-        return self._module()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand for the forward of the module's class: what is kept, where that is the same."""
-        module = self._module()
-        if torch.compiler.is_compiling() or self.session.closed:
-            return type(module).forward(module, *args, **kwargs)
-        return self.session.run(self, module, args, kwargs)
-
-    def replacements(self) -> dict[str, Any]:
-        """Return the instance attributes to set.
-
-        A bound method rather than an object with a `__call__`: torch.compile guards on the identity
-        of such an object, so that every block would be compiled for itself.
-        """
-        return {_PART: self, "forward": self.forward}
+        super().__init__(module, session)
+        self.gives, self.takes = gives, takes
 
     def is_outermost(self, module: nn.Module) -> bool:
         """Whether nobody has wrapped the module's forward since."""
         return getattr(module.__dict__.get("forward"), "__self__", None) is self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TimePart:
-        module, session = copy.deepcopy((self.module, self.session), memo)
-        return TimePart(module, session, self.gives, self.takes)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TimePart, (self.module, self.session, self.gives, self.takes)
+    def _more(self) -> tuple[str, str]:
+        return self.gives, self.takes
 
 
 @dataclass

@@ -23,8 +23,8 @@ _SAMPLE = 512  # elements of a tensor
 
 
 # What every module has: children, tensors and hooks, which are followed apart. Parts that stand for
-# a forward set the last two.
-_OWN = frozenset(vars(nn.Module())) | {"forward", "_fewstep_time"}
+# a forward set the last ones.
+_OWN = frozenset(vars(nn.Module())) | {"forward", "_fewstep_time", "_fewstep_text"}
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 
 

@@ -1,4 +1,4 @@
-"""patch(pipe, steps=, quantize=, cache=, time=, guidance=) and the handle that takes it back.
+"""patch(pipe, steps=, quantize=, cache=, ...) and the handle that takes it back.
 
     with fewstep.patch(pipe, steps=4, cache="first-block") as patch:
         images = pipe(prompt).images
@@ -27,6 +27,7 @@ from .quantize import plan_quantize
 from .recognise import recognise
 from .saving import PERSISTENT, SaveGuard
 from .steps import plan_steps
+from .text import plan_text
 from .timestep import plan_time
 from .undo import Change, ConfigStack, PatchError, Slot
 
@@ -231,6 +232,7 @@ def patch(
     speedup: float | None = None,
     verify: bool = False,
     time: str | None = None,
+    text: str | None = None,
     guidance: str | float | None = None,
 ) -> Patch:
     """Make a diffusers pipeline fast, in place, and return the handle that undoes it.
@@ -264,6 +266,9 @@ def patch(
             off; nothing is saved then.
         time: "cache": modules whose output depends on the time alone are evaluated once per step of
             the grid, and their values used by all later calls and images. The same bits.
+        text: "cache": keys and values of cross-attention, and the text's tokens in front of the
+            blocks, are computed on the first step of a run and used by all later ones. The same
+            bits.
         guidance: "off" or a scale for calls that give none, on pipelines that keep that in their
             config.
 
@@ -288,6 +293,7 @@ def patch(
         "quantize": quantize,
         "cache": cache,
         "time": time,
+        "text": text,
         "guidance": guidance,
     }
     wanted = {name: value for name, value in given.items() if value is not None}
@@ -308,6 +314,8 @@ def patch(
         changes.append(plan_cache(pipe, found, cache, options, _scheduler_after(pipe, changes)))
     if time is not None:
         changes.append(plan_time(pipe, found, time))
+    if text is not None:
+        changes.append(plan_text(pipe, found, text))
 
     left = []
     if missing := [name for name in given if name not in wanted]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..caching import TimePart, TimeSession, is_time_cached
+from ..caching import TimePart, TimeSession
 from .pipeline import SchedulerOf
 from .recognise import Target
 from .undo import Change, Hook, PatchError, Slot
@@ -126,7 +126,7 @@ def plan_time(pipe: Any, target: Target, time: Any) -> Change:
     change = _TimeChange(session)
     for place in _PLACES[family](model):
         module, where = model.get_submodule(place.path), f"pipe.{target.component}.{place.path}"
-        if is_time_cached(module):
+        if TimePart.is_on(module):
             raise PatchError(
                 f"time: expected a {target.model} not yet patched with it, got one that another "
                 "pipeline's patch holds, or a copy of such a one; undo that patch before, or "
