@@ -12,6 +12,7 @@ instances. `calibrate` makes plans. A `TimeSession` keeps what depends on the ti
 from ._wrap import is_cached
 from .accumulated import EasyCache, TeaCache
 from .calibrate import calibrate
+from .dmd import Dmd
 from .encoder import EncoderStack
 from .fingerprint import Fingerprint
 from .kept import BY_MODULE, Kept
@@ -41,6 +42,7 @@ __all__ = [
     "BlockStack",
     "CachePolicy",
     "DeepCache",
+    "Dmd",
     "EasyCache",
     "EncoderStack",
     "FasterDiffusion",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .accumulated import EasyCache, TeaCache
+from .dmd import Dmd
 from .methods import FoCa, Fora, HiCache, Newton, Taylor
 from .policy import CachePolicy, FirstBlock, Interval, ScheduledPolicy, check_ends
 from .seacache import SeaCache
@@ -20,6 +21,7 @@ PRESETS: dict[str, Callable[[], CachePolicy | ScheduledPolicy]] = {
     "newton": Newton,
     "hicache": HiCache,
     "foca": FoCa,
+    "dmd": Dmd,
     "easycache": EasyCache,
     "teacache": TeaCache,
     "seacache": SeaCache,

@@ -98,7 +98,7 @@ class Ring:
         self._kept, self._newest = self._kept + 1, rank
 
     def forecast(self, weights: Tensor, base: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
-        """Return the sums, plus `base`, given a row of `slot_table` on the snapshots' device."""
+        """Return the sums, plus `base`, given weights by slot [K] or [B, K] on the device."""
         heads = (None,) * len(self._slots) if base is None else base
         return tuple(
             slots.sum(weights, head) if isinstance(slots, Slots) else slots

@@ -88,9 +88,8 @@ class Slots:
             snapshot_store(self._flat(x), self.ring, base=self._flat(base), **options)
 
     def sum(self, weights: Tensor, base: Tensor | None = None) -> Tensor:
-        """Return the weighted sum of the slots, plus base."""
-        if self.ring.dtype == torch.float64:
-            weights = weights.double()
+        """Return the weighted sum of the slots, plus base; weights [K] or [B, K]."""
+        weights = weights.to(torch.float64 if self.ring.dtype == torch.float64 else torch.float32)
         if self.scale is None and self.ring.dtype == self.dtype:
             return forecast_apply(self.ring, weights, base=base)
         out = forecast_apply(
