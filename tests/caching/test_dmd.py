@@ -32,15 +32,15 @@ class Exponentials(nn.Module):
         return sum(part * x for part, x in zip(self.parts, terms, strict=False))
 
 
-def forecast(policy, roots):
-    """Return the gaps' steps, what stands for them and what the model would have given."""
+def forecast(policy, roots, start=0):
+    """Return what a run from a step on gives, what the model would have given, and the session."""
     model, plain = Exponentials(roots), Exponentials(roots)
     scheduler = SimpleNamespace(timesteps=STEPS - torch.arange(STEPS).double(), step_index=None)
     session = policy.session(policy, lambda: scheduler)
     for module, name, value in OutputStack(model).replacements(session):
         setattr(module, name, value)
     x, found, want = torch.zeros(2, 3, 4, 4), [], []
-    for index, time in enumerate(scheduler.timesteps):
+    for index, time in list(enumerate(scheduler.timesteps))[start:]:
         scheduler.step_index = index
         found.append(model(x, time))
         want.append(plain(x, time))
@@ -76,6 +76,16 @@ def test_exponentials_are_exact(modes, roots, ridge, error, clock):
     torch.testing.assert_close(found[steps], want[steps], rtol=0, atol=atol)
     others = [i for i in range(STEPS) if not torch.equal(found[i], want[i]) and i not in steps]
     assert others  # a Taylor sum stood in, and is not exact
+
+
+def test_a_run_that_starts_in_the_middle_counts_from_there():
+    policy = Dmd(every=3, warmup=4, ridge=0.0)
+    found, want, session = forecast(policy, [0.95, 0.8], start=7)
+    (decisions,) = session.report()["branches"].values()
+    assert "".join(d[0] for d in decisions) == "ffff" + "ssf" * 6 + "s"
+    # As above, from the first steps on that four outputs at equal distances are known for.
+    known = [*range(4, 6), *range(16, 18)]
+    torch.testing.assert_close(found[known], want[known], rtol=0, atol=1e-9)
 
 
 def test_what_is_constant_stays():
