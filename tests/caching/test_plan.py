@@ -85,7 +85,7 @@ def test_its_own_grid_gives_its_own_steps():
 def test_carried_over(count):
     made = plan(gram=tuple(map(tuple, smooth_gram(TIMES))), steps=plan_of_order(3))
     times = np.linspace(1000, 1000 / count, count)
-    other = made.at(times)
+    other = made.at(times, corrected=False)
     assert other.made["carried_over_from"] == 50
     assert len(other.full) == len(made.full)
     outputs = (times[:, None] / 1000) ** np.arange(3)
@@ -94,6 +94,27 @@ def test_carried_over(count):
             known = [f for f in reversed(other.full) if f < index][:3]
             # The Gram matrix between the plan's times is interpolated linearly.
             assert np.abs(weights @ outputs[known] - outputs[index]).max() < 0.05
+
+
+def test_carried_over_with_its_corrections():
+    """On its own grid that is the plan itself; on another each gap has its own shift."""
+    gram = tuple(map(tuple, smooth_gram(TIMES)))
+    open_loop = plan(gram=gram, steps=plan_of_order(2)).at(TIMES, corrected=False)
+    shift = np.array([0.25, -0.25])
+    moved = tuple(
+        own if own is None or len(own) < 2 or index > 30 else tuple((own + shift).tolist())
+        for index, own in enumerate(open_loop.steps)
+    )
+    made = plan(gram=gram, steps=moved)
+    for own, found in zip(made.steps, made.at(TIMES).steps, strict=True):
+        assert (own is None) == (found is None)
+        assert own is None or np.allclose(own, found, atol=1e-5)
+    times = np.linspace(1000, 1000 / 90, 90)
+    without, corrected = (made.at(times, corrected=how).steps for how in (False, True))
+    for index, (own, found) in enumerate(zip(without, corrected, strict=True)):
+        if own is not None and len(own) == 2 and not 52 <= index <= 56:
+            expected = shift if index < 54 else 0 * shift
+            assert np.allclose(np.subtract(found, own), expected, atol=1e-4)
 
 
 def plan_of_order(order):

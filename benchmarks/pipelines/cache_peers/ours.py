@@ -45,7 +45,7 @@ def _calibrated(study: Study, full_steps: int) -> Plan:
 def _plan(pipe: Any, *, study: Study, full_steps: int, corrected: bool) -> dict[str, Any]:
     plan = _calibrated(study, full_steps)
     if not corrected:
-        plan = plan.at(plan.times)
+        plan = plan.at(plan.times, corrected=False)
     fewstep.patch(pipe, cache=plan)
     notes = {f"predicted_{name}_db": plan.predicted.get(name) for name in ("psnr", "psnr_min")}
     return notes | {"schedule": list(plan.full)}
