@@ -10,7 +10,7 @@ from torch import nn
 
 from ._wrap import is_cached
 
-__all__ = ["denoiser_of", "expect_calls", "same_config"]
+__all__ = ["denoiser_of", "denoisers_of", "expect_calls", "same_config"]
 
 _DENOISERS = ("transformer", "unet")
 
@@ -30,7 +30,26 @@ def denoiser_of(pipe: Any) -> nn.Module:
             f"pipe: expected a pipeline with a scheduler and one of {', '.join(_DENOISERS)}, got "
             f"{type(pipe).__name__}"
         )
-    denoiser = getattr(pipe, component)
+    _expect_plain(getattr(pipe, component), component)
+    return getattr(pipe, component)
+
+
+def denoisers_of(pipe: Any) -> tuple[nn.Module, ...]:
+    """Return the models that a pipeline's runs evaluate, one after the other (`transformer_2`).
+
+    Raises:
+        TypeError, ValueError: as `denoiser_of`.
+    """
+    found = [denoiser_of(pipe)]
+    for name in _DENOISERS:
+        second = getattr(pipe, f"{name}_2", None)
+        if found[0] is getattr(pipe, name, None) and isinstance(second, nn.Module):
+            _expect_plain(second, f"{name}_2")
+            found.append(second)
+    return tuple(found)
+
+
+def _expect_plain(denoiser: nn.Module, component: str) -> None:
     if hasattr(denoiser, "_orig_mod"):
         raise ValueError(
             f"pipe: expected an uncompiled model in pipe.{component}, got "
@@ -40,7 +59,6 @@ def denoiser_of(pipe: Any) -> nn.Module:
         raise ValueError(
             "pipe: expected a model without a cache, got one that is cached; undo that"
         )
-    return denoiser
 
 
 def expect_calls(calls: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -72,7 +72,7 @@ class Followed(Wrapped):
         conditioning = next((given[n] for n in _CONDITIONING if given.get(n) is not None), None)
         entry = next((x for x in given.values() if isinstance(x, Tensor)), None)
         form = () if entry is None else (entry.shape, entry.dtype, entry.device)
-        call = session.begin(given.get("timestep"), conditioning, form)
+        call = session.begin(given.get("timestep"), conditioning, form, self)
         call.entry = call.given = entry
         call.arguments = given
         try:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._pipelines import denoiser_of, expect_calls, same_config
+from ._pipelines import denoisers_of, expect_calls, same_config
 from .fingerprint import Fingerprint
 from .guard import Check
 from .output import OutputStack
@@ -34,28 +34,31 @@ from .plan import Plan
 from .plans import parse_target
 from .policy import Forecasts
 from .quality import MOST, psnr
-from .record import Run, record, repeatable, responses, seeded
+from .record import Run, record, repeatable, responses, seeded, takeovers
 from .ring import MAX_ORDER
 from .scheduled import ScheduledSession
-from .solve import affine_weights, best_schedule, fit_affine, gap_costs, gaps
+from .solve import affine_weights, best_stages, fit_affine, gap_costs, gaps
 
 __all__ = ["calibrate"]
 
 
 @contextmanager
-def _following(pipe: Any, denoiser: nn.Module, plan: Plan) -> Iterator[ScheduledSession]:
+def _following(
+    pipe: Any, denoisers: tuple[nn.Module, ...], plan: Plan
+) -> Iterator[ScheduledSession]:
     """Let the pipeline follow a plan."""
     session = ScheduledSession(plan, lambda: pipe.scheduler)
     session.watch = True
-    before = {}
+    before = []
     try:
-        for module, name, value in OutputStack(denoiser).replacements(session):
-            before[name] = (module, module.__dict__.get(name))
-            module.__dict__[name] = value
+        for denoiser in denoisers:
+            for module, name, value in OutputStack(denoiser).replacements(session):
+                before.append((module, name, module.__dict__.get(name)))
+                module.__dict__[name] = value
         yield session
     finally:
         session.close()
-        for name, (module, value) in before.items():
+        for module, name, value in before:
             if value is None:
                 del module.__dict__[name]
             else:
@@ -89,6 +92,11 @@ def _expect_alike(first: Run, run: Run, index: int) -> None:
             f"calls: expected as many steps in all calls, {len(first.outputs)}, got "
             f"{len(run.outputs)} in call {index}"
         )
+    if takeovers(run.models) != takeovers(first.models):
+        raise ValueError(
+            f"calls: expected the second model to take over at one step in all calls, "
+            f"{takeovers(first.models)}, got {takeovers(run.models)} in call {index}"
+        )
     if run.size != first.size:
         raise ValueError(
             f"calls: expected one size of latents, {list(first.size)}, got {list(run.size)} in "
@@ -110,12 +118,19 @@ class _Calibration:
     """The calls in full, and plans tried on them."""
 
     def __init__(
-        self, pipe: Any, denoiser: nn.Module, calls: list[Mapping[str, Any]], values: int, seed: int
+        self,
+        pipe: Any,
+        denoisers: tuple[nn.Module, ...],
+        calls: list[Mapping[str, Any]],
+        values: int,
+        seed: int,
     ) -> None:
-        self.pipe, self.denoiser, self.calls = pipe, denoiser, calls
+        self.pipe, self.denoisers, self.calls = pipe, denoisers, calls
         self.values, self.seed = values, seed
-        mark = Fingerprint.of(denoiser, pipe.scheduler)
+        mark = Fingerprint.of(denoisers[0], pipe.scheduler, *denoisers[1:])
         self.full, first = self._run()
+        # The steps at which another model takes over, and the end.
+        self.stages = [*takeovers(first.models), len(first.outputs)]
         self.mark = mark.without_rewritten(pipe.scheduler)
         self.steps = len(first.outputs)
         grid, end = len(first.times), first.start + self.steps
@@ -138,7 +153,7 @@ class _Calibration:
         with repeatable(self.calls):
             for index, call in enumerate(self.calls):
                 watching = record(self.pipe.scheduler, values=self.values, seed=self.seed)
-                with seeded(self.seed + index), watching as run:
+                with seeded(self.seed + index), watching as run, run.watch(self.denoisers):
                     result = self.pipe(**call)
                 is_tuple = isinstance(result, tuple)
                 run.images = result[0] if is_tuple else getattr(result, "images", None)
@@ -170,13 +185,15 @@ class _Calibration:
             return self._share(start, end, end) / math.sqrt(self.sizes[end - 1] or 1.0)
 
         cost = gap_costs(self.grams, rho, power=power)
-        return best_schedule(self.steps, full_steps, cost)
+        return best_stages(self.stages, full_steps, cost)
 
     def forecasts(self, full: tuple[int, ...], order: int) -> Forecasts:
         """Weights from the Gram matrix."""
         steps: list[tuple[float, ...] | None] = []
         known: list[int] = []
         for index in range(self.steps):
+            if index in self.stages:
+                known.clear()
             if index in full:
                 known.insert(0, index)
                 steps.append(None)
@@ -188,7 +205,9 @@ class _Calibration:
         """What the guard compares, nothing expected yet."""
         checks: list[Check | None] = [None] * self.steps
         for place, index in enumerate(full):
-            known = full[:place][::-1][:order]
+            stage = max((begin for begin in self.stages if begin < index), default=0)
+            known = () if index in self.stages else full[:place][::-1][:order]
+            known = tuple(step for step in known if step >= stage)
             if known:
                 weights = affine_weights(self.gram, known, index)
                 checks[index] = Check(tuple(float(f"{x:.7g}") for x in weights))
@@ -196,7 +215,7 @@ class _Calibration:
 
     def try_out(self, plan: Plan) -> tuple[_Runs, dict[str, Any]]:
         """Run all calls with a plan; return the runs and what they lost."""
-        with _following(self.pipe, self.denoiser, plan) as session:
+        with _following(self.pipe, self.denoisers, plan) as session:
             runs, _ = self._run(session)
         size = self.full.outputs.double().square().mean((1, 2))
         error = (runs.outputs - self.full.outputs).double().square().mean((1, 2))
@@ -334,7 +353,7 @@ def calibrate(
             that are not finite; a count out of range, a target that is none, several of full_steps,
             speedup and target.
     """
-    denoiser = denoiser_of(pipe)
+    denoisers = denoisers_of(pipe)
     wishes = {"full_steps": full_steps, "speedup": speedup, "target": target}
     said = [name for name, value in wishes.items() if value is not None]
     if len(said) > 1:
@@ -358,7 +377,7 @@ def calibrate(
             raise ValueError(f"{name}: expected a finite number of at least 1, got {value!r}")
     calls = expect_calls(calls)
     with torch.no_grad(), same_config(pipe.scheduler):
-        found = _Calibration(pipe, denoiser, calls, values, seed)
+        found = _Calibration(pipe, denoisers, calls, values, seed)
         if wanted is not None:
             return _cheapest(found, wanted, order, passes, tail)
         if full_steps is None:
@@ -376,7 +395,7 @@ def calibrate(
 
 def _cheapest(found: _Calibration, wanted: float, order: int, passes: int, tail: float) -> Plan:
     """Bisect for the fewest full steps whose plan reaches the PSNR, as if it grew with them."""
-    low, high, best = 1, found.steps, None
+    low, high, best = len(found.stages), found.steps, None
     while low < high:
         middle = (low + high) // 2
         plan = found.plan(middle, order, passes, tail)

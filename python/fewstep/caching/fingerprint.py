@@ -88,9 +88,10 @@ class Fingerprint:
     scheduler: str
     scheduler_config: Config
     values: Values
+    others: tuple[Fingerprint, ...] = ()  # of the models that share the steps with it
 
     @classmethod
-    def of(cls, denoiser: nn.Module, scheduler: Any) -> Fingerprint:
+    def of(cls, denoiser: nn.Module, scheduler: Any, *others: nn.Module) -> Fingerprint:
         """Take the fingerprint; reads at most a few hundred values of the parameters."""
         found = sorted(_parameters(denoiser).items())
         chosen = found[:: -(-len(found) // _PARAMETERS) or 1]
@@ -101,6 +102,7 @@ class Fingerprint:
             type(scheduler).__name__,
             _config(scheduler),
             tuple((name, _values(parameter)) for name, parameter in chosen),
+            tuple(cls.of(other, None) for other in others),
         )
 
     @classmethod
@@ -112,7 +114,8 @@ class Fingerprint:
         }
         values = tuple((name, tuple(numbers)) for name, numbers in data["values"])
         lists = {**configs, "adapters": tuple(data["adapters"]), "values": values}
-        return cls(**{**data, **lists})
+        others = tuple(map(cls.of_json, data.get("others", ())))
+        return cls(**{**data, **lists, "others": others})
 
     def without_rewritten(self, scheduler: Any) -> Fingerprint:
         """Return the fingerprint without the entries that the scheduler has rewritten since.
@@ -124,8 +127,16 @@ class Fingerprint:
         kept = tuple(entry for entry in self.scheduler_config if now.get(entry[0]) == entry[1])
         return replace(self, scheduler_config=kept)
 
-    def differences(self, denoiser: nn.Module, scheduler: Any) -> list[str]:
+    def differences(self, denoiser: nn.Module, scheduler: Any, *others: nn.Module) -> list[str]:
         """Say what differs: "model: expected .., got ..", the most important first."""
+        if len(self.others) != len(others):
+            return [f"models: expected {len(self.others) + 1}, got {len(others) + 1}"]
+        found = self._differences(denoiser, scheduler)
+        for own, other in zip(self.others, others, strict=True):
+            found += own._differences(other, None)
+        return found
+
+    def _differences(self, denoiser: nn.Module, scheduler: Any) -> list[str]:
         model, step = type(denoiser).__name__, type(scheduler).__name__
         adapters = active_adapters(denoiser)
         found: list[str] = []

@@ -36,7 +36,9 @@ def parse_target(target: str) -> float:
     return float(found[1])
 
 
-def find_plans(folder: Path, denoiser: nn.Module, scheduler: Any) -> tuple[list[Plan], list[str]]:
+def find_plans(
+    folder: Path, denoiser: nn.Module, scheduler: Any, *others: nn.Module
+) -> tuple[list[Plan], list[str]]:
     """Return the plans in a folder's files that fit a pipeline, and why the others don't."""
     plans, refused = [], []
     for path in sorted(folder.glob("*.json")):
@@ -45,7 +47,8 @@ def find_plans(folder: Path, denoiser: nn.Module, scheduler: Any) -> tuple[list[
         except ValueError as error:
             refused.append(f"{path.name}: {error}")
             continue
-        wrong = plan.fingerprint.differences(denoiser, scheduler) if plan.fingerprint else []
+        mark = plan.fingerprint
+        wrong = mark.differences(denoiser, scheduler, *others) if mark else []
         if wrong:
             refused.append(f"{path.name}: {wrong[0]}")
         else:

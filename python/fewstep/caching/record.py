@@ -14,18 +14,18 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .session import step_now, times_of
+from .steps import step_now, times_of
 
-__all__ = ["Run", "record", "repeatable", "responses", "seeded"]
+__all__ = ["Run", "record", "repeatable", "responses", "seeded", "takeovers"]
 
 _IMPULSE = 1e-3  # small, so that samplers that clip don't
 
@@ -41,6 +41,41 @@ class Run:
     outputs: list[Tensor] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     images: Any = None
+    models: list[int] = field(default_factory=list)  # by step, which of several was called
+
+    @contextmanager
+    def watch(self, models: Sequence[nn.Module]) -> Iterator[None]:
+        """Note which of several models is called before each step.
+
+        Raises:
+            ValueError: two in one step.
+        """
+
+        def note(number: int, *_: Any) -> None:
+            step = len(self.outputs)
+            if len(self.models) <= step:
+                self.models += [number] * (step + 1 - len(self.models))
+            elif self.models[step] != number:
+                raise ValueError(
+                    "pipe: expected models that take turns, step by step, got two at work at step "
+                    f"{step}"
+                )
+
+        alone = len(models) < 2
+        hooks = [
+            model.register_forward_pre_hook(functools.partial(note, number))
+            for number, model in enumerate(() if alone else models)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def takeovers(models: Sequence[int]) -> list[int]:
+    """Return the steps at which another model begins."""
+    return [step for step in range(1, len(models)) if models[step] != models[step - 1]]
 
 
 def _sample(x: Tensor, values: int, seed: int) -> Tensor:

@@ -9,13 +9,14 @@ full against the schedule (new conditioning, another shape, too few snapshots) l
 is, and the schedule goes on as soon as enough of its full steps are in it.
 
 A run may start in the middle of its grid (image to image): then the policy is asked for a schedule
-that starts there.
+that starts there. The same where another model takes over.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch import Tensor
 from .guard import Check, Flags, lookback, trips
 from .policy import Forecasts, ScheduledPolicy
 from .ring import Ring, slot_table
-from .session import Branch, Call, Session, times_of
+from .session import Branch, Call, Session
+from .steps import times_of
 
 __all__ = ["ScheduledSession"]
 
@@ -65,7 +67,13 @@ class ScheduledSession(Session):
     def _start_run(self, timesteps: Any) -> None:
         super()._start_run(timesteps)
         self.forecasts = None
+        self._before: tuple[Forecasts, tuple[Check | None, ...]] = ((), ())
         self._flags = None
+
+    def _take_over(self) -> None:
+        super()._take_over()
+        self._before = (self.forecasts or (), self._checks)
+        self.forecasts = None
 
     def _plan_run(self, counted: int, index: Any) -> None:
         """Ask the policy about the grid of this run, given the number and place of its step."""
@@ -82,6 +90,11 @@ class ScheduledSession(Session):
             self._refused = "no plan for this grid" if self._plan is None else None
         else:
             forecasts = self._ask(self.policy.forecasts)
+        if self._before[0] and forecasts:  # of the model before
+            forecasts = self._before[0][:start] + forecasts[start:]
+            checks = self._before[1][:start] + checks[start:]
+            if self._plan is not None:
+                self._plan = replace(self._plan, steps=forecasts, lookback=checks)
         if (forecasts, checks) != (self._taken, self._checks):
             self._tables = {}
         self.forecasts = self._taken = forecasts

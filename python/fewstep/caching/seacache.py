@@ -30,7 +30,8 @@ from ..ops import cache_metric, forecast_apply
 from ._checks import check_choice, check_count, check_number
 from .accumulated import InputSession, Memory
 from .policy import Threshold
-from .session import Call, blend, times_of
+from .session import Call, blend
+from .steps import times_of
 
 __all__ = ["SeaCache", "SeaSession", "noise_ratios", "token_grid", "wiener"]
 

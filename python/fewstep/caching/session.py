@@ -18,6 +18,10 @@ the end, or still while time goes on. Where a run was left in the middle, the fi
 pipeline is told by its conditioning: once that was the same tensor on two steps of a run, another
 tensor is another image's.
 
+A pipeline may have one model for its first steps and another for the others (Wan 2.2): where the
+next takes over, everything starts anew, since another model's features, and as a rule another
+guidance scale, say little about its own.
+
 Every guidance pass has a state of its own, but a sample has one decision per step: the first pass
 that measures takes it for all that get the same input. Guidance, a difference of passes, cancels
 most of the error of two forecasts; of one forecast beside one computed pass it cancels none. Passes
@@ -40,52 +44,12 @@ from ..ops import cache_metric
 from .guard import halves
 from .policy import CachePolicy, ScheduledPolicy
 from .ring import Ring
+from .steps import counts, step_now, times_of
 
-__all__ = ["Branch", "Call", "Session", "step_now", "times_of"]
+__all__ = ["Branch", "Call", "Session"]
 
 # More calls than this in one step mean that the session can't see the steps: it then stays out.
 _MAX_CALLS_PER_STEP = 8
-
-
-def times_of(scheduler: Any) -> tuple[float, ...]:
-    """Return the scheduler's timesteps in the order of the run; () if it has none.
-
-    Where the scheduler counts no steps, a step is told by its time, so repeated times are one.
-    """
-    timesteps = getattr(scheduler, "timesteps", None)
-    if timesteps is None:
-        return ()
-    times = [float(time) for time in torch.as_tensor(timesteps).tolist()]
-    if not (hasattr(scheduler, "step_index") or _counts(scheduler)):
-        times = [time for i, time in enumerate(times) if i == 0 or time != times[i - 1]]
-    return tuple(times)
-
-
-def _counts(scheduler: Any) -> bool:
-    """Whether the scheduler counts its steps from where a run started, as PNDM does."""
-    return isinstance(getattr(scheduler, "counter", None), int)
-
-
-def step_now(scheduler: Any, time: Any, times: tuple[float, ...]) -> int | None:
-    """Return the step on the grid that comes next, or None where the time is none of the grid's.
-
-    Args:
-        scheduler: may count steps from the grid's start, from the run's, or not at all.
-        time: the present one.
-        times: the grid (`times_of`).
-    """
-    index = getattr(scheduler, "step_index", "absent")
-    if index != "absent" and index is not None:
-        return index
-    if index is None:
-        if (begin := getattr(scheduler, "begin_index", None)) is not None:
-            return begin
-        # The scheduler is about to look for the time, too. Of a time that is there twice it takes
-        # the second, where the step to the next time begins; of one that is not, nothing is known.
-        places = [place for place, own in enumerate(times) if own == time][:2]
-        return places[-1] if places else 0
-    later = times[scheduler.counter if _counts(scheduler) else 0 :]
-    return len(times) - len(later) + later.index(time) if time in later else None
 
 
 @dataclass
@@ -172,6 +136,7 @@ class Session:
         self._seen: Counter[str] = Counter()
         self._used: set[tuple[str, int]] = set()
         self._decided: Decided | None = None
+        self._model: Any = None  # that evaluates the present steps
         for branch in self._branches.values():
             branch.forget()
         self._stale = True  # the record of the last run is kept until the next one starts
@@ -187,10 +152,10 @@ class Session:
             value = timestep
         elif timestep.device.type == "cpu" or index in ("absent", None):
             value = timestep.detach().reshape(-1)[0].item()
-        counts = index == "absent" and _counts(scheduler)
-        if counts and self._listed[0] is not timesteps:
+        has_counter = index == "absent" and counts(scheduler)
+        if has_counter and self._listed[0] is not timesteps:
             self._listed = (timesteps, times_of(scheduler))
-        if counts:
+        if has_counter:
             place = step_now(scheduler, value, self._listed[1])
             index = index if place is None else place
         elif index is None:
@@ -204,7 +169,7 @@ class Session:
         scheduler = self._scheduler()
         # SCM lists the final 0 as one more timestep; PNDM takes one twice.
         more = getattr(scheduler, "num_inference_steps", None) == total - 1
-        if more and not _counts(scheduler):
+        if more and not counts(scheduler):
             total -= 1
         return (self._step if index == "absent" else index) >= total - 1
 
@@ -235,13 +200,16 @@ class Session:
         return turned
 
     @torch.compiler.disable
-    def begin(self, timestep: Any, conditioning: Any, form: tuple[Any, ...] = ()) -> Call:
+    def begin(
+        self, timestep: Any, conditioning: Any, form: tuple[Any, ...] = (), model: Any = None
+    ) -> Call:
         """Open the record of a call of the denoiser; `finish` or `abort` closes it.
 
         Args:
             timestep: the time that the model was given.
             conditioning: what tells the guided from the unguided pass, or None.
             form: shape, dtype and device of what entered the model.
+            model: tells the pipeline's models apart, where it has several.
         """
         timesteps, clock = self._read_clock(timestep)
         if self._is_elsewhere(timesteps, clock):
@@ -261,6 +229,10 @@ class Session:
             self.reasons.clear()
             self.blended = 0
             self._stale = False
+        if model is not self._model:
+            if self._model is not None:
+                self._take_over()
+            self._model = model
         branch = self._branch(conditioning)
         self.call = Call(branch, self._step, self._is_last(timesteps, clock[0]), form=form)
         if branch is not None:
@@ -270,6 +242,12 @@ class Session:
                 self.abort()
                 raise
         return self.call
+
+    def _take_over(self) -> None:
+        """Start anew with another model in the middle of a run."""
+        self._decided = None
+        for branch in self._branches.values():
+            branch.forget()
 
     verify = False  # whether the model runs on skipped steps too, to measure
 

@@ -26,7 +26,15 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "affine_weights", "best_schedule", "fit_affine", "gap_costs", "gaps"]
+__all__ = [
+    "Array",
+    "affine_weights",
+    "best_schedule",
+    "best_stages",
+    "fit_affine",
+    "gap_costs",
+    "gaps",
+]
 
 Array = NDArray[np.float64]
 
@@ -134,3 +142,41 @@ def best_schedule(
         known = layer[known][1]
         chosen.append(known[-1])
     return tuple(reversed(chosen))
+
+
+def best_stages(
+    ends: Sequence[int], full_steps: int, cost: Callable[[tuple[int, ...], int], float]
+) -> tuple[int, ...]:
+    """Return the full steps of a run whose stages know nothing of each other.
+
+    Args:
+        ends: the step behind each stage; every stage starts in full.
+        full_steps: of all stages, at least one each.
+        cost: as in `best_schedule`.
+    """
+    if len(ends) == 1:
+        return best_schedule(ends[0], full_steps, cost)
+    if full_steps < len(ends):
+        raise ValueError(
+            f"full_steps: expected at least {len(ends)}, one for each model, got {full_steps}"
+        )
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by full steps so far
+    for begin, end in pairwise([0, *ends]):
+
+        def moved(known: tuple[int, ...], to: int, begin: int = begin) -> float:
+            return cost(tuple(step + begin for step in known), to + begin)
+
+        after: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for count in range(1, min(end - begin, full_steps) + 1):
+            chosen = best_schedule(end - begin, count, moved)
+            spent = sum(
+                moved(chosen[: place + 1][-_MEMORY:], to)
+                for place, to in enumerate((*chosen[1:], end - begin))
+            )
+            found = tuple(step + begin for step in chosen)
+            for before, (paid, path) in best.items():
+                total = paid + spent
+                if before + count not in after or total < after[before + count][0]:
+                    after[before + count] = (total, path + found)
+        best = after
+    return best[min(full_steps, max(best))][1]

@@ -59,17 +59,22 @@ class _CacheChange(Change):
 class _Changed:
     """Says what a plan was calibrated for and is no longer so: looked at when a run starts."""
 
-    def __init__(self, denoiser: nn.Module, before: Any, scheduler: Callable[[], Any]) -> None:
-        self._denoiser, self._scheduler = weakref.ref(denoiser), scheduler
+    def __init__(
+        self, denoisers: tuple[nn.Module, ...], before: Any, scheduler: Callable[[], Any]
+    ) -> None:
+        self._denoisers = [weakref.ref(denoiser) for denoiser in denoisers]
+        self._scheduler = scheduler
         self._kind, self._config = type(before), _settings(before)
-        self._adapters = active_adapters(denoiser)
+        self._adapters = [active_adapters(denoiser) for denoiser in denoisers]
 
     def __call__(self) -> str | None:
-        now, denoiser = self._scheduler(), self._denoiser()
+        now = self._scheduler()
         if type(now) is not self._kind or _settings(now) != self._config:
             return "another scheduler"
-        if denoiser is not None and active_adapters(denoiser) != self._adapters:
-            return "other adapters"
+        for reference, adapters in zip(self._denoisers, self._adapters, strict=True):
+            denoiser = reference()
+            if denoiser is not None and active_adapters(denoiser) != adapters:
+                return "other adapters"
         return None
 
 
@@ -97,9 +102,9 @@ def _resolve(cache: Any, options: CacheOptions, pipe: Any, target: Target, sched
                 'cache="auto": expected a pipeline loaded from a folder, where its plans lie in '
                 f"{FOLDER}, got one from {place!r}; give the folder of plans as cache"
             )
-        return _choice(Path(place) / FOLDER, target, options, scheduler)
+        return _choice(Path(place) / FOLDER, _denoisers(pipe, target), options, scheduler)
     if isinstance(cache, Path) and cache.is_dir():
-        return _choice(cache, target, options, scheduler)
+        return _choice(cache, _denoisers(pipe, target), options, scheduler)
     for name in ("target", "speedup"):
         if getattr(options, name) is not None:
             raise ValueError(
@@ -111,11 +116,19 @@ def _resolve(cache: Any, options: CacheOptions, pipe: Any, target: Target, sched
             raise ValueError(f"cache: expected a file with a plan, got {str(cache)!r}: none there")
         cache = Plan.load(cache)
     if isinstance(cache, Plan):
-        _expect_fit(cache, target, scheduler)
+        _expect_fit(cache, _denoisers(pipe, target), scheduler)
     return resolve_policy(cache)
 
 
-def _choice(folder: Path, target: Target, options: CacheOptions, scheduler: Any) -> PlanChoice:
+def _denoisers(pipe: Any, target: Target) -> tuple[nn.Module, ...]:
+    """Return the models that share the steps."""
+    more = () if target.second is None else (getattr(pipe, target.second),)
+    return (target.denoiser, *more)
+
+
+def _choice(
+    folder: Path, denoisers: tuple[nn.Module, ...], options: CacheOptions, scheduler: Any
+) -> PlanChoice:
     """Return the plans in a folder, with the target."""
     wanted, speedup = options.target, options.speedup
     if speedup is not None and not (isinstance(speedup, int | float) and 1 <= speedup < math.inf):
@@ -123,7 +136,7 @@ def _choice(folder: Path, target: Target, options: CacheOptions, scheduler: Any)
     if wanted is None and speedup is None:
         wanted = DEFAULT_TARGET
     psnr = None if wanted is None else parse_target(wanted)
-    plans, refused = find_plans(folder, target.denoiser, scheduler)
+    plans, refused = find_plans(folder, denoisers[0], scheduler, *denoisers[1:])
     if not plans:
         why = f" ({'; '.join(refused)})" if refused else ""
         raise ValueError(
@@ -134,13 +147,34 @@ def _choice(folder: Path, target: Target, options: CacheOptions, scheduler: Any)
     return PlanChoice(tuple(plans), psnr, speedup)
 
 
-def _expect_fit(plan: Plan, target: Target, scheduler: Any) -> None:
+def _expect_fit(plan: Plan, denoisers: tuple[nn.Module, ...], scheduler: Any) -> None:
     """Raise ValueError where a plan belongs to another pipeline."""
     mark = plan.fingerprint
-    if mark is not None and (wrong := mark.differences(target.denoiser, scheduler)):
+    if mark is None:
+        return
+    if wrong := mark.differences(denoisers[0], scheduler, *denoisers[1:]):
         raise ValueError(
             f"cache: expected the pipeline that {plan!r} was calibrated on, got another: "
             f"{'; '.join(wrong[:3])}. fewstep.caching.calibrate makes a plan for this one"
+        )
+
+
+def _expect_plain(component: str, denoiser: nn.Module) -> None:
+    model = type(denoiser).__name__
+    if hasattr(denoiser, "_orig_mod"):
+        raise ValueError(
+            f"cache: expected an uncompiled model in pipe.{component}, got {model}; patch first, "
+            "then torch.compile"
+        )
+    if is_cached(denoiser):
+        raise PatchError(
+            f"cache: expected a {model} without a cache, got one that another pipeline's "
+            "patch caches, or a deep copy of such a one; undo that patch before, or before copying"
+        )
+    if getattr(denoiser, "is_cache_enabled", False):
+        raise PatchError(
+            f"cache: expected a {model} without a cache, got one with diffusers' "
+            "enable_cache; call disable_cache first"
         )
 
 
@@ -167,24 +201,20 @@ def plan_cache(
         raise ValueError(f"cache: expected scope {names}, got {scope!r} in {policy!r}")
     if not isinstance(options.verify, bool):
         raise TypeError(f"verify: expected a bool, got {options.verify!r}")
+    components = {target.component: target.denoiser}
     if scope == "output":
         target.require_eager("cache")
-        target.require_alone("cache")
-        layout: Any = OutputStack(target.denoiser)
+        if target.second is None:
+            target.require_alone("cache")
+        else:
+            components[target.second] = getattr(pipe, target.second)
+        layouts: dict[str, Any] = {name: OutputStack(part) for name, part in components.items()}
     elif scope in BY_MODULE:
-        layout = target.modules(scope, getattr(policy, "modules", None))
+        layouts = {target.component: target.modules(scope, getattr(policy, "modules", None))}
     else:
-        layout = target.layout(scope)
-    if is_cached(target.denoiser):
-        raise PatchError(
-            f"cache: expected a {target.model} without a cache, got one that another pipeline's "
-            "patch caches, or a deep copy of such a one; undo that patch before, or before copying"
-        )
-    if getattr(target.denoiser, "is_cache_enabled", False):
-        raise PatchError(
-            f"cache: expected a {target.model} without a cache, got one with diffusers' "
-            "enable_cache; call disable_cache first"
-        )
+        layouts = {target.component: target.layout(scope)}
+    for component, denoiser in components.items():
+        _expect_plain(component, denoiser)
     scheduled = isinstance(policy, ScheduledPolicy)
     if scope in BY_MODULE and not scheduled:
         raise ValueError(f'cache: expected a schedule with scope "{scope}", got {policy!r}')
@@ -196,9 +226,11 @@ def plan_cache(
     more = {"verify": options.verify} if scheduled else {}
     session: Session = kind(policy, SchedulerOf(pipe), **more)
     if isinstance(policy, Plan | PlanChoice) and isinstance(session, ScheduledSession):
-        session.changed = _Changed(target.denoiser, scheduler, SchedulerOf(pipe))
+        session.changed = _Changed(tuple(components.values()), scheduler, SchedulerOf(pipe))
     change = _CacheChange(repr(policy), session)
-    change.done.append(layout.describe(session))
+    change.done += [layout.describe(session) for layout in layouts.values()]
+    if len(layouts) > 1:
+        change.done.append("where the second model takes over, the schedule starts anew")
     ends = "the first" if scheduled else "the first and the last"
     if options.verify:
         change.done.append("the model runs on skipped steps too, to measure the forecasts")
@@ -206,8 +238,13 @@ def plan_cache(
         f"{ends} step of an image runs in full; state is per guidance pass and starts anew with "
         "every image"
     )
-    change.plan = lambda: _slots(target, layout, session)
-    change.left += getattr(layout, "left", [])
+    change.plan = lambda: [
+        slot
+        for component, layout in layouts.items()
+        for slot in _slots(component, components[component], layout, session)
+    ]
+    for layout in layouts.values():
+        change.left += getattr(layout, "left", [])
     change.left.append("weights, scheduler and step count")
     return change
 
@@ -218,9 +255,9 @@ def _session_of(scope: str, scheduled: bool) -> type[Session]:
     return ScheduledSession if scheduled else Session
 
 
-def _slots(target: Target, layout: Any, session: Session) -> list[Slot]:
-    whole = f"pipe.{target.component}"
-    names = {id(module): name for name, module in target.denoiser.named_modules()}
+def _slots(component: str, denoiser: nn.Module, layout: Any, session: Session) -> list[Slot]:
+    names = {id(module): name for name, module in denoiser.named_modules()}
+    whole = f"pipe.{component}"
     return [
         Slot(module, name, value, ".".join(filter(None, (whole, names[id(module)], name))))
         for module, name, value in layout.replacements(session)

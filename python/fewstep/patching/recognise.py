@@ -90,6 +90,12 @@ class Target:
                 f"{self.model}; patch first, then torch.compile"
             )
 
+    @property
+    def second(self) -> str | None:
+        """The component that takes over from the denoiser at some step, as in Wan 2.2."""
+        name = f"{self.component}_2"
+        return name if self.others == (name,) else None
+
     def require_alone(self, argument: str) -> None:
         """Raise ValueError where other components take a share of the steps or of the work."""
         if self.others:
