@@ -17,6 +17,7 @@ from .encoder import EncoderStack
 from .fingerprint import Fingerprint
 from .kept import BY_MODULE, Kept
 from .layers import choose_modules, find_modules
+from .lemica import edge_costs, lemica
 from .magcache import MagCache, MagnitudeRecorder
 from .methods import FoCa, Fora, HiCache, Newton, Scm, Taylor
 from .module_session import ModuleSession
@@ -76,10 +77,12 @@ __all__ = [
     "UNetStack",
     "calibrate",
     "choose_modules",
+    "edge_costs",
     "find_modules",
     "find_plans",
     "hands_on",
     "is_cached",
+    "lemica",
     "parse_target",
     "plot_report",
     "resolve_policy",
