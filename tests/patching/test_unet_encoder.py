@@ -62,12 +62,12 @@ def parts_of(pipe):
     return [block.resnets[0] for block in blocks]
 
 
-def steps_of(pipe, count):
+def steps_of(pipe, end, start=0):
     """The times as the model gets them, with the scheduler where a loop would have it."""
     pipe.scheduler.set_timesteps(STEPS)
-    for index, time in enumerate(pipe.scheduler.timesteps[:count]):
+    for index in range(start, end):
         pipe.scheduler._step_index = index
-        yield time[None] * 0.016
+        yield pipe.scheduler.timesteps[index][None] * 0.016
 
 
 @pytest.mark.parametrize("name", PIPES)
@@ -238,6 +238,33 @@ def test_an_adapters_features_are_added_once(parallel):
     policy = FasterDiffusion(every=8, parallel=parallel)
     with torch.no_grad(), fewstep.patch(pipe, cache=policy):
         assert torch.equal(last(1), last(4))
+
+
+def test_features_in_eight_bits():
+    pipe = text_unet()
+    found = {}
+    for snapshots in (None, "int8"):
+        policy = FasterDiffusion(every=2, snapshots=snapshots)
+        with fewstep.patch(pipe, cache=policy) as patch:
+            found[snapshots] = run(pipe, batch=2), patch.report()["cache"]["snapshot_bytes"]
+    (exact, whole), (rounded, small) = found.values()
+    assert small < 0.4 * whole
+    assert not torch.equal(rounded, exact)
+    error = (rounded - exact).norm() / exact.norm()
+    assert error < 0.05  # 1/254 of a group's largest value a key step, amplified by the steps
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_run_of_a_grids_last_steps_has_key_steps_of_its_own(parallel):
+    pipe = class_unet()
+    x, labels = torch.randn(1, 1, 8, 8), torch.tensor([3])
+    policy = FasterDiffusion(key_steps=(0, 2), parallel=parallel)
+    with torch.no_grad(), fewstep.patch(pipe, cache=policy) as patch:
+        for time in steps_of(pipe, STEPS, start=2):
+            pipe.transformer(x, time, class_labels=labels)
+        report = patch.report()["cache"]
+    assert report["branches"]["call 0"] == ["full", "skip", "full", "skip"]
+    assert report["ahead"] == 2 * parallel
 
 
 def test_gradients_keep_the_encoder_running():

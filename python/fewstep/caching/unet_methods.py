@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import forecasters
-from ._checks import check_count
+from ._checks import check_choice, check_count
 from .encoder import EncoderSession
 from .methods import forecast_steps
 from .policy import Forecasts, Interval
+from .snapshots import FORMATS
 
 __all__ = ["DeepCache", "FasterDiffusion", "Tiue"]
 
@@ -66,13 +67,15 @@ class FasterDiffusion:
         key_steps: numbers of the steps, 0 among them; None takes the published nine of 50, moved
             to the length of the run.
         parallel: whether a key step decodes for the steps up to the next one in one batch.
+        snapshots: how features are kept, as of `Kept`; None as they were computed.
     """
 
     every: int | None = None
     key_steps: tuple[int, ...] | None = None
     parallel: bool = False
+    snapshots: str | None = None
 
-    scope, order, session = "encoder", 1, EncoderSession
+    scope, order, session, restarts = "encoder", 1, EncoderSession, True
 
     def __post_init__(self) -> None:
         if self.every is not None:
@@ -85,6 +88,8 @@ class FasterDiffusion:
             raise ValueError(f"key_steps: expected 0 among them, got {self.key_steps!r}")
         if not isinstance(self.parallel, bool):
             raise TypeError(f"parallel: expected a bool, got {self.parallel!r}")
+        if self.snapshots is not None:
+            check_choice("snapshots", self.snapshots, tuple(FORMATS))
 
     def forecasts(self, times: Sequence[float]) -> Forecasts:
         """Return the decisions for a grid."""
@@ -113,7 +118,7 @@ class Tiue:
 
     parallel: bool = True
 
-    scope, order, session = FasterDiffusion.scope, FasterDiffusion.order, EncoderSession
+    scope, order, session, restarts = "encoder", 1, EncoderSession, True
 
     def forecasts(self, times: Sequence[float]) -> Forecasts:
         """Return the decisions for a grid."""
