@@ -10,7 +10,7 @@ from torch import nn
 
 from ._wrap import is_cached
 
-__all__ = ["denoiser_of", "denoisers_of", "expect_calls", "same_config"]
+__all__ = ["denoiser_of", "denoisers_of", "expect_calls", "only_denoiser_of", "same_config"]
 
 _DENOISERS = ("transformer", "unet")
 
@@ -47,6 +47,21 @@ def denoisers_of(pipe: Any) -> tuple[nn.Module, ...]:
             _expect_plain(second, f"{name}_2")
             found.append(second)
     return tuple(found)
+
+
+def only_denoiser_of(pipe: Any) -> nn.Module:
+    """Return the model of a pipeline that evaluates one at all steps.
+
+    Raises:
+        TypeError, ValueError: as `denoiser_of`; a pipeline with two models.
+    """
+    found = denoisers_of(pipe)
+    if len(found) > 1:
+        raise ValueError(
+            f"pipe: expected one model for all steps, got {len(found)} that share them in "
+            f"{type(pipe).__name__}"
+        )
+    return found[0]
 
 
 def _expect_plain(denoiser: nn.Module, component: str) -> None:

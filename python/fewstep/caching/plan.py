@@ -183,11 +183,15 @@ class Plan:
         """
         return carried_over(self, times, corrected=corrected)
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
+    def to_json(self) -> str:
+        """Return the plan as JSON."""
         data = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
         lines = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in data.items())
-        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -197,7 +201,19 @@ class Plan:
             ValueError: not a plan, or one of a version that is not known.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            return cls.of_json(Path(path).read_text(errors="replace"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def of_json(cls, text: str) -> Plan:
+        """Return the plan that `to_json` has made `text` of.
+
+        Raises:
+            ValueError: not a plan, or one of a version that is not known.
+        """
+        try:
+            data = json.loads(text)
             if data.pop("format") != _FORMAT or data.pop("version") != _VERSION:
                 raise KeyError("format, version")
             mark = data.pop("fingerprint")
@@ -212,8 +228,8 @@ class Plan:
                 part=None if (part := data.pop("part", None)) is None else tuple(part),
                 **data,
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path}: expected a {_FORMAT} of version {_VERSION}, got something else "
-                f"({type(e).__name__}: {e})"
-            ) from e
+                f"expected a {_FORMAT} of version {_VERSION}, got something else "
+                f"({type(error).__name__}: {error})"
+            ) from error

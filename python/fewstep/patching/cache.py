@@ -13,15 +13,18 @@ from torch import nn
 from ..caching import (
     BY_MODULE,
     PRESETS,
+    LookAhead,
     ModuleSession,
     OutputStack,
     Plan,
     PlanChoice,
+    Router,
     ScheduledPolicy,
     ScheduledSession,
     Session,
     find_plans,
     is_cached,
+    load_cache,
     parse_target,
     resolve_policy,
 )
@@ -114,8 +117,8 @@ def _resolve(cache: Any, options: CacheOptions, pipe: Any, target: Target, sched
     if isinstance(cache, Path) or (isinstance(cache, str) and cache.endswith(".json")):
         if not Path(cache).is_file():
             raise ValueError(f"cache: expected a file with a plan, got {str(cache)!r}: none there")
-        cache = Plan.load(cache)
-    if isinstance(cache, Plan):
+        cache = load_cache(cache)
+    if isinstance(cache, Plan | LookAhead | Router):
         _expect_fit(cache, _denoisers(pipe, target), scheduler)
     return resolve_policy(cache)
 
@@ -147,7 +150,9 @@ def _choice(
     return PlanChoice(tuple(plans), psnr, speedup)
 
 
-def _expect_fit(plan: Plan, denoisers: tuple[nn.Module, ...], scheduler: Any) -> None:
+def _expect_fit(
+    plan: Plan | LookAhead | Router, denoisers: tuple[nn.Module, ...], scheduler: Any
+) -> None:
     """Raise ValueError where a plan belongs to another pipeline."""
     mark = plan.fingerprint
     if mark is None:
@@ -225,7 +230,8 @@ def plan_cache(
     kind = getattr(policy, "session", _session_of(scope, scheduled))
     more = {"verify": options.verify} if scheduled else {}
     session: Session = kind(policy, SchedulerOf(pipe), **more)
-    if isinstance(policy, Plan | PlanChoice) and isinstance(session, ScheduledSession):
+    fitted = isinstance(policy, Plan | PlanChoice | LookAhead | Router)
+    if fitted and isinstance(session, ScheduledSession):
         session.changed = _Changed(tuple(components.values()), scheduler, SchedulerOf(pipe))
     change = _CacheChange(repr(policy), session)
     change.done += [layout.describe(session) for layout in layouts.values()]
