@@ -27,7 +27,15 @@ if TYPE_CHECKING:
         sampling,
         tangent,
     )
-    from .patching import Patch, QuantizationConfig, load_nunchaku, patch, quantize
+    from .patching import (
+        Patch,
+        QuantizationConfig,
+        apply_cache,
+        load_nunchaku,
+        patch,
+        quantize,
+        remove_cache,
+    )
     from .tangent import forward_mode, jvp, scaled_dot_product_attention
 
 __version__ = "0.1.0"
@@ -45,12 +53,14 @@ _MODULES = (
     "tangent",
 )
 _FROM = {
+    "apply_cache": "patching",
     "patch": "patching",
     "Patch": "patching",
     "forward_mode": "tangent",
     "jvp": "tangent",
     "load_nunchaku": "patching",
     "quantize": "patching",
+    "remove_cache": "patching",
     "QuantizationConfig": "patching",
     "scaled_dot_product_attention": "tangent",
 }
@@ -59,6 +69,7 @@ __all__ = [
     "Patch",
     "QuantizationConfig",
     "__version__",
+    "apply_cache",
     "assets",
     "caching",
     "distillation",
@@ -71,6 +82,7 @@ __all__ = [
     "quantization",
     "quantize",
     "reference",
+    "remove_cache",
     "sampling",
     "scaled_dot_product_attention",
     "tangent",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,14 +37,41 @@ class Wrapped:
     """A method of one instance, with the signature and name of what it wraps (pipelines inspect
     `forward`).
 
-    An object rather than a closure, so that a deep copy of the module gets one that calls the copy:
-    `below` is a bound method, and `session` is copied once for all wrappers of a model.
+    An object rather than a closure, so that a deep or pickled copy of the module gets one that
+    calls the copy: `below` is a bound method, and `session` is copied once for all wrappers of a
+    model.
     """
+
+    always = False  # whether the module runs on skipped steps too
 
     def __init__(self, below: Callable[..., Any], session: Session) -> None:
         functools.update_wrapper(self, below)
         self.below, self.session = below, session
         self.fewstep_cache = True  # in `__dict__`, which those who wrap this copy to theirs
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Name the module's own method, which pickle would look up on an unfinished copy."""
+        state = {name: value for name, value in self.__dict__.items() if name != "__wrapped__"}
+        below = self.below
+        if isinstance(below, MethodType):
+            name = below.__func__.__name__
+            if getattr(type(below.__self__), name, None) is below.__func__:
+                state["below"] = _Method(below.__self__, name)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.below, _Method):
+            owner, name = self.below
+            self.below = MethodType(getattr(type(owner), name), owner)
+        self.__wrapped__ = self.below
+
+
+class _Method(NamedTuple):
+    """A method that an object has of its class."""
+
+    owner: Any
+    name: str
 
 
 def is_cached(module: nn.Module) -> bool:
@@ -82,24 +109,13 @@ class Followed(Wrapped):
             session.abort()
             raise
         session.finish(call)
+        while session.after_call:
+            session.after_call.pop()()
         return result
 
     def run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate the model; what sits on its blocks skips some of them."""
         return self.below(*args, **kwargs)
-
-
-class _Context(Wrapped):
-    @uncompiled
-    @contextmanager
-    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        session = self.session
-        outer, session.context = session.context, name
-        try:
-            with self.below(name, *args, **kwargs) as value:
-                yield value
-        finally:
-            session.context = outer
 
 
 def follow(
@@ -108,13 +124,9 @@ def follow(
     ignore: tuple[str, ...],
     kind: type[Followed] = Followed,
 ) -> list[Replacement]:
-    """Open and close a `Call` around the denoiser, and read the `cache_context` names.
+    """Open and close a `Call` around the denoiser.
 
     A call that gives one of the arguments in `ignore` runs as if there were no cache: these change
     which blocks run.
     """
-    found = [Replacement(denoiser, "forward", kind(denoiser.forward, session, ignore))]
-    if hasattr(denoiser, "cache_context"):
-        context = _Context(denoiser.cache_context, session)
-        found.append(Replacement(denoiser, "cache_context", context))
-    return found
+    return [Replacement(denoiser, "forward", kind(denoiser.forward, session, ignore))]

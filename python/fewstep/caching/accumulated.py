@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import cache_metric
 from ._checks import check_count
 from .policy import Threshold
 from .session import Call, Session, blend
+from .shards import measure
 
 __all__ = ["EasyCache", "InputSession", "TeaCache"]
 
@@ -40,6 +40,7 @@ class Memory:
     full_entry: Tensor | None = None  # what entered on the last full step,
     full_output: Tensor | None = None  # and what the model made of it
     gain: Tensor | None = None  # [B], k
+    group: Any = None  # of the ranks, where each has a share of the entry
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class InputSession(Session):
         entry = self.seen(call, entry)
         memory: Memory | None = branch.memory
         if memory is None or memory.entry.shape != entry.shape:
-            memory = branch.memory = self.remember(entry, _mean(entry) * 0)
+            memory = branch.memory = self.remember(entry, _mean(entry) * 0, group=self.group)
         elif not all(reasons):
             memory.error = memory.error + self.policy.increment(memory, entry)
             reasons = self._judge(call, reasons, memory.error)
@@ -141,7 +142,7 @@ class TeaCache(Threshold):
 
     def increment(self, memory: Memory, entry: Tensor) -> Tensor:
         """Return d [B]."""
-        change = cache_metric(entry, memory.entry, per_sample=True)
+        change, _ = measure(entry, memory.entry, group=memory.group)
         total = torch.zeros_like(change)
         for coefficient in self.coefficients:
             total = total * change + coefficient

@@ -152,6 +152,8 @@ class ModuleSession(ScheduledSession):
         tally: the call under way, or None where there is no cache.
     """
 
+    carried = (*ScheduledSession.carried, "names")
+
     def __init__(
         self, policy: ScheduledPolicy, scheduler: Callable[[], Any], *, verify: bool = False
     ) -> None:
@@ -222,8 +224,3 @@ class ModuleSession(ScheduledSession):
             branch.name: list(branch.ring.forecast) for branch in branches if branch.ring
         }
         return numbers
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleSession:
-        twin = super().__deepcopy__(memo)
-        twin.names = self.names
-        return twin

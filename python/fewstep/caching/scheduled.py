@@ -43,6 +43,7 @@ class ScheduledSession(Session):
     """
 
     policy: ScheduledPolicy
+    carried = (*Session.carried, "verify", "watch")
 
     def __init__(
         self, policy: ScheduledPolicy, scheduler: Callable[[], Any], *, verify: bool = False
@@ -257,11 +258,6 @@ class ScheduledSession(Session):
         if any(measured.values()):
             numbers["measured_error"] = measured
         return numbers
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ScheduledSession:
-        twin = super().__deepcopy__(memo)
-        twin.verify, twin.watch = self.verify, self.watch
-        return twin
 
 
 def _nothing() -> None:

@@ -16,7 +16,8 @@ Another pipeline may use the same model. With the same scheduler its runs are fo
 other; with one of its own they are not this scheduler's steps and run in full: the index stands at
 the end, or still while time goes on. Where a run was left in the middle, the first call of another
 pipeline is told by its conditioning: once that was the same tensor on two steps of a run, another
-tensor is another image's.
+tensor is another image's. Where nothing counts steps (`by_call`), a pass that this one has seen
+begins the next.
 
 A pipeline may have one model for its first steps and another for the others (Wan 2.2): where the
 next takes over, everything starts anew, since another model's features, and as a rule another
@@ -30,7 +31,6 @@ that are halves of one batch run where either of the two wants to.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,10 +40,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import cache_metric
 from .guard import halves
 from .policy import CachePolicy, ScheduledPolicy
 from .ring import Ring
+from .shards import measure
 from .steps import counts, step_now, times_of
 
 __all__ = ["Branch", "Call", "Session"]
@@ -117,6 +117,9 @@ class Session:
     def __init__(self, policy: CachePolicy | ScheduledPolicy, scheduler: Callable[[], Any]) -> None:
         self.policy = policy
         self.context: str | None = None
+        self.on_run: list[Callable[[], Any]] = []  # told of every run's first call,
+        self.after_call: list[Callable[[], Any]] = []  # and once of the end of a call
+        self.group: Any = None  # of the ranks, where each has some of the blocks' tokens
         self.call: Call | None = None
         self.closed = False
         self.reasons: Counter[str] = Counter()
@@ -218,13 +221,15 @@ class Session:
             return self.call
         if timesteps is not self._timesteps or self._turned_round(clock):
             self._start_run(timesteps)
-        if clock != self._clock:
+        if clock != self._clock or (self.by_call and self._seen_before(conditioning)):
             self._clock = clock
             self._step += 1
             self._seen.clear()
             self._used.clear()
             self._decided = None
         if self._stale:
+            for told in self.on_run:
+                told()
             self._branches.clear()
             self.reasons.clear()
             self.blended = 0
@@ -249,6 +254,7 @@ class Session:
         for branch in self._branches.values():
             branch.forget()
 
+    by_call = False  # whether the same pass again is another step, also at the same time
     verify = False  # whether the model runs on skipped steps too, to measure
 
     def enter(self, call: Call) -> None:
@@ -256,6 +262,12 @@ class Session:
 
     def _foresee(self, call: Call, timesteps: Any, index: Any) -> None:
         """Decide what can be decided before the model runs: here, nothing."""
+
+    def _seen_before(self, conditioning: Any) -> bool:
+        """Whether a pass of this step was the same: by its name, or else by its conditioning."""
+        if self.context is not None or conditioning is None:
+            return self._seen[self.context or "call"] > 0
+        return any(self._branches[key].conditioning is conditioning for key in self._used)
 
     def _branch(self, conditioning: Any) -> Branch | None:
         name = self.context or "call"
@@ -297,8 +309,8 @@ class Session:
         residual = None
         if self.policy.measures and not call.is_last:
             previous = None if all(reasons) else branch.probe
-            change, residual = cache_metric(
-                output, entry, previous=previous, return_residual=True, per_sample=True
+            change, residual = measure(
+                output, entry, previous=previous, group=None if previous is None else self.group
             )
             if previous is not None:
                 reasons = self._judge(call, reasons, change)
@@ -432,17 +444,22 @@ class Session:
         for branch in self._branches.values():
             branch.forget()
 
+    def reset(self) -> None:
+        """Take the next call for the first of a run; what was decided can still be reported."""
+        self.abort()
+        self._start_run(None)
+
     def close(self) -> None:
         """Stay out of every call from now on, and drop the tensors."""
         self.closed = True
         self.abort()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+    carried: tuple[str, ...] = ("closed", "by_call")  # what copies take over besides
+
+    def __reduce__(self) -> tuple[Any, ...]:
         """A session of its own for a copy of the model, without what this one has seen."""
-        policy, scheduler = copy.deepcopy((self.policy, self._scheduler), memo)
-        twin = type(self)(policy, scheduler)
-        twin.closed = self.closed
-        return twin
+        carried = {name: getattr(self, name) for name in self.carried}
+        return type(self), (self.policy, self._scheduler), carried
 
     # What was done?
 

@@ -90,6 +90,7 @@ class _Block(Wrapped):
     ) -> None:
         super().__init__(below, session)
         self.index, self.middle, self.two_streams = index, middle, two_streams
+        self.always = index < middle[0]
 
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

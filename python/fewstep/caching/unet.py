@@ -111,6 +111,8 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 class _Probe(Wrapped):
     """Down block 0: decides by its last feature at full resolution, `finest` in its outputs."""
 
+    always = True
+
     def __init__(self, below: Callable[..., Any], session: Session, finest: int) -> None:
         super().__init__(below, session)
         self.finest = finest

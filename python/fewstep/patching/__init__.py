@@ -5,6 +5,7 @@ reuse across steps from `caching`.
 """
 
 from .activations import FusedActivations, fuse_activations
+from .apply import apply_cache, remove_cache
 from .modulations import GroupedModulations, group_modulations, modulation_layers
 from .norms import FusedNorms, fuse_norms
 from .patch import Patch, active_patches, patch
@@ -20,6 +21,7 @@ __all__ = [
     "PatchError",
     "QuantizationConfig",
     "active_patches",
+    "apply_cache",
     "fuse_activations",
     "fuse_norms",
     "group_modulations",
@@ -27,4 +29,5 @@ __all__ = [
     "modulation_layers",
     "patch",
     "quantize",
+    "remove_cache",
 ]

@@ -40,10 +40,16 @@ _SCOPES = ("output", "blocks", "levels", "encoder", *BY_MODULE)
 
 
 class _CacheChange(Change):
-    def __init__(self, summary: str, session: Session) -> None:
-        super().__init__("cache", summary)
-        self._session = session
-        self.plan: Callable[[], list[Slot]] = list
+    def __init__(self, policy: Any, session: Session) -> None:
+        super().__init__("cache", repr(policy))
+        self.policy = policy
+        self.session, self._undone = session, False
+        self.plan: Callable[[], list[Any]] = list
+
+    @property
+    def gone(self) -> bool:
+        """Whether `disable_cache`, `remove_cache` or a registry has taken it off."""
+        return self.session.closed and not self._undone
 
     def apply(self) -> None:
         # Not before: `forward` of a module is its class's, which quantising may have changed.
@@ -52,11 +58,12 @@ class _CacheChange(Change):
 
     def undo(self) -> None:
         # A wrapper that somebody else has wrapped stays below theirs: it must do nothing then.
-        self._session.close()
+        self.session.close()
+        self._undone = True
         super().undo()
 
     def report(self) -> dict[str, Any]:
-        return self._session.report()
+        return self.session.report()
 
 
 class _Changed:
@@ -165,35 +172,39 @@ def _expect_fit(
 
 
 def _expect_plain(component: str, denoiser: nn.Module) -> None:
-    model = type(denoiser).__name__
+    model, place = type(denoiser).__name__, f"pipe.{component}" if component else "model"
     if hasattr(denoiser, "_orig_mod"):
         raise ValueError(
-            f"cache: expected an uncompiled model in pipe.{component}, got {model}; patch first, "
+            f"cache: expected an uncompiled model in {place}, got {model}; patch first, "
             "then torch.compile"
         )
-    if is_cached(denoiser):
+    from .hooks import expect_no_other, hook_of
+
+    if is_cached(denoiser) or hook_of(denoiser):
         raise PatchError(
             f"cache: expected a {model} without a cache, got one that another pipeline's "
-            "patch caches, or a deep copy of such a one; undo that patch before, or before copying"
+            "patch caches, or a deep copy of such a one; undo that patch, or call remove_cache"
         )
-    if getattr(denoiser, "is_cache_enabled", False):
-        raise PatchError(
-            f"cache: expected a {model} without a cache, got one with diffusers' "
-            "enable_cache; call disable_cache first"
-        )
+    expect_no_other(denoiser)
 
 
 def plan_cache(
-    pipe: Any, target: Target, cache: Any, options: CacheOptions, scheduler: Any
-) -> Change:
+    pipe: Any,
+    target: Target,
+    cache: Any,
+    options: CacheOptions,
+    scheduler: Any,
+    scheduler_of: Callable[[], Any] | None = None,
+) -> _CacheChange:
     """Plan the replacements of `forward`; nothing is changed yet.
 
     Args:
-        pipe: the pipeline.
+        pipe: the pipeline, or a bare denoiser.
         target: its denoiser.
         cache: a preset's name, a policy, a plan or a file with one, or "auto".
         options: what was given beside it.
         scheduler: the one that the pipeline will have.
+        scheduler_of: returns the present one; None for the pipeline's.
 
     Raises:
         TypeError, ValueError: not a preset or policy, or a model that it can't serve.
@@ -229,11 +240,12 @@ def plan_cache(
         )
     kind = getattr(policy, "session", _session_of(scope, scheduled))
     more = {"verify": options.verify} if scheduled else {}
-    session: Session = kind(policy, SchedulerOf(pipe), **more)
+    scheduler_of = scheduler_of or SchedulerOf(pipe)
+    session: Session = kind(policy, scheduler_of, **more)
     fitted = isinstance(policy, Plan | PlanChoice | LookAhead | Router)
     if fitted and isinstance(session, ScheduledSession):
-        session.changed = _Changed(tuple(components.values()), scheduler, SchedulerOf(pipe))
-    change = _CacheChange(repr(policy), session)
+        session.changed = _Changed(tuple(components.values()), scheduler, scheduler_of)
+    change = _CacheChange(policy, session)
     change.done += [layout.describe(session) for layout in layouts.values()]
     if len(layouts) > 1:
         change.done.append("where the second model takes over, the schedule starts anew")
@@ -261,10 +273,17 @@ def _session_of(scope: str, scheduled: bool) -> type[Session]:
     return ScheduledSession if scheduled else Session
 
 
-def _slots(component: str, denoiser: nn.Module, layout: Any, session: Session) -> list[Slot]:
+def _slots(component: str, denoiser: nn.Module, layout: Any, session: Session) -> list[Any]:
+    from .hooks import CacheHook, HookSlot, RootHook, conventions
+
     names = {id(module): name for name, module in denoiser.named_modules()}
-    whole = f"pipe.{component}"
-    return [
-        Slot(module, name, value, ".".join(filter(None, (whole, names[id(module)], name))))
-        for module, name, value in layout.replacements(session)
-    ]
+    whole = f"pipe.{component}" if component else "model"
+    found: list[Any] = []
+    for module, name, value in layout.replacements(session):
+        where = ".".join(filter(None, (whole, names[id(module)], name)))
+        if name != "forward":
+            found.append(Slot(module, name, value, where))
+            continue
+        hook = RootHook(module, value) if module is denoiser else CacheHook(value)
+        found.append(HookSlot(module, hook, where))
+    return [*found, *conventions(denoiser, session.policy, whole)]

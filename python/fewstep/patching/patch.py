@@ -77,7 +77,7 @@ class Patch:
     @property
     def features(self) -> tuple[str, ...]:
         """Keywords of `patch` that this handle stands for."""
-        return tuple(change.feature for change in self._changes)
+        return tuple(change.feature for change in self._changes if not change.gone)
 
     def undo(self, *, force: bool = False) -> None:
         """Put back the very objects that were there; a second call does nothing.
@@ -135,6 +135,8 @@ class Patch:
 
     def _remarks(self, change: Change) -> list[str]:
         """What follows from the other patches in place."""
+        if change.gone:
+            return ["taken off since: by disable_cache, remove_cache or a hook registry"]
         steps = fixed_steps(getattr(self._pipe(), "scheduler", None))
         if change.feature == "cache" and self._active and steps is not None and steps <= 2:
             return [

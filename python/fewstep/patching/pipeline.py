@@ -1,11 +1,12 @@
-"""A way from a part of a pipeline back to the pipeline, which is held weakly."""
+"""A way from a part of a pipeline back to its scheduler; the pipeline is held weakly."""
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
-__all__ = ["SchedulerOf"]
+__all__ = ["SchedulerHeld", "SchedulerOf"]
 
 
 class SchedulerOf:
@@ -21,3 +22,27 @@ class SchedulerOf:
     def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerOf:
         pipe = self._pipe()
         return self if pipe is None else SchedulerOf(memo.get(id(pipe), pipe))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the scheduler, not the pipeline: a model's file would hold all of that."""
+        return SchedulerHeld, (self(),)
+
+
+class SchedulerHeld:
+    """One scheduler.
+
+    Args:
+        scheduler: the object, or None.
+        shared: deep copies have this very object, too.
+    """
+
+    def __init__(self, scheduler: Any, shared: bool = False) -> None:
+        self._scheduler, self._shared = scheduler, shared
+
+    def __call__(self) -> Any:
+        """Return it."""
+        return self._scheduler
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerHeld:
+        own = self._scheduler if self._shared else copy.deepcopy(self._scheduler, memo)
+        return SchedulerHeld(own, self._shared)

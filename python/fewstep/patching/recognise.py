@@ -21,7 +21,7 @@ from ..caching import (
     find_modules,
 )
 
-__all__ = ["FAMILIES", "Family", "Target", "recognise"]
+__all__ = ["FAMILIES", "Family", "Target", "recognise", "recognise_model"]
 
 _COMPONENTS = ("transformer", "unet")
 _DENOISERS = re.compile(r"(transformer|unet)(_\w+)?")
@@ -66,7 +66,7 @@ FAMILIES = (
 class Target:
     """The part of a pipeline that runs on every step."""
 
-    component: str
+    component: str  # "" for a model without a pipeline
     denoiser: nn.Module
     family: Family | None
     others: tuple[str, ...] = ()  # components that look like denoisers too
@@ -76,17 +76,23 @@ class Target:
         """Class name of the denoiser."""
         return type(self.denoiser).__name__
 
+    @property
+    def path(self) -> str:
+        """Where the denoiser is, as users would write it."""
+        return f"pipe.{self.component}" if self.component else "model"
+
     def describe(self) -> str:
         """Say what was recognised."""
+        place = f" in `{self.component}`" if self.component else ""
         if self.family is None:
-            return f"{self.model} in `{self.component}`, of no family with known blocks"
-        return f"{self.family.name}: {self.model} in `{self.component}`"
+            return f"{self.model}{place}, of no family with known blocks"
+        return f"{self.family.name}: {self.model}{place}"
 
     def require_eager(self, argument: str) -> None:
         """Raise ValueError where the denoiser is a compiled copy of a module."""
         if hasattr(self.denoiser, "_orig_mod"):
             raise ValueError(
-                f"{argument}: expected an uncompiled model in pipe.{self.component}, got "
+                f"{argument}: expected an uncompiled model in {self.path}, got "
                 f"{self.model}; patch first, then torch.compile"
             )
 
@@ -180,6 +186,23 @@ class Target:
         return ModuleStack(self.denoiser, chosen, blocks=blocks or {})
 
 
+def _family(denoiser: nn.Module) -> Family | None:
+    names = {base.__name__ for base in type(denoiser).__mro__}
+    return next((f for f in FAMILIES if f.model in names), None)
+
+
+def recognise_model(model: Any) -> Target:
+    """Return a denoiser that is given without its pipeline.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        what = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model: expected a diffusers pipeline or its denoiser, got {what}")
+    return Target("", model, _family(model))
+
+
 def recognise(pipe: Any) -> Target:
     """Find the denoiser of a pipeline.
 
@@ -196,14 +219,12 @@ def recognise(pipe: Any) -> Target:
     for component in _COMPONENTS:
         denoiser = getattr(pipe, component, None)
         if isinstance(denoiser, nn.Module):
-            names = {base.__name__ for base in type(denoiser).__mro__}
-            family = next((f for f in FAMILIES if f.model in names), None)
             others = tuple(
                 name
                 for name, part in pipe.components.items()
                 if name != component and isinstance(part, nn.Module) and _DENOISERS.fullmatch(name)
             )
-            return Target(component, denoiser, family, others)
+            return Target(component, denoiser, _family(denoiser), others)
     raise ValueError(
         f"pipe: expected a model in one of {', '.join(_COMPONENTS)}, got {type(pipe).__name__} "
         f"with {sorted(pipe.components)}"

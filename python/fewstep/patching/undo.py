@@ -159,13 +159,16 @@ class Change:
         done: what is changed and why, one line each.
         left: what is left alone and why, one line each.
         slots: the attributes it sets.
+        gone: whether somebody has taken it off, other than by `undo`.
     """
 
     def __init__(self, feature: str, summary: str) -> None:
         self.feature, self.summary = feature, summary
         self.done: list[str] = []
         self.left: list[str] = []
-        self.slots: list[Slot | ConfigKeys | Hook] = []
+        self.slots: list[Any] = []  # Slot, or what has its interface
+
+    gone = False
 
     def apply(self) -> None:
         """Make the change; leave nothing behind if that fails."""
