@@ -21,6 +21,7 @@ FEWER = (3, 4, 6, 8)  # times fewer full steps than steps
 # What is swept of a preset that has such a setting; the others are tried as they come.
 DIALS: dict[str, tuple[float, ...]] = {
     "threshold": (0.1, 0.15, 0.2, 0.3),
+    "share": (0.125, 0.25, 0.5),
     "every": (3, 4, 6, 8),
 }
 FREE = {"max_skips": 50}  # limits that would end a sweep early

@@ -38,6 +38,9 @@ from .session import Session
 from .stack import BlockStack
 from .text import TextPart, TextSession
 from .timestep import TimePart, TimeSession
+from .token_session import Grid, TokenSession
+from .token_stack import TokenStack
+from .tokens import Ras
 from .train_lookahead import train_lookahead
 from .train_router import train_router
 from .unet import UNetStack
@@ -57,6 +60,7 @@ __all__ = [
     "FirstBlock",
     "FoCa",
     "Fora",
+    "Grid",
     "HiCache",
     "Interval",
     "Kept",
@@ -71,6 +75,7 @@ __all__ = [
     "OutputStack",
     "Plan",
     "PlanChoice",
+    "Ras",
     "Router",
     "ScheduledPolicy",
     "ScheduledSession",
@@ -84,6 +89,8 @@ __all__ = [
     "TimePart",
     "TimeSession",
     "Tiue",
+    "TokenSession",
+    "TokenStack",
     "UNetStack",
     "calibrate",
     "choose_modules",

@@ -9,6 +9,7 @@ from .dmd import Dmd
 from .methods import FoCa, Fora, HiCache, Newton, Taylor
 from .policy import CachePolicy, FirstBlock, Interval, ScheduledPolicy, check_ends
 from .seacache import SeaCache
+from .tokens import Ras
 from .unet_methods import DeepCache, FasterDiffusion, Tiue
 
 __all__ = ["PRESETS", "resolve_policy"]
@@ -25,6 +26,7 @@ PRESETS: dict[str, Callable[[], CachePolicy | ScheduledPolicy]] = {
     "easycache": EasyCache,
     "teacache": TeaCache,
     "seacache": SeaCache,
+    "ras": Ras,
     "deepcache": DeepCache,
     "faster-diffusion": FasterDiffusion,
     "tiue": Tiue,

@@ -36,7 +36,7 @@ from .undo import Change, PatchError, Slot
 
 __all__ = ["plan_cache"]
 
-_SCOPES = ("output", "blocks", "levels", "encoder", *BY_MODULE)
+_SCOPES = ("output", "blocks", "levels", "encoder", "tokens", *BY_MODULE)
 
 
 class _CacheChange(Change):

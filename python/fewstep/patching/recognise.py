@@ -15,7 +15,9 @@ from torch import nn
 from ..caching import (
     BlockStack,
     EncoderStack,
+    Grid,
     ModuleStack,
+    TokenStack,
     UNetStack,
     choose_modules,
     find_modules,
@@ -121,8 +123,10 @@ class Target:
         outside = [name for name in names if _OUTSIDE.fullmatch(name)]
         return outside, [name for name in names if name not in outside]
 
-    def layout(self, scope: str = "blocks") -> BlockStack | UNetStack | EncoderStack:
-        """Return the denoiser's blocks for caching, or, of a UNet, its "levels" or its "encoder".
+    def layout(self, scope: str = "blocks") -> BlockStack | UNetStack | EncoderStack | TokenStack:
+        """Return the denoiser's blocks for caching, as a whole or by some of their "tokens".
+
+        Of a UNet these are all of it, its "levels" or its "encoder".
 
         Raises:
             ValueError: the family is not known, or has none of these, or the model is compiled.
@@ -133,13 +137,20 @@ class Target:
         if self.family is None:
             raise self._not_known()
         if not self.family.lists:
+            if scope == "tokens":
+                raise ValueError(
+                    f"cache: expected a transformer for scope {scope!r}, got {self.model}"
+                )
             down, mid = list(model.down_blocks), model.mid_block
             if scope == "encoder":
                 return EncoderStack(model, model.conv_in, down, mid)
             return UNetStack(model, down, mid, list(model.up_blocks))
+        blocks = [block for name in self.family.lists for block in getattr(model, name)]
+        if scope == "tokens":
+            grid = Grid(getattr(model.config, "patch_size", 1), model.config.in_channels)
+            return TokenStack(model, blocks, self.family.two_streams, grid)
         if scope != "blocks":
             raise ValueError(f"cache: expected a UNet for scope {scope!r}, got {self.model}")
-        blocks = [block for name in self.family.lists for block in getattr(model, name)]
         return BlockStack(model, blocks, self.family.two_streams)
 
     def _not_known(self) -> ValueError:
