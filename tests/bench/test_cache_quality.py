@@ -113,6 +113,15 @@ def test_cache_dit_is_on(quality, run):
     assert found["block_share"] * STEPS == pytest.approx(4 + 4 / 3)
 
 
+def test_tokens_are_charged_by_their_share(quality, run):
+    found = run(quality.ours.presets, "ras", "share=0.5")
+    # Steps 0 to 3 are dense; in the others half of the tokens pass every layer but the time's.
+    assert found["partial_steps"] == STEPS - 4
+    assert found["full_steps"] == pytest.approx(4 + (STEPS - 4) / 2, rel=0.02)
+    assert found["full_steps"] == pytest.approx(found["block_share"] * STEPS)
+    assert 20 < found["psnr_db"] < 150
+
+
 def test_every_preset_is_tried(quality, study):
     from fewstep.caching import PRESETS
 

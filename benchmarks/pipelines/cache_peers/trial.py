@@ -4,8 +4,9 @@
 
 Work is counted in the linear and convolution layers of the model's blocks (multiplications),
 whoever calls them: `block_share` is a trial's over the uncached run's. A call of the model counts
-as full if all of these layers ran, as partial if some did; `full_steps` is full calls over the
-calls of one step. What lies outside the blocks (embeddings, output layer) is in neither; embedders
+as full if all of these layers ran, as partial if some did; one in which all ran on some of the
+tokens counts as partial, and with its share of the work as full. `full_steps` is full calls over
+the calls of one step. What lies outside the blocks (embeddings, output layer) is in neither; embedders
 of the time, which a DiT keeps in its blocks and its output layer calls too, count as outside.
 """
 
@@ -78,21 +79,29 @@ class Drawn:
 
     images: Tensor
     work: list[float]
+    layers: list[int]
+    """Layers that ran, of every call."""
 
 
 @contextmanager
-def counted(transformer: torch.nn.Module) -> Iterator[list[float]]:
-    """Count the multiplications of each call in the blocks' layers, per image."""
+def counted(transformer: torch.nn.Module) -> Iterator[tuple[list[float], list[int]]]:
+    """Count each call's multiplications in the blocks' layers, per image, and layers that ran."""
     found: list[float] = []
+    ran: list[int] = []
     images = 1
 
     def enter(module: Any, args: tuple[Tensor, ...], kwargs: Any) -> None:
         nonlocal images
         images = len(args[0])
         found.append(0.0)
+        ran.append(0)
 
     def add(layer: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        found[-1] += output.numel() * layer.weight[0].numel() / images
+        if isinstance(layer, torch.nn.Linear):  # what a cache hands on may have more rows
+            found[-1] += args[0].numel() * layer.out_features / images
+        else:
+            found[-1] += output.numel() * layer.weight[0].numel() / images
+        ran[-1] += 1
 
     layers = [
         layer
@@ -104,7 +113,7 @@ def counted(transformer: torch.nn.Module) -> Iterator[list[float]]:
     handles = [layer.register_forward_hook(add) for layer in layers]
     handles.append(transformer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
     try:
-        yield found
+        yield found, ran
     finally:
         for handle in handles:
             handle.remove()
@@ -117,11 +126,11 @@ def draw(pipe: Any, study: Study, steps: int | None = None) -> Drawn:
     shape = (study.images, config.in_channels, config.sample_size, config.sample_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     labels = torch.arange(study.images) % pipe.num_classes
-    with counted(pipe.transformer) as work:
+    with counted(pipe.transformer) as (work, layers):
         for rows in torch.arange(study.images).split(study.batch):
             result = pipe(labels[rows], steps or study.steps, latents=noise[rows], output_type="pt")
             drawn.append(result.images)
-    return Drawn(torch.cat(drawn), work)
+    return Drawn(torch.cat(drawn), work, layers)
 
 
 def decibels(images: Tensor, reference: Tensor) -> Tensor:
@@ -136,7 +145,12 @@ def run(trial: Trial, study: Study, reference: Drawn) -> dict[str, Any]:
     notes = trial.install(pipe) or {}
     drawn = draw(pipe, study, trial.steps)
     levels, whole = decibels(drawn.images, reference.images), max(reference.work)
-    full = sum(work > 0.999 * whole for work in drawn.work)
+    every = max(reference.layers)
+    # All layers on some of the tokens are that share of a full call.
+    full = sum(
+        1 if work > 0.999 * whole else work / whole if layers == every else 0
+        for work, layers in zip(drawn.work, drawn.layers, strict=True)
+    )
     partial = sum(0 < work <= 0.999 * whole for work in drawn.work)
     return {
         "method": trial.method,

@@ -6,7 +6,7 @@
 
 Every guidance pass keeps its own; the passes of a step that are given the same input compute the
 same tokens, those that the first of them chose. Samples that are halves of one batch choose by the
-mean of their ranks' logarithms. All of that is decided on the device, so the host waits for nothing.
+mean of their ranks' logarithms. All of that is decided on the device, so the host never waits.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class TokenSession(ScheduledSession):
     def _foresee(self, call: Call, timesteps: Any, index: Any) -> None:
         super()._foresee(call, timesteps, index)
         if call.skip:
-            call.branch.decisions[-1] = "partial"
+            call.branch.decisions[-1] = "part"
 
     @torch.compiler.disable
     def run_in_full(self, call: Call, reason: str) -> None:
@@ -137,7 +137,7 @@ class TokenSession(ScheduledSession):
             branch.memory = Memory() if call.step < self._last_skip else None
             return
         memory: Memory = branch.memory
-        # Its logarithm: an exponential of a long wait is infinite, and no wait makes more of a zero.
+        # Its logarithm: the exponential of a long wait is infinite, and of a zero none makes more.
         spread = memory.spread.clamp_min(torch.finfo(torch.float32).tiny)
         rank = spread.log() + self.policy.starvation * memory.left_out
         tied = halves(call.given, len(rank))
@@ -198,7 +198,7 @@ class TokenSession(ScheduledSession):
             call.branch.memory = None
 
     def report(self) -> dict[str, Any]:
-        """Return what every session does; "partial" counts the steps of a share of the tokens."""
+        """Return what every session does; "partly" counts the steps of a share of the tokens."""
         numbers = super().report()
         every = [x for decisions in numbers["branches"].values() for x in decisions]
-        return numbers | {"partial": every.count("partial")}
+        return numbers | {"partly": every.count("part")}
