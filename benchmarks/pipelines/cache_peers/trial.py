@@ -6,8 +6,9 @@ Work is counted in the linear and convolution layers of the model's blocks (mult
 whoever calls them: `block_share` is a trial's over the uncached run's. A call of the model counts
 as full if all of these layers ran, as partial if some did; one in which all ran on some of the
 tokens counts as partial, and with its share of the work as full. `full_steps` is full calls over
-the calls of one step. What lies outside the blocks (embeddings, output layer) is in neither; embedders
-of the time, which a DiT keeps in its blocks and its output layer calls too, count as outside.
+the calls of one step. What lies outside the blocks (embeddings, output layer) is in neither;
+embedders of the time, which a DiT keeps in its blocks and its output layer calls too, count as
+outside.
 """
 
 from __future__ import annotations
