@@ -1,6 +1,7 @@
 """Plans: checked when made, the same after a file, carried over to other grids."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -197,3 +198,29 @@ def test_fingerprint_keeps_to_what_is_left_of_quantised_layers():
     mark = Fingerprint.of(model, Scheduler())
     model[0].weight = None
     assert mark.differences(model, Scheduler()) == []
+
+
+class Adapted(nn.Module):
+    """What peft makes of a layer."""
+
+    def __init__(self, **scaling):
+        super().__init__()
+        self.base_layer, self.scaling = nn.Linear(2, 2), scaling
+        self.active_adapters = list(scaling)
+
+
+def test_fingerprint_knows_adapters_and_their_scales():
+    model = nn.Sequential(Adapted(style=0.5, speed=1.0), Adapted(style=0.5))
+    mark = Fingerprint.of(model, Scheduler())
+    assert mark.adapters == ("speed@1", "style@0.5")
+    assert mark.differences(model, Scheduler()) == []
+    unscaled = replace(mark, adapters=("speed", "style"))  # of before scales were kept
+    assert unscaled.differences(model, Scheduler()) == []
+    for layer in model:
+        layer.scaling["style"] = 0.8
+    assert mark.differences(model, Scheduler()) == [
+        "adapters: expected ('speed@1', 'style@0.5'), got ('speed@1', 'style@0.8')"
+    ]
+    assert unscaled.differences(model, Scheduler()) == []
+    model[0].active_adapters = ["style"]
+    assert unscaled.differences(model, Scheduler())[0].startswith("adapters: expected")

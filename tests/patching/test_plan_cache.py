@@ -394,6 +394,27 @@ def test_carried_over_is_said():
         assert "a plan for 12 steps, carried over to 10" in patch.explain()
 
 
+def test_runs_unlike_the_calibration_are_said():
+    pipe = digits_pipeline(layers=1)
+    given = {**arguments(pipe), "output_type": "latent", "num_inference_steps": STEPS}
+    plan = calibrate(pipe, [given], full_steps=3, passes=0)
+    assert plan.made["guidance"] == [2.0, 2.0]
+    with fewstep.patch(pipe, cache=plan) as patch:
+        run(pipe)
+        assert patch.report()["cache"]["plan"]["remarks"] == []
+        run(pipe, guidance_scale=4.0)
+        said = patch.report()["cache"]["plan"]["remarks"]
+        assert said == ["guidance 4, calibrated with 2"]
+        assert "unlike the plan's calibration: guidance 4" in patch.explain()
+    unet = build("sd-unet")
+    given = {**arguments(unet), "output_type": "latent", "num_inference_steps": 4}
+    plan = calibrate(unet, [given], full_steps=3, passes=0)
+    with fewstep.patch(unet, cache=plan) as patch:
+        unet(**{**given, "width": 8})
+        (said,) = patch.report()["cache"]["plan"]["remarks"]
+        assert said == "latents of [4, 8, 4], calibrated with [4, 8, 8]"
+
+
 def test_image_to_image_without_a_step_index():
     """Where the scheduler counts no steps, the model's time says where in the schedule a run is."""
     from diffusers import DDIMScheduler

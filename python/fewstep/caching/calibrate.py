@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from ._pipelines import denoisers_of, expect_calls, same_config
@@ -114,6 +116,19 @@ def _expect_finite(run: Run, index: int) -> None:
                 )
 
 
+def _double(x: Tensor) -> Tensor:
+    return x.double()
+
+
+def _mean_squares(values: Tensor, others: Tensor | None = None) -> Tensor:
+    """Return the mean square [S] of values [S, N, P], or of how far they are from others."""
+    both = zip(values, values if others is None else others, strict=True)
+    differences = (
+        own.double() if others is None else (own - other).double() for own, other in both
+    )
+    return torch.stack([x.square().mean() for x in differences])
+
+
 class _Calibration:
     """The calls in full, and plans tried on them."""
 
@@ -124,9 +139,12 @@ class _Calibration:
         calls: list[Mapping[str, Any]],
         values: int,
         seed: int,
+        progress: Progress,
     ) -> None:
         self.pipe, self.denoisers, self.calls = pipe, denoisers, calls
-        self.values, self.seed = values, seed
+        self.values, self.seed, self.progress = values, seed, progress
+        self.guidance: set[float] = set()  # scales that the pipeline had
+        self.bar = progress.add_task("in full", total=len(calls))
         mark = Fingerprint.of(denoisers[0], pipe.scheduler, *denoisers[1:])
         self.full, first = self._run()
         # The steps at which another model takes over, and the end.
@@ -139,13 +157,14 @@ class _Calibration:
         if end > grid:
             raise ValueError(
                 f"calls: expected one call of {type(pipe.scheduler).__name__}.step per timestep, "
-                f"got {self.steps} from timestep {first.start} of {grid}: a sampler that goes back"
+                f"got {self.steps} from timestep {first.start} of {grid}: a sampler that goes "
+                "back, or a pipeline that steps several tensors with it"
             )
         self.responses = responses(first)
-        outputs = self.full.outputs.transpose(0, 1).double()
-        self.grams = (outputs @ outputs.transpose(1, 2) / outputs.shape[-1]).numpy()
+        grams = [own @ own.T / own.shape[1] for own in map(_double, self.full.outputs.unbind(1))]
+        self.grams = torch.stack(grams).numpy()
         self.gram = self.grams.mean(0)
-        self.sizes = self.full.latents.double().square().mean((1, 2)).numpy()
+        self.sizes = _mean_squares(self.full.latents).numpy()
 
     def _run(self, session: ScheduledSession | None = None) -> tuple[_Runs, Run]:
         runs: list[Run] = []
@@ -156,7 +175,11 @@ class _Calibration:
                 with seeded(self.seed + index), watching as run, run.watch(self.denoisers):
                     result = self.pipe(**call)
                 is_tuple = isinstance(result, tuple)
-                run.images = result[0] if is_tuple else getattr(result, "images", None)
+                images = getattr(result, "images", getattr(result, "frames", None))
+                run.images = result[0] if is_tuple else images
+                if isinstance(guidance := getattr(self.pipe, "guidance_scale", None), int | float):
+                    self.guidance.add(float(guidance))
+                self.progress.advance(self.bar)
                 if not run.outputs:
                     raise ValueError(
                         f"calls: expected calls that step {type(self.pipe.scheduler).__name__}, "
@@ -215,10 +238,13 @@ class _Calibration:
 
     def try_out(self, plan: Plan) -> tuple[_Runs, dict[str, Any]]:
         """Run all calls with a plan; return the runs and what they lost."""
+        what = f"{len(plan.full)} of {self.steps} steps in full"
+        self.bar = self.progress.add_task(what, total=len(self.calls))
         with _following(self.pipe, self.denoisers, plan) as session:
             runs, _ = self._run(session)
-        size = self.full.outputs.double().square().mean((1, 2))
-        error = (runs.outputs - self.full.outputs).double().square().mean((1, 2))
+        self.given = session.size
+        size = _mean_squares(self.full.outputs)
+        error = _mean_squares(runs.outputs, self.full.outputs)
         lost = psnr(self.full.images, runs.images)
         of = "images"
         if lost is None:
@@ -283,6 +309,8 @@ class _Calibration:
             part=self.part,
         )
         best = plan
+        if self.guidance:
+            plan.made["guidance"] = [min(self.guidance), max(self.guidance)]
         if full_steps == self.steps:
             passes = 0  # nothing is forecast, so there is nothing to correct
         for turn in range(passes + 1):
@@ -293,7 +321,8 @@ class _Calibration:
                     check._replace(expected=expected[step]) if check and step in expected else None
                     for step, check in enumerate(plan.lookback)
                 )
-                best = replace(plan, steps=steps, predicted=predicted, lookback=judged)
+                made = {**plan.made, "size": list(self.given)}
+                best = replace(plan, steps=steps, predicted=predicted, lookback=judged, made=made)
             if turn < passes:
                 steps = self.correct(steps, base, runs)
         return best
@@ -320,6 +349,7 @@ def calibrate(
     tail: float = 1.0,
     values: int = 65536,
     seed: int = 0,
+    progress: bool = False,
 ) -> Plan:
     """Find out which steps of a pipeline's calls need to run in full, and forecast the others.
 
@@ -340,8 +370,10 @@ def calibrate(
             output.
         passes: times that the weights are corrected by runs with the plan.
         tail: p of the mean over samples in the schedule's cost; large values mind the worst sample.
-        values: elements of each image's tensors that are looked at.
+        values: elements of each image's tensors that are looked at. Those of two rounds are held,
+            each 8 bytes per value, step and image: at 50 steps 25 MiB an image.
         seed: of that choice, and of what calls draw without a generator.
+        progress: draw bars, one per round of the calls, on stderr.
 
     Returns:
         The plan. The pipeline, its scheduler's configuration and the calls' generators are as they
@@ -376,8 +408,9 @@ def calibrate(
         if not is_number or not 1 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number of at least 1, got {value!r}")
     calls = expect_calls(calls)
-    with torch.no_grad(), same_config(pipe.scheduler):
-        found = _Calibration(pipe, denoisers, calls, values, seed)
+    bars = Progress(console=Console(stderr=True), disable=not progress)
+    with torch.no_grad(), same_config(pipe.scheduler), bars:
+        found = _Calibration(pipe, denoisers, calls, values, seed, bars)
         if wanted is not None:
             return _cheapest(found, wanted, order, passes, tail)
         if full_steps is None:

@@ -1,7 +1,7 @@
 """What a plan was calibrated for, and whether a pipeline is that.
 
     model      class and configuration of the denoiser, and a few values of its parameters
-    adapters   names of active LoRAs and other adapters
+    adapters   names of active LoRAs and other adapters, with their scales: "style@0.5"
     scheduler  class and configuration
 
 Parameters that are no longer there are not compared: quantised layers keep their plan. Values are
@@ -68,14 +68,32 @@ def _values(parameter: Tensor) -> tuple[float, ...]:
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of peft's active adapters; peft itself is not needed for that."""
-    names: set[str] = set()
+    """Return the names of peft's active adapters, each with its scale, a mean over the layers.
+
+    peft itself is not needed for that.
+    """
+    scales: dict[str, list[float]] = {}
     for module in model.modules():
         active = getattr(module, "active_adapters", None)
         wraps = isinstance(active, list | tuple) and hasattr(module, "base_layer")
         if wraps and not getattr(module, "disable_adapters", False):
-            names.update(str(name) for name in active)
-    return tuple(sorted(names))
+            known = getattr(module, "scaling", {})
+            for name in active:
+                found = scales.setdefault(str(name), [])
+                if name in known:
+                    found.append(float(known[name]))
+    return tuple(
+        f"{name}@{sum(found) / len(found):.4g}" if found else name
+        for name, found in sorted(scales.items())
+    )
+
+
+def _same_adapters(mine: tuple[str, ...], now: tuple[str, ...]) -> bool:
+    """Whether adapters are those of a fingerprint, which may not know their scales."""
+    return len(mine) == len(now) and all(
+        own == other or ("@" not in own and own == other.rpartition("@")[0])
+        for own, other in zip(mine, now, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +162,7 @@ class Fingerprint:
             found.append(f"model: expected {self.model!r}, got {model!r}")
         else:
             found += _differing("model configuration", self.model_config, _config(denoiser))
-        if self.adapters != adapters:
+        if not _same_adapters(self.adapters, adapters):
             found.append(f"adapters: expected {self.adapters!r}, got {adapters!r}")
         if self.scheduler != step:
             found.append(f"scheduler: expected {self.scheduler!r}, got {step!r}")

@@ -106,12 +106,24 @@ def record(scheduler: Any, *, values: int, seed: int) -> Iterator[Run]:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
+            sample = given.get("sample")
+            if not isinstance(sample, Tensor):
+                raise ValueError(
+                    f"pipe: expected a scheduler whose step takes one tensor of latents, got "
+                    f"{type(scheduler).__name__} with {type(sample).__name__}"
+                )
             if not run.outputs:
                 run.times = times_of(scheduler)
-                time = torch.as_tensor(given["timestep"]).reshape(-1)[0].item()
+                time = torch.as_tensor(given.get("timestep", 0)).reshape(-1)[0].item()
                 run.start = step_now(scheduler, time, run.times) or 0
-                run.size = tuple(given["sample"].shape[1:])
+                run.size = tuple(sample.shape[1:])
                 run.scheduler = copy.deepcopy(scheduler)
+            elif tuple(sample.shape[1:]) != run.size:
+                raise ValueError(
+                    f"pipe: expected one tensor that {type(scheduler).__name__} steps, got latents "
+                    f"of {list(run.size)} and {list(sample.shape[1:])}; others can have a copy of "
+                    "the scheduler"
+                )
             result = inner(*args, **kwargs)
             latents = result[0] if isinstance(result, tuple) else result.prev_sample
             run.outputs.append(_sample(given["model_output"], values, seed))

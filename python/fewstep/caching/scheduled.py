@@ -51,6 +51,9 @@ class ScheduledSession(Session):
         self.verify = verify
         self.watch = verify  # whether full steps are compared with their forecasts without a guard
         self.changed: Callable[[], str | None] = _nothing  # says what is not as it was
+        self.guidance: Callable[[], Any] = _nothing  # the pipeline's scale
+        self.size: tuple[int, ...] = ()  # of what enters the model, without the batch
+        self._remarks: list[str] = []
         self.forecasts: Forecasts | None = None
         self._times: tuple[float, ...] = ()
         self._read: tuple[Any, int, tuple[float, ...]] | None = None  # timesteps, version, times
@@ -142,7 +145,9 @@ class ScheduledSession(Session):
     def _foresee(self, call: Call, timesteps: Any, index: Any) -> None:
         branch = call.branch
         if self.forecasts is None:
+            self.size = tuple(call.form[0][1:]) if call.form else ()
             self._plan_run(call.step, index)
+            self._remarks = remarks(getattr(self._plan, "made", {}), self.size, self.guidance())
         if branch.ring is None:
             branch.ring = Ring(self.policy.order, getattr(self.policy, "snapshots", None))
         # The scheduler's own count, so that a run that starts in the middle of its grid (image to
@@ -251,6 +256,7 @@ class ScheduledSession(Session):
                 "full": list(self._plan.full),
                 "carried_over_from": self._plan.made.get("carried_over_from"),
                 "starts_at": self._start,
+                "remarks": list(self._remarks),
             }
             if expected := self._plan.predicted.get("step_error"):
                 numbers["step_error"] = list(expected)
@@ -258,6 +264,27 @@ class ScheduledSession(Session):
         if any(measured.values()):
             numbers["measured_error"] = measured
         return numbers
+
+
+def remarks(made: dict[str, Any], size: tuple[int, ...], guidance: Any) -> list[str]:
+    """Say where a run is unlike the calls that a plan was calibrated on: it is followed all the
+    same, and how good it is there has not been measured.
+
+    Args:
+        made: of the plan.
+        size: of what enters the model, without the batch.
+        guidance: the pipeline's scale, or None.
+    """
+    found = []
+    own = tuple(made.get("size", ()))
+    if own and size and own != size:
+        found.append(f"latents of {list(size)}, calibrated with {list(own)}")
+    low, high = made.get("guidance", (-math.inf, math.inf))
+    is_number = isinstance(guidance, int | float)
+    if is_number and not low - 0.1 * abs(low) <= guidance <= high + 0.1 * abs(high):
+        own = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        found.append(f"guidance {guidance:g}, calibrated with {own}")
+    return found
 
 
 def _nothing() -> None:

@@ -30,7 +30,7 @@ from ..caching import (
 )
 from ..caching.fingerprint import active_adapters
 from ..caching.plans import DEFAULT_TARGET, FOLDER
-from .pipeline import SchedulerOf
+from .pipeline import GuidanceOf, SchedulerOf
 from .recognise import Target
 from .undo import Change, PatchError, Slot
 
@@ -245,6 +245,7 @@ def plan_cache(
     fitted = isinstance(policy, Plan | PlanChoice | LookAhead | Router)
     if fitted and isinstance(session, ScheduledSession):
         session.changed = _Changed(tuple(components.values()), scheduler, scheduler_of)
+        session.guidance = GuidanceOf(pipe)
     change = _CacheChange(policy, session)
     change.done += [layout.describe(session) for layout in layouts.values()]
     if len(layouts) > 1:

@@ -177,6 +177,7 @@ def _seen(numbers: dict[str, Any]) -> list[str]:
             f"a plan for {plan['carried_over_from']} steps, carried over to {plan['steps']}: what "
             "that loses has not been measured"
         )
+    lines += [f"unlike the plan's calibration: {remark}" for remark in plan.get("remarks", ())]
     errors = [e for steps in numbers.get("measured_error", {}).values() for e in steps.values()]
     if flat := [x for error in errors for x in error]:
         lines.append(

@@ -6,22 +6,24 @@ import copy
 import weakref
 from typing import Any
 
-__all__ = ["SchedulerHeld", "SchedulerOf"]
+__all__ = ["GuidanceOf", "SchedulerHeld", "SchedulerOf"]
 
 
 class SchedulerOf:
     """The present scheduler of a pipeline; in a deep copy of the pipeline, of the copy."""
+
+    name = "scheduler"
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe)
 
     def __call__(self) -> Any:
         """Return it, or None."""
-        return getattr(self._pipe(), "scheduler", None)
+        return getattr(self._pipe(), self.name, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerOf:
         pipe = self._pipe()
-        return self if pipe is None else SchedulerOf(memo.get(id(pipe), pipe))
+        return self if pipe is None else type(self)(memo.get(id(pipe), pipe))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the scheduler, not the pipeline: a model's file would hold all of that."""
@@ -46,3 +48,13 @@ class SchedulerHeld:
     def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerHeld:
         own = self._scheduler if self._shared else copy.deepcopy(self._scheduler, memo)
         return SchedulerHeld(own, self._shared)
+
+
+class GuidanceOf(SchedulerOf):
+    """The guidance scale of a pipeline's present call."""
+
+    name = "guidance_scale"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle nothing: a model in a file belongs to no call."""
+        return SchedulerHeld, (None,)
