@@ -66,7 +66,7 @@ def test_no_plan_in_the_file(tmp_path, spoil):
         if spoil == "steps":
             del data["steps"]
         path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="expected a fewstep cache plan of version 2"):
+    with pytest.raises(ValueError, match="expected a fewstep cache plan of version 3"):
         Plan.load(path)
 
 

@@ -24,7 +24,7 @@ DIALS: dict[str, tuple[float, ...]] = {
     "share": (0.125, 0.25, 0.5),
     "every": (3, 4, 6, 8),
 }
-FREE = {"max_skips": 50}  # limits that would end a sweep early
+FREE = {"max_skips": 50, "passes": "calls"}  # limits that would end a sweep early; the models' way
 OF_UNETS = ("levels", "encoder")  # scopes that other models have not
 
 

@@ -16,6 +16,7 @@ from .calibrate import calibrate
 from .dmd import Dmd
 from .encoder import EncoderStack
 from .fingerprint import Fingerprint
+from .guidance_methods import GuidanceReuse
 from .kept import BY_MODULE, Kept
 from .layers import choose_modules, find_modules
 from .lemica import edge_costs, lemica
@@ -61,6 +62,7 @@ __all__ = [
     "FoCa",
     "Fora",
     "Grid",
+    "GuidanceReuse",
     "HiCache",
     "Interval",
     "Kept",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ._pipelines import denoisers_of, expect_calls, same_config
 from .fingerprint import Fingerprint
 from .guard import Check
+from .half_steps import Guidance, HalfSteps, Passes, find_guidance, watch_passes
 from .output import OutputStack
 from .plan import Plan
 from .plans import parse_target
@@ -49,7 +50,7 @@ def _following(
     pipe: Any, denoisers: tuple[nn.Module, ...], plan: Plan
 ) -> Iterator[ScheduledSession]:
     """Let the pipeline follow a plan."""
-    session = ScheduledSession(plan, lambda: pipe.scheduler)
+    session = plan.session(plan, lambda: pipe.scheduler)
     session.watch = True
     before = []
     try:
@@ -68,13 +69,14 @@ def _following(
 
 
 @dataclass
-class _Runs:
+class Runs:
     """All calls of one kind: outputs and latents [S, N, P], images if the pipeline makes any."""
 
     outputs: Tensor
     latents: Tensor
     images: list[Any]
     errors: dict[int, list[float]]  # of what full steps were forecast to be, all branches
+    passes: tuple[Tensor, Tensor] | None = None  # guided, and its difference to the unguided one
 
 
 def _expect_alike(first: Run, run: Run, index: int) -> None:
@@ -129,7 +131,7 @@ def _mean_squares(values: Tensor, others: Tensor | None = None) -> Tensor:
     return torch.stack([x.square().mean() for x in differences])
 
 
-class _Calibration:
+class Calibration:
     """The calls in full, and plans tried on them."""
 
     def __init__(
@@ -140,10 +142,16 @@ class _Calibration:
         values: int,
         seed: int,
         progress: Progress,
+        guidance: str = "off",
     ) -> None:
         self.pipe, self.denoisers, self.calls = pipe, denoisers, calls
         self.values, self.seed, self.progress = values, seed, progress
         self.guidance: set[float] = set()  # scales that the pipeline had
+        # How the passes are combined, or why half steps can't be; None until it is known.
+        self.branches: Guidance | str | None = None
+        if guidance == "off" or len(denoisers) > 1:
+            self.branches = "off" if guidance == "off" else "steps that two models share"
+        self._scales: list[np.ndarray] = []
         self.bar = progress.add_task("in full", total=len(calls))
         mark = Fingerprint.of(denoisers[0], pipe.scheduler, *denoisers[1:])
         self.full, first = self._run()
@@ -166,13 +174,19 @@ class _Calibration:
         self.gram = self.grams.mean(0)
         self.sizes = _mean_squares(self.full.latents).numpy()
 
-    def _run(self, session: ScheduledSession | None = None) -> tuple[_Runs, Run]:
+    def _run(self, session: ScheduledSession | None = None) -> tuple[Runs, Run]:
         runs: list[Run] = []
         errors: dict[int, list[float]] = defaultdict(list)
+        parts: list[tuple[Tensor, Tensor] | None] = []
         with repeatable(self.calls):
             for index, call in enumerate(self.calls):
                 watching = record(self.pipe.scheduler, values=self.values, seed=self.seed)
-                with seeded(self.seed + index), watching as run, run.watch(self.denoisers):
+                with (
+                    seeded(self.seed + index),
+                    watching as run,
+                    run.watch(self.denoisers),
+                    self._watch(run) as passes,
+                ):
                     result = self.pipe(**call)
                 is_tuple = isinstance(result, tuple)
                 images = getattr(result, "images", getattr(result, "frames", None))
@@ -188,12 +202,34 @@ class _Calibration:
                 runs.append(run)
                 _expect_alike(runs[0], run, index)
                 _expect_finite(run, index)
+                parts.append(self._part(passes, run, seen=session is not None))
                 for branch in session.errors().values() if session else ():
                     for step, found in branch.items():
                         errors[step] += found
         outputs = torch.cat([torch.stack(run.outputs) for run in runs], 1)
         latents = torch.cat([torch.stack(run.latents) for run in runs], 1)
-        return _Runs(outputs, latents, [run.images for run in runs], errors), runs[0]
+        passes = None
+        if not isinstance(self.branches, str):
+            passes = tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return Runs(outputs, latents, [run.images for run in runs], errors, passes), runs[0]
+
+    def _watch(self, run: Run) -> AbstractContextManager[Passes]:
+        if isinstance(self.branches, str):
+            return nullcontext({})
+        return watch_passes(self.denoisers[0], run, self.values, self.seed)
+
+    def _part(self, passes: Passes, run: Run, seen: bool) -> tuple[Tensor, Tensor] | None:
+        """Return a run's guided pass and difference; None where they are not looked at."""
+        if not seen and not isinstance(self.branches, str):
+            found = find_guidance(self.denoisers[0], passes, run.outputs)
+            before = self.branches or found
+            if isinstance(found, Guidance) and found.passes != before.passes:
+                found = "calls that compute the passes in different ways"
+            elif isinstance(found, Guidance):
+                self._scales.append(found.scales)
+                found = Guidance(found.passes, np.mean(self._scales, 0))
+            self.branches = found
+        return None if isinstance(self.branches, str) else self.branches.split(passes)
 
     def _share(self, start: int, end: int, at: int) -> np.ndarray:
         """What a unit of each output in the gap start..end does to the latents of step `at`."""
@@ -236,7 +272,7 @@ class _Calibration:
                 checks[index] = Check(tuple(float(f"{x:.7g}") for x in weights))
         return tuple(checks)
 
-    def try_out(self, plan: Plan) -> tuple[_Runs, dict[str, Any]]:
+    def try_out(self, plan: Plan) -> tuple[Runs, dict[str, Any]]:
         """Run all calls with a plan; return the runs and what they lost."""
         what = f"{len(plan.full)} of {self.steps} steps in full"
         self.bar = self.progress.add_task(what, total=len(self.calls))
@@ -260,7 +296,7 @@ class _Calibration:
         }
         return runs, predicted
 
-    def correct(self, steps: Forecasts, base: Forecasts, runs: _Runs) -> Forecasts:
+    def correct(self, steps: Forecasts, base: Forecasts, runs: Runs) -> Forecasts:
         """Shift the weights of every gap so that the latents behind it are those of full runs.
 
         Args:
@@ -296,7 +332,17 @@ class _Calibration:
         return tuple(corrected)
 
     def plan(self, full_steps: int, order: int, passes: int, power: float) -> Plan:
-        """The best plan with so many full steps."""
+        """The best plan with so many full steps, or half steps of as many evaluations."""
+        plan = self._plan(full_steps, order, passes, power)
+        if isinstance(self.branches, str) or full_steps == self.steps:
+            return plan
+        other = HalfSteps(self, self.branches).plan(full_steps, order, passes, power, plan.made)
+        if other is None or other.predicted["final_mse"] >= plan.predicted["final_mse"]:
+            return plan
+        return other
+
+    def _plan(self, full_steps: int, order: int, passes: int, power: float) -> Plan:
+        """The best plan of full and skipped steps alone."""
         full = self.schedule(full_steps, power)
         base = steps = self.forecasts(full, order)
         plan = Plan(
@@ -350,6 +396,7 @@ def calibrate(
     values: int = 65536,
     seed: int = 0,
     progress: bool = False,
+    guidance: str = "off",
 ) -> Plan:
     """Find out which steps of a pipeline's calls need to run in full, and forecast the others.
 
@@ -374,6 +421,9 @@ def calibrate(
             each 8 bytes per value, step and image: at 50 steps 25 MiB an image.
         seed: of that choice, and of what calls draw without a generator.
         progress: draw bars, one per round of the calls, on stderr.
+        guidance: "auto" also tries plans that forecast the unguided pass alone on some steps, with
+            as many evaluations as `full_steps` have, and returns the better one; "off" doesn't. Has
+            no effect where what the scheduler gets is no sum of two passes.
 
     Returns:
         The plan. The pipeline, its scheduler's configuration and the calls' generators are as they
@@ -386,6 +436,8 @@ def calibrate(
             speedup and target.
     """
     denoisers = denoisers_of(pipe)
+    if guidance not in ("auto", "off"):
+        raise ValueError(f"guidance: expected 'auto' or 'off', got {guidance!r}")
     wishes = {"full_steps": full_steps, "speedup": speedup, "target": target}
     said = [name for name, value in wishes.items() if value is not None]
     if len(said) > 1:
@@ -410,7 +462,7 @@ def calibrate(
     calls = expect_calls(calls)
     bars = Progress(console=Console(stderr=True), disable=not progress)
     with torch.no_grad(), same_config(pipe.scheduler), bars:
-        found = _Calibration(pipe, denoisers, calls, values, seed, bars)
+        found = Calibration(pipe, denoisers, calls, values, seed, bars, guidance)
         if wanted is not None:
             return _cheapest(found, wanted, order, passes, tail)
         if full_steps is None:
@@ -426,7 +478,7 @@ def calibrate(
         return found.plan(full_steps, order, passes, tail)
 
 
-def _cheapest(found: _Calibration, wanted: float, order: int, passes: int, tail: float) -> Plan:
+def _cheapest(found: Calibration, wanted: float, order: int, passes: int, tail: float) -> Plan:
     """Bisect for the fewest full steps whose plan reaches the PSNR, as if it grew with them."""
     low, high, best = len(found.stages), found.steps, None
     while low < high:
@@ -436,6 +488,6 @@ def _cheapest(found: _Calibration, wanted: float, order: int, passes: int, tail:
             best, high = plan, middle
         else:
             low = middle + 1
-    if best is None or len(best.full) != high:
+    if best is None:
         best = found.plan(high, order, passes, tail)
     return best

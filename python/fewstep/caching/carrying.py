@@ -44,6 +44,7 @@ def embedded(plan: Plan, times: Sequence[float]) -> Plan:
         plan,
         times=tuple(times),
         steps=before + plan.steps + behind,
+        guidance=before + plan.guidance + behind if plan.guidance else (),
         predicted=predicted,
         lookback=before + plan.lookback + behind if plan.lookback else (),
         gram=None,

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._wrap import Followed, Replacement, follow
+from .guided import rows_of
 from .session import Call, Session, blend
 
 __all__ = ["OutputStack", "take_apart"]
@@ -51,6 +52,11 @@ class _Output(Followed):
             if call.flags is not None or self.session.verify:
                 forecast = self._beside(call, forecast, self.below(*args, **kwargs))
             return call.branch.rebuild(forecast)
+        if call.half is not None:
+            rows, count = call.half, call.form[0][0]
+            output = self.below(*rows_of(args, rows, count), **rows_of(kwargs, rows, count))
+            parts, call.branch.rebuild = take_apart(output)
+            return call.branch.rebuild(self.session.complete(call, parts))
         output = self.below(*args, **kwargs)
         if call.branch is not None:
             parts, call.branch.rebuild = take_apart(output)

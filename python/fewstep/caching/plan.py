@@ -19,13 +19,15 @@ from typing import Any
 from .carrying import carried_over, embedded, rows, starting
 from .fingerprint import Fingerprint
 from .guard import Check
+from .guided import PASSES, GuidedSession
 from .policy import Forecasts
 from .ring import MAX_ORDER
+from .scheduled import ScheduledSession
 
 __all__ = ["Plan"]
 
 _FORMAT = "fewstep cache plan"
-_VERSION = 2
+_VERSION = 3  # 2 is without guidance and passes
 _SUM = 1e-3  # how far weights may be from summing to one: they are rounded when they are saved
 
 
@@ -45,6 +47,10 @@ class Plan:
         guard: how many times the expected error trips it; None never.
         gram: [S, S] mean inner products of the outputs, for other step counts; None without.
         made: how: settings of the calibration.
+        guidance: per time None where the unguided pass is computed, else the weights of the newest
+            differences of guided and unguided pass, by which it is forecast (`guided`): a step that
+            is None in `steps` alone is a half step; () without such steps.
+        passes: how the pipeline computes the two passes, one of `guided.PASSES`, with `guidance`.
         part: where the times are a part of a grid, as of image to image: the first one's place on
             it, and how many it has; the other steps run in full.
 
@@ -61,6 +67,8 @@ class Plan:
     guard: float | None = None
     gram: tuple[tuple[float, ...], ...] | None = None
     made: dict[str, Any] = field(default_factory=dict)
+    guidance: Forecasts = ()
+    passes: str | None = None
     part: tuple[int, int] | None = None
 
     scope = "output"
@@ -71,21 +79,9 @@ class Plan:
                 f"steps: expected one entry per time ({len(self.times)}, at least 1), "
                 f"got {len(self.steps)}"
             )
-        known = 0
-        for index, weights in enumerate(self.steps):
-            if weights is None:
-                known += 1
-                continue
-            if not 1 <= len(weights) <= min(known, MAX_ORDER):
-                raise ValueError(
-                    f"steps: expected 1 to {min(known, MAX_ORDER)} weights at step {index} "
-                    f"({known} full steps before it), got {len(weights)}"
-                )
-            if not all(map(math.isfinite, weights)) or abs(sum(weights) - 1) > _SUM:
-                raise ValueError(
-                    f"steps: expected finite weights that sum to 1 at step {index}, got {weights}"
-                )
-
+        _expect_weights("steps", self.steps)
+        if self.guidance:
+            self._expect_half_steps()
         first, total = self.part or (0, len(self.times))
         if first < 0 or first + len(self.times) > total:
             raise ValueError(
@@ -103,23 +99,53 @@ class Plan:
                 f"got {self.guard!r}{'' if self.lookback else ' without'}"
             )
 
+    def _expect_half_steps(self) -> None:
+        if len(self.guidance) != len(self.steps) or self.passes not in PASSES or self.lookback:
+            raise ValueError(
+                f"guidance: expected one entry per time ({len(self.times)}), passes of "
+                f"{', '.join(PASSES)}, and no lookback, got {len(self.guidance)}, {self.passes!r} "
+                f"and {len(self.lookback)} checks"
+            )
+        _expect_weights("guidance", self.guidance)
+        for index, (own, other) in enumerate(zip(self.steps, self.guidance, strict=True)):
+            if own is not None and other is None:
+                raise ValueError(
+                    f"guidance: expected weights at step {index}, where the guided pass is "
+                    "forecast, got None"
+                )
+
+    @property
+    def session(self) -> type[ScheduledSession]:
+        """What follows the plan."""
+        return GuidedSession if self.guidance else ScheduledSession
+
     @property
     def order(self) -> int:
         """Snapshots that are kept."""
-        return max((len(weights) for weights in self.steps if weights is not None), default=1)
+        every = (*self.steps, *self.guidance)
+        return max((len(weights) for weights in every if weights is not None), default=1)
 
     @property
     def full(self) -> tuple[int, ...]:
         """The steps that run in full."""
-        return tuple(index for index, weights in enumerate(self.steps) if weights is None)
+        every = self.guidance or self.steps
+        return tuple(index for index, weights in enumerate(every) if weights is None)
+
+    @property
+    def half(self) -> tuple[int, ...]:
+        """The steps that compute the guided pass alone."""
+        full = set(self.full)
+        return tuple(i for i, weights in enumerate(self.steps) if weights is None and i not in full)
 
     @property
     def speedup(self) -> float:
-        """Steps per full step: the speed-up if skipped steps were free."""
-        return len(self.steps) / len(self.full)
+        """Steps per full step, a half one for half: the speed-up if skipped steps were free."""
+        return len(self.steps) / (len(self.full) + len(self.half) / 2)
 
     def __repr__(self) -> str:
-        said = f"Plan({len(self.full)} of {len(self.steps)} steps in full, {self.speedup:.2f}x"
+        said = f"Plan({len(self.full)} of {len(self.steps)} steps in full, "
+        said += f"{len(self.half)} in half, " if self.half else ""
+        said += f"{self.speedup:.2f}x"
         if "psnr" in self.predicted:
             said += f", {self.predicted['psnr']:.1f} dB expected"
         return said + ")"
@@ -150,7 +176,13 @@ class Plan:
         before it; the others are fitted anew to the Gram matrix. Without one, steps that lack
         snapshots run in full.
         """
-        return starting(self, start)
+        return starting(self.without_half_steps() if start > 0 else self, start)
+
+    def without_half_steps(self) -> Plan:
+        """Return the plan with half steps in full: what other grids and starts take."""
+        if not self.guidance:
+            return self
+        return replace(self, guidance=(), passes=None, predicted={})
 
     def guarded(self, factor: float | None = 2.0) -> Plan:
         """Return the plan with the guard at a factor of the expected error; None takes it out."""
@@ -181,7 +213,7 @@ class Plan:
         Raises:
             ValueError: no Gram matrix, or another range or far other count of steps.
         """
-        return carried_over(self, times, corrected=corrected)
+        return carried_over(self.without_half_steps(), times, corrected=corrected)
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
@@ -214,7 +246,7 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            if data.pop("format") != _FORMAT or data.pop("version") != _VERSION:
+            if data.pop("format") != _FORMAT or data.pop("version") not in (2, _VERSION):
                 raise KeyError("format, version")
             mark = data.pop("fingerprint")
             return cls(
@@ -225,6 +257,7 @@ class Plan:
                     None if c is None else Check(tuple(c[0]), c[1]) for c in data.pop("lookback")
                 ),
                 gram=None if (gram := data.pop("gram")) is None else rows(gram),
+                guidance=tuple(None if w is None else tuple(w) for w in data.pop("guidance", ())),
                 part=None if (part := data.pop("part", None)) is None else tuple(part),
                 **data,
             )
@@ -233,3 +266,21 @@ class Plan:
                 f"expected a {_FORMAT} of version {_VERSION}, got something else "
                 f"({type(error).__name__}: {error})"
             ) from error
+
+
+def _expect_weights(name: str, forecasts: Forecasts) -> None:
+    """Raise ValueError where a step's weights can't be those of snapshots before it."""
+    known = 0
+    for index, weights in enumerate(forecasts):
+        if weights is None:
+            known += 1
+            continue
+        if not 1 <= len(weights) <= min(known, MAX_ORDER):
+            raise ValueError(
+                f"{name}: expected 1 to {min(known, MAX_ORDER)} weights at step {index} "
+                f"({known} full steps before it), got {len(weights)}"
+            )
+        if not all(map(math.isfinite, weights)) or abs(sum(weights) - 1) > _SUM:
+            raise ValueError(
+                f"{name}: expected finite weights that sum to 1 at step {index}, got {weights}"
+            )

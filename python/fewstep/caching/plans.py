@@ -16,6 +16,7 @@ from torch import nn
 
 from .plan import Plan
 from .policy import Forecasts
+from .scheduled import ScheduledSession
 
 __all__ = ["FOLDER", "PlanChoice", "find_plans", "parse_target"]
 
@@ -76,6 +77,12 @@ class PlanChoice:
     speedup: float | None = None
 
     scope = "output"
+
+    @property
+    def session(self) -> type[ScheduledSession]:
+        """What follows the plans."""
+        kinds = [plan.session for plan in self.plans if plan.guidance]
+        return kinds[0] if kinds else ScheduledSession
 
     def __post_init__(self) -> None:
         if not self.plans:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from .accumulated import EasyCache, TeaCache
 from .dmd import Dmd
+from .guidance_methods import GuidanceReuse
 from .methods import FoCa, Fora, HiCache, Newton, Taylor
 from .policy import CachePolicy, FirstBlock, Interval, ScheduledPolicy, check_ends
 from .seacache import SeaCache
@@ -23,6 +24,7 @@ PRESETS: dict[str, Callable[[], CachePolicy | ScheduledPolicy]] = {
     "hicache": HiCache,
     "foca": FoCa,
     "dmd": Dmd,
+    "guidance-reuse": GuidanceReuse,
     "easycache": EasyCache,
     "teacache": TeaCache,
     "seacache": SeaCache,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .steps import step_now, times_of
 
-__all__ = ["Run", "record", "repeatable", "responses", "seeded", "takeovers"]
+__all__ = ["Run", "record", "repeatable", "responses", "sample_of", "seeded", "takeovers"]
 
 _IMPULSE = 1e-3  # small, so that samplers that clip don't
 
@@ -78,7 +78,8 @@ def takeovers(models: Sequence[int]) -> list[int]:
     return [step for step in range(1, len(models)) if models[step] != models[step - 1]]
 
 
-def _sample(x: Tensor, values: int, seed: int) -> Tensor:
+def sample_of(x: Tensor, values: int, seed: int) -> Tensor:
+    """Return the same elements of every image, on the CPU."""
     flat = x.detach().reshape(x.shape[0], -1)
     if flat.shape[1] > values:
         generator = torch.Generator().manual_seed(seed)
@@ -126,8 +127,8 @@ def record(scheduler: Any, *, values: int, seed: int) -> Iterator[Run]:
                 )
             result = inner(*args, **kwargs)
             latents = result[0] if isinstance(result, tuple) else result.prev_sample
-            run.outputs.append(_sample(given["model_output"], values, seed))
-            run.latents.append(_sample(latents, values, seed))
+            run.outputs.append(sample_of(given["model_output"], values, seed))
+            run.latents.append(sample_of(latents, values, seed))
             return result
 
     signature = inspect.signature(inner)

@@ -95,6 +95,8 @@ class Call:
     skip: bool = False
     flags: Any = None  # of the guard: the samples that a skipped step computes all the same
     form: tuple[Any, ...] = ()  # of what entered the model
+    place: int = 0  # among the calls of its step
+    half: slice | None = None  # the rows of the batch that are computed, where not all are
     given: Tensor | None = None  # what entered the model
     arguments: dict[str, Any] = field(default_factory=dict)  # all of it, by name
     entry: Tensor | None = None  # the layout's scratch: what entered the model or block 0,
@@ -239,7 +241,9 @@ class Session:
                 self._take_over()
             self._model = model
         branch = self._branch(conditioning)
-        self.call = Call(branch, self._step, self._is_last(timesteps, clock[0]), form=form)
+        place = sum(self._seen.values()) - 1
+        is_last = self._is_last(timesteps, clock[0])
+        self.call = Call(branch, self._step, is_last, form=form, place=place)
         if branch is not None:
             try:
                 self._foresee(self.call, timesteps, clock[0])
