@@ -47,6 +47,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 SOURCES = (
     ours.plans,
     ours.presets,
+    ours.trained,
     ours.fewer_steps,
     diffusers_hooks.trials,
     dbcache.trials,

@@ -1,5 +1,6 @@
 """The comparison of caches: every method is on, its work is counted, and the record is drawn."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -128,6 +129,15 @@ def test_every_preset_is_tried(quality, study):
     of_unets = {name for name in PRESETS if quality.ours.needs_unet(name)}
     assert {trial.method for trial in quality.ours.presets(study)} == set(PRESETS) - of_unets
     assert "every=3" in {trial.setting.split(",")[0] for trial in quality.ours.presets(study)}
+
+
+def test_routers_are_tried_on_few_steps(quality, study):
+    methods = [trial.method for trial in quality.ours.trained(study)]
+    assert methods.count("look-ahead blocks") == 3
+    assert "router (HarmoniCa)" in methods
+    assert methods.count("calibrated plan of a router's work") == 2
+    study = dataclasses.replace(study, steps=50)
+    assert {trial.method for trial in quality.ours.trained(study)} == {"look-ahead blocks"}
 
 
 def test_a_record_and_what_is_drawn_from_it(quality, caching, tmp_path, monkeypatch):

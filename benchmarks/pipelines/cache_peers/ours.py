@@ -1,8 +1,13 @@
-"""Trials of this library: calibrated plans, the presets, and fewer steps.
+"""Trials of this library: calibrated plans, the presets, trained caches, and fewer steps.
 
 A plan is calibrated on four calls of eight images each, on noise that no held-out image has. The
 plan of the Gram matrix alone has the same full steps: it is the plan carried over to its own grid,
 which fits the weights anew.
+
+Trained caches are trained on the calls that plans are calibrated on, from a fixed seed, for less
+than three minutes each on an idle core for the digits teacher. That leaves out what takes longer:
+look-ahead blocks at a third of 50 steps, where gradients go through 32 evaluations of the model an
+iteration, and routers on grids of more than 16 steps, where they go through all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import fewstep
-from fewstep.caching import PRESETS, Plan, calibrate
+from fewstep.caching import PRESETS, Plan, calibrate, train_lookahead, train_router
 
 from .trial import Study, Trial
 
@@ -25,6 +30,9 @@ DIALS: dict[str, tuple[float, ...]] = {
     "every": (3, 4, 6, 8),
 }
 FREE = {"max_skips": 50, "passes": "calls"}  # limits that would end a sweep early; the models' way
+AHEAD = FEWER[1:]
+ROUTED = (("final", 0.5), ("final", 0.75), ("step", 0.75))  # objectives and shares of work
+FEW = 16  # steps that routers are trained on
 OF_UNETS = ("levels", "encoder")  # scopes that other models have not
 
 
@@ -92,6 +100,41 @@ def of_unets(study: Study) -> Iterator[Trial]:
     ):
         install = functools.partial(_preset, name=name.partition(",")[0], **settings)
         yield Trial(name, said(settings), install, "fewstep")
+
+
+def _ahead(pipe: Any, *, study: Study, full_steps: int) -> dict[str, Any]:
+    plan = _calibrated(study, full_steps)
+    cache = train_lookahead(study.pipeline(), study.calibration(), plan=plan)
+    fewstep.patch(pipe, cache=cache)
+    kept = ("plan_held_out_db", "held_out_db", "cost")
+    return {name: cache.made[name] for name in kept} | {"schedule": list(cache.plan.full)}
+
+
+def _routed(pipe: Any, *, study: Study, objective: str, compute: float) -> dict[str, Any]:
+    router = train_router(
+        study.pipeline(), study.calibration(), compute=compute, objective=objective, iterations=48
+    )
+    fewstep.patch(pipe, cache=router)
+    return {"predicted_psnr_db": router.predicted["psnr"], "masks": dict(router.masks)}
+
+
+def trained(study: Study) -> Iterator[Trial]:
+    """Yield plans with look-ahead blocks; on few steps routers, and plans that cost as much."""
+    for fewer in AHEAD:
+        full_steps = max(1, study.steps // fewer)
+        install = functools.partial(_ahead, study=study, full_steps=full_steps)
+        yield Trial("look-ahead blocks", f"full_steps={full_steps}", install, "fewstep")
+    if study.steps > FEW or study.is_unet():
+        return
+    for full_steps in sorted({round(compute * study.steps) for _, compute in ROUTED}):
+        install = functools.partial(_plan, study=study, full_steps=full_steps, corrected=True)
+        yield Trial(
+            "calibrated plan of a router's work", f"full_steps={full_steps}", install, "fewstep"
+        )
+    for objective, compute in ROUTED:
+        name = "router (HarmoniCa)" if objective == "final" else "router (Learning-to-Cache)"
+        install = functools.partial(_routed, study=study, objective=objective, compute=compute)
+        yield Trial(name, f"compute={compute:g}", install, "fewstep")
 
 
 def fewer_steps(study: Study) -> Iterator[Trial]:
