@@ -10,8 +10,9 @@ same labels and noise for all. `cache_peers/` has the methods and what they were
 that is not installed is named in the record. Nothing is timed: figures are the same on an idle and
 on a busy machine.
 
-Decisions that a method takes for a whole batch are taken for `--batch` images. `--processes` shares
-the trials out; OMP_NUM_THREADS=1 is then in order.
+Decisions that a method takes for a whole batch are taken for `--batch` images; this library's are
+by image, and are tried in batches and one image at a time. `--processes` shares the trials out;
+OMP_NUM_THREADS=1 is then in order.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 
 import photos
-from cache_peers import dbcache, diffusers_hooks, easycache, ours
+from cache_peers import dbcache, diffusers_hooks, easycache, ours, ours_measured
 from cache_peers.trial import Drawn, Study, Trial, draw, run
 
 from fewstep.assets.digits import load_digits_pipeline
@@ -48,6 +49,8 @@ SOURCES = (
     ours.plans,
     ours.presets,
     ours.trained,
+    ours.one_at_a_time,
+    ours_measured.trials,
     ours.fewer_steps,
     diffusers_hooks.trials,
     dbcache.trials,

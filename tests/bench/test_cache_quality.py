@@ -140,6 +140,26 @@ def test_routers_are_tried_on_few_steps(quality, study):
     assert {trial.method for trial in quality.ours.trained(study)} == {"look-ahead blocks"}
 
 
+def test_one_image_at_a_time(quality, study, run):
+    """What decides by image gives the same image in a batch, which runs a step for all."""
+    assert {t.method for t in quality.ours.one_at_a_time(study)} == {
+        f"{name}, one image at a time"
+        for name in ("first-block", "easycache", "teacache", "seacache")
+    }
+    alone = run(quality.ours.one_at_a_time, "seacache", "threshold=0.8")
+    assert 2 <= alone["full_steps"] < STEPS
+    assert alone["block_share"] == pytest.approx(alone["full_steps"] / STEPS)
+
+
+def test_what_is_measured_first(quality, run, monkeypatch):
+    monkeypatch.setattr(quality.Study.calibration, "__defaults__", (1, 2))
+    monkeypatch.setattr(quality.ours_measured, "LONGEST", 4)
+    found = run(quality.ours_measured.trials, "lemica", "full_steps=2")
+    assert found["full_steps"] == len(found["schedule"]) == 2
+    assert run(quality.ours_measured.trials, "magcache", "threshold=0.8")["full_steps"] < STEPS
+    assert run(quality.ours_measured.trials, "mask, degree 2", "full_steps=2")["full_steps"] == 2
+
+
 def test_a_record_and_what_is_drawn_from_it(quality, caching, tmp_path, monkeypatch):
     monkeypatch.setattr(quality.Study.calibration, "__defaults__", (1, 2))
     arguments = "--model photos --images 2 --batch 2 --steps 8 --only plan|fewer|EasyCache"

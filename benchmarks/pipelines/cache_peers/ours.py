@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import fewstep
@@ -33,6 +34,12 @@ FREE = {"max_skips": 50, "passes": "calls"}  # limits that would end a sweep ear
 AHEAD = FEWER[1:]
 ROUTED = (("final", 0.5), ("final", 0.75), ("step", 0.75))  # objectives and shares of work
 FEW = 16  # steps that routers are trained on
+THRESHOLDS = {
+    "easycache": (0.02, 0.05, 0.1, 0.2, 0.3),
+    "teacache": (0.1, 0.2, 0.3, 0.5, 0.8),
+    "seacache": (0.1, 0.2, 0.3, 0.5, 0.8),
+}
+ALONE = ", one image at a time"
 OF_UNETS = ("levels", "encoder")  # scopes that other models have not
 
 
@@ -84,10 +91,21 @@ def presets(study: Study) -> Iterator[Trial]:
         takes = inspect.signature(make).parameters
         free = {setting: value for setting, value in FREE.items() if setting in takes}
         dials = [dial for dial in DIALS if dial in takes]
-        sweep = [{dial: value} | free for dial in dials[:1] for value in DIALS[dial]]
-        for settings in sweep or [{}]:
+        dial = dials[0] if dials else None
+        values = THRESHOLDS.get(name, DIALS["threshold"]) if dial == "threshold" else DIALS[dial]
+        for settings in [{dial: value} | free for value in values] if dial else [{}]:
             install = functools.partial(_preset, name=name, **settings)
             yield Trial(name, said(settings), install, "fewstep")
+
+
+def one_at_a_time(study: Study) -> Iterator[Trial]:
+    """Yield the presets that decide by image once more, each image a batch of its own.
+
+    In a batch a step runs for all of its images as soon as one of them wants it.
+    """
+    for trial in presets(study):
+        if getattr(PRESETS[trial.method], "measures", False):
+            yield replace(trial, method=f"{trial.method}{ALONE}", batch=1)
 
 
 def of_unets(study: Study) -> Iterator[Trial]:

@@ -13,6 +13,7 @@ outside.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ class Trial:
     package: str | None = None
     steps: int | None = None
     """Steps to draw with, where they are not the model's."""
+    batch: int | None = None
+    """Images to draw at once, where they are not the study's."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,14 @@ def counted(transformer: torch.nn.Module) -> Iterator[tuple[list[float], list[in
 
 
 @torch.no_grad()
-def draw(pipe: Any, study: Study, steps: int | None = None) -> Drawn:
+def draw(pipe: Any, study: Study, steps: int | None = None, batch: int | None = None) -> Drawn:
     """Draw the held-out images; what is drawn depends on the image's place alone."""
     config, drawn = pipe.transformer.config, []
     shape = (study.images, config.in_channels, config.sample_size, config.sample_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     labels = torch.arange(study.images) % pipe.num_classes
     with counted(pipe.transformer) as (work, layers):
-        for rows in torch.arange(study.images).split(study.batch):
+        for rows in torch.arange(study.images).split(batch or study.batch):
             result = pipe(labels[rows], steps or study.steps, latents=noise[rows], output_type="pt")
             drawn.append(result.images)
     return Drawn(torch.cat(drawn), work, layers)
@@ -144,7 +147,10 @@ def run(trial: Trial, study: Study, reference: Drawn) -> dict[str, Any]:
     """Return a trial's row of the record."""
     pipe = study.pipeline()
     notes = trial.install(pipe) or {}
-    drawn = draw(pipe, study, trial.steps)
+    batch = trial.batch or study.batch
+    drawn = draw(pipe, study, trial.steps, batch)
+    batches, of_reference = (math.ceil(study.images / size) for size in (batch, study.batch))
+    calls = len(reference.work) * batches / of_reference  # of a run in full, in these batches
     levels, whole = decibels(drawn.images, reference.images), max(reference.work)
     every = max(reference.layers)
     # All layers on some of the tokens are that share of a full call.
@@ -157,9 +163,9 @@ def run(trial: Trial, study: Study, reference: Drawn) -> dict[str, Any]:
         "method": trial.method,
         "setting": trial.setting,
         "package": trial.package,
-        "full_steps": full / len(reference.work) * study.steps,
-        "partial_steps": partial / len(reference.work) * study.steps,
-        "block_share": sum(drawn.work) / sum(reference.work),
+        "full_steps": full / calls * study.steps,
+        "partial_steps": partial / calls * study.steps,
+        "block_share": sum(drawn.work) / calls / (sum(reference.work) / len(reference.work)),
         "psnr_db": levels.mean().item(),
         "psnr_median_db": levels.median().item(),
         "psnr_worst_db": levels.min().item(),
