@@ -20,7 +20,7 @@ def policy(**wrong):
 
 
 WRONG = [
-    ({}, ValueError, "patch: expected at least one of steps, quantize, cache, time, guidance"),
+    ({}, ValueError, "patch: expected at least one of steps, quantize, cache, time, text, guid"),
     ({"steps": 0}, ValueError, "steps: expected at least 1, got 0"),
     ({"steps": 2.0}, TypeError, r"steps: expected an integer, got float 2\.0"),
     ({"steps": True}, TypeError, "steps: expected an integer, got bool"),

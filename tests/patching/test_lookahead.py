@@ -1,5 +1,6 @@
 """Look-ahead blocks: the plan while they are untrained, what training does to a run, and files."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -187,12 +188,15 @@ def test_layouts(shape, kernel):
         ({"full_steps": 2}, ValueError, "expected full_steps or plan, got both"),
         ({"plan": "taylor"}, TypeError, "plan: expected a Plan, got str"),
         ({"steps": 5}, ValueError, "plan: expected one of the calls' grid, 5 steps"),
+        ({"half": True}, ValueError, "plan: expected one without half steps"),
         ({"full": True}, ValueError, "plan: expected one that skips steps"),
     ],
 )
 def test_errors(trained, change, error, said):
     pipe, _ = trained
     plan = change.pop("plan", None) or reuse(pipe)
+    if change.pop("half", False):
+        plan = dataclasses.replace(plan, guidance=(None, (1.0,), None, (1.0,)), passes="calls")
     if change.pop("full", False):
         plan = Plan(plan.times, (None,) * STEPS)
     given = calls(change.pop("calls", 3))

@@ -206,8 +206,9 @@ def train_lookahead(
 
     Raises:
         TypeError: not a pipeline with a model that can be cached, or no plan.
-        ValueError: what `calibrate` raises; two models, less than two calls, a plan of another grid
-            or without skipped steps, a model whose output is not laid out as its input.
+        ValueError: what `calibrate` raises; two models, less than two calls, a plan of another
+            grid, without skipped steps or with half ones, a model whose output is not laid out as
+            its input.
     """
     check_count("hidden", hidden, 1)
     check_count("iterations", iterations, 1)
@@ -221,6 +222,8 @@ def train_lookahead(
         raise ValueError("full_steps: expected full_steps or plan, got both")
     elif not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
+    if plan.guidance:
+        raise ValueError(f"plan: expected one without half steps, got {plan!r}")
     if len(plan.full) == len(plan.steps):
         raise ValueError("plan: expected one that skips steps, got one in full")
     wrong = plan.fingerprint.differences(denoiser, pipe.scheduler) if plan.fingerprint else []
