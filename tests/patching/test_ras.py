@@ -87,6 +87,10 @@ def test_partial_steps_run_a_share_of_the_tokens(name, chosen):
     assert numbers["full"] == 3 * passes
     assert numbers["partly"] == 4 * passes
     assert numbers["skipped"] == 0
+    rows = sum(2 * self_attention(block).to_k.out_features for block in blocks) * tokens
+    rows *= len(image) if name == "digits" else 2 * len(image)  # the passes are one batch
+    outputs = numbers["snapshot_bytes"] - 4 * passes * rows
+    assert image.nbytes <= outputs <= 4 * image.nbytes  # of two passes, and PixArt's variance
     assert numbers["why_full"] == {"scheduled": 3 * passes}
     assert image.isfinite().all()
     assert not torch.equal(image, plain)

@@ -102,6 +102,10 @@ class _Chosen(NamedTuple):
 class TokenSession(ScheduledSession):
     """Follows the runs of one pipeline and decides by a schedule which tokens are computed."""
 
+    def _start_run(self, timesteps: Any) -> None:
+        super()._start_run(timesteps)
+        self._bytes: dict[str, int] = {}  # of what is kept, by branch
+
     def _must_run_now(self, call: Call, branch: Branch) -> str | None:
         if self._refused is not None:
             return self._refused
@@ -188,6 +192,7 @@ class TokenSession(ScheduledSession):
         if not call.skip:
             memory.left_out = torch.zeros_like(memory.spread)
         memory.chosen = None
+        self._bytes[branch.name] = sum(x.nbytes for x in tensors)
         branch.memory, branch.form = memory, call.form
 
     @torch.compiler.disable
@@ -198,7 +203,13 @@ class TokenSession(ScheduledSession):
             call.branch.memory = None
 
     def report(self) -> dict[str, Any]:
-        """Return what every session does; "partly" counts the steps of a share of the tokens."""
+        """Return what every session does.
+
+        `partly`: steps of a share of the tokens. `snapshot_bytes`: keys, values and outputs.
+        """
         numbers = super().report()
         every = [x for decisions in numbers["branches"].values() for x in decisions]
-        return numbers | {"partly": every.count("part")}
+        return numbers | {
+            "partly": every.count("part"),
+            "snapshot_bytes": sum(self._bytes.values()),
+        }
