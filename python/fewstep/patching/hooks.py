@@ -286,15 +286,18 @@ def _place(registry: HookRegistry, hook: CacheHook, without: bool = False) -> in
     for place, name in enumerate(names):
         if name.startswith(_SHARDING):
             return place
-        if name == _OFFLOADING and _shares_upload(registry.hooks[name].group):
+        if name == _OFFLOADING and _shares_upload(registry, name, hook):
             return place
     return len(names)
 
 
-def _shares_upload(group: Any) -> bool:
+def _shares_upload(registry: HookRegistry, name: str, hook: CacheHook) -> bool:
     """Whether what is uploaded together holds a module that skipped steps run."""
-    hooks = map(hook_of, group.modules)
-    return any(hook is None or hook.wrapper.always for hook in hooks)
+    hooks = [
+        hook if module is registry._module_ref else hook_of(module)
+        for module in registry.hooks[name].group.modules
+    ]
+    return any(other is None or other.wrapper.always for other in hooks)
 
 
 def _put_in(registry: HookRegistry, hook: CacheHook) -> None:
