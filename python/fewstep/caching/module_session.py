@@ -81,6 +81,7 @@ class Tally:
         self.refused: set[str] = set()  # reasons why modules ran against their schedules
         self._visits: dict[str, int] = {}
 
+    @torch.compiler.disable
     def visit(self, name: str, form: Any) -> Visit:
         """Return what a module does now, given what of its input its output's form depends on."""
         nth = self._visits.get(name, 0)
@@ -91,6 +92,11 @@ class Tally:
             ring = Ring(policy.order, getattr(policy, "snapshots", None))
             self.rings.own[name, nth] = ring
         return Visit(self, ring, self.session.courses.get(name), form)
+
+    @torch.compiler.disable
+    def refuse(self, reason: str) -> None:
+        """Note why a module runs against its schedule, or why nothing of it was kept."""
+        self.refused.add(reason)
 
 
 class Visit:
@@ -115,9 +121,9 @@ class Visit:
             self.wanted = step < course.last_skip
         elif tally.why_full is None:
             if ring.count(course.ranks[step]) < len(weights):
-                tally.refused.add("too few snapshots")
+                tally.refuse("too few snapshots")
             elif ring.form != form:
-                tally.refused.add("shape changed")
+                tally.refuse("shape changed")
             else:
                 self.skips = True
         if self.skips:
@@ -125,11 +131,13 @@ class Visit:
         else:
             tally.ran += 1
 
+    @torch.compiler.disable
     def forecast(self, base: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
         """Return the forecast, added to `base`."""
         row = self._course.row(self._tally.step, self.ring.device)
         return self.ring.forecast(row, base)
 
+    @torch.compiler.disable
     def keep(self, parts: tuple[Any, ...], base: tuple[Any, ...] | None = None) -> None:
         """Put what the module returned, or what that adds to `base`, into the ring."""
         if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
@@ -138,9 +146,10 @@ class Visit:
             return
         self.ring.push(parts, self._course.ranks[self._tally.step], self._form, base)
 
+    @torch.compiler.disable
     def refuse(self, reason: str) -> None:
         """Note why nothing was kept."""
-        self._tally.refused.add(reason)
+        self._tally.refuse(reason)
 
 
 class ModuleSession(ScheduledSession):

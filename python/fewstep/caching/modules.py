@@ -127,6 +127,7 @@ def hands_on(module: nn.Module) -> bool:
     return own and not (module._forward_hooks or module._forward_pre_hooks)
 
 
+@torch.compiler.disable
 def _keep(visit: Any, output: Any) -> None:
     if not visit.wanted:
         return
@@ -183,7 +184,7 @@ class _CachedJoin(CachedModule):
         if tally is None:
             return self.below(*args, **kwargs)
         if run is None:
-            tally.refused.add("a block's forward is somebody else's")
+            tally.refuse("a block's forward is somebody else's")
             return self.below(*args, **kwargs)
         streams = [args[i] if len(args) > i else kwargs.get(n) for i, n in enumerate(_STREAMS)]
         visit = tally.visit(self.name, tuple(map(_form, streams)))
