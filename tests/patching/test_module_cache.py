@@ -165,3 +165,26 @@ def test_with_quantised_layers_and_fused_norms(name, scope):
     assert torch.equal(run(pipe), plain)
     assert later.isfinite().all()
     assert image.isfinite().all()
+
+
+@pytest.mark.parametrize("more", [{"time": "cache"}, {"text": "cache"}])
+def test_beside_what_is_computed_once(more):
+    """What depends on the time or the text alone is taken from where it is kept: the same bits."""
+    pipe = build("pixart")
+    for policy in (Fora(every=1, scope="module"), Taylor(every=2, degree=1, scope="module")):
+        with fewstep.patch(pipe, cache=policy):
+            want = run(pipe)
+        with fewstep.patch(pipe, cache=policy, **more):
+            assert torch.equal(run(pipe), want)
+
+
+def test_compiled_blocks():
+    pipe = build("flux")
+    policy = Taylor(every=2, warmup=2, degree=1, scope="module")
+    with fewstep.patch(pipe, cache=policy) as patch:
+        want = run(pipe)
+        for kind in ("transformer_blocks", "single_transformer_blocks"):
+            getattr(denoiser(pipe), kind)[0].compile(backend="eager")
+        assert torch.equal(run(pipe), want)
+        assert patch.report()["cache"]["forecast_modules"]["cond"] == [0, 0, 8, 0, 8, 0]
+    torch.compiler.reset()
