@@ -51,6 +51,7 @@ SOURCES = (
     ours.trained,
     ours.one_at_a_time,
     ours_measured.trials,
+    ours.by_module,
     ours.fewer_steps,
     diffusers_hooks.trials,
     dbcache.trials,

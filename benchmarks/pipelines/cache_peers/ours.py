@@ -108,6 +108,21 @@ def one_at_a_time(study: Study) -> Iterator[Trial]:
             yield replace(trial, method=f"{trial.method}{ALONE}", batch=1)
 
 
+def by_module(study: Study) -> Iterator[Trial]:
+    """Yield forecasts for every attention and feed-forward layer, and what low precision loses."""
+    kept = [{"snapshots": snapshots, "every": 4} for snapshots in ("fp8", "int8", "int4")]
+    for name, sweep in (
+        ("fora", [{"every": every} for every in DIALS["every"]]),
+        ("taylor", [{"every": every} for every in DIALS["every"]] + kept),
+    ):
+        for settings in sweep:
+            install = functools.partial(_preset, name=name, scope="module", **settings)
+            method = f"{name}, modules"
+            if "snapshots" in settings:
+                method += f", {settings['snapshots']}"
+            yield Trial(method, said(settings), install, "fewstep")
+
+
 def of_unets(study: Study) -> Iterator[Trial]:
     """Yield what UNets have besides: the published key steps, and another level."""
     if not study.is_unet():
