@@ -268,3 +268,15 @@ def test_names():
     for pattern in ("nets", ("attn", "nets")):
         with pytest.raises(ValueError, match=message):
             choose_modules(found, pattern)
+
+
+def test_what_has_changed_since_a_policy_was_fitted_runs_in_full():
+    model, scheduler, session = cached(Fora(every=4, scope="module"))
+    session.changed = lambda: "other adapters"
+    run(model, scheduler)
+    assert session.report()["skipped"] == 0
+    assert session.report()["why_full"] == {"other adapters": 20}
+    session.changed = lambda: None
+    scheduler.timesteps = scheduler.timesteps.clone()
+    run(model, scheduler)
+    assert session.report()["skipped"] == 15

@@ -175,6 +175,7 @@ class ModuleSession(ScheduledSession):
         """Ask the policy about the grid of this run, for every module."""
         self._times = self._read_times()
         self._start = index if isinstance(index, int) else self._place(counted)
+        self._refused = self.changed()
         before = {course.forecasts: course for course in self.courses.values()}
         courses: dict[Forecasts, _Course] = {}
         self.courses = {}
@@ -195,11 +196,11 @@ class ModuleSession(ScheduledSession):
         if branch.ring is None:
             branch.ring = _Rings()
         call.step = index if isinstance(index, int) else self._place(call.step)
-        why_full = None
+        why_full = self._refused
         if call.step >= len(self._times):
-            why_full = "not in the schedule"
+            why_full = why_full or "not in the schedule"
         elif branch.replaced:
-            why_full = "conditioning changed"
+            why_full = why_full or "conditioning changed"
         self.tally = Tally(self, branch, call.step, why_full)
 
     @torch.compiler.disable
