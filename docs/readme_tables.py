@@ -26,7 +26,7 @@ from fewstep.bench.table import seconds, share, summary_markdown
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from drawn.caching import cache_table, draw_curves, headline
+from drawn.caching import cache_table, draw_curves, headline, summary_table
 from drawn.markdown import caption, table
 from drawn.steps import (
     LOOPS,
@@ -367,10 +367,15 @@ def documents(folder: str) -> dict[Path, str]:
         + sentences
         + bench_caption,
         (BENCHMARKS, "models"): gpu_tables(RESULTS, MODELS, model_table),
+        (CACHING, "cache_summary"): summary_table(
+            {"digits": records.cache_digits, "photos": records.cache_photos}, "../cache_quality.md"
+        ),
         (CACHING, "cache_loops"): gpu_tables(RESULTS, LOOPS, loop_table),
         (BENCHMARKS, "peers"): (peers_table(peers) + "\n" if peers else "") + peers_caption(peers),
         **{
-            (CACHES, name): cache_table(getattr(records, name), f"images/{picture}")
+            (CACHES, name): cache_table(
+                getattr(records, name), f"images/{picture}", name.removeprefix("cache_")
+            )
             for name, picture in CURVES.items()
         },
         (PATCHING, "patches"): patches_table(records.patches)

@@ -6,6 +6,7 @@ neighbouring settings if that is more, so that a sweep that misses F is not held
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ OURS = "fewstep"
 PLAN = "calibrated plan"
 FEWER = (3, 4, 6, 8)
 GOAL = (3, 4, 6)  # of which the sentence speaks
+SUMMARY = (3, 6)  # of which the guide speaks
 MARKERS = "sD^v<>PX*"
 
 
@@ -78,7 +80,12 @@ def headline(reports: dict[str, dict[str, Any] | None], picture: str) -> str:
     return "\n".join(parts) + "\n" + caption(last["environment"], "Held-out images, on")
 
 
-def cache_table(report: dict[str, Any] | None, picture: str) -> str:
+def anchor(model: str, method: str) -> str:
+    """Return the name of a method's row on the page."""
+    return f"{model}-{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}"
+
+
+def cache_table(report: dict[str, Any] | None, picture: str, model: str) -> str:
     """Return a model's picture, sentence, table and caption; or that there is no record."""
     if report is None:
         return "Not measured yet.\n"
@@ -91,7 +98,9 @@ def cache_table(report: dict[str, Any] | None, picture: str) -> str:
             mean, worst = (level(own, full, key) for key in ("psnr_db", "psnr_worst_db"))
             cells.append("" if mean is None else f"{mean:.1f} ({worst:.1f})")
         work = f"{skipped_work(own, steps):.0%}"
-        rows.append([name, own[0]["package"] or "", *cells, work])
+        # Of this library's alone: others have methods of the same name.
+        mark = f'<a id="{anchor(model, name)}"></a>' if own[0]["package"] == OURS else ""
+        rows.append([mark + name, own[0]["package"] or "", *cells, work])
     columns = " | ".join(f"{full} full" for full in counts)
     header = f"| method | package | {columns} | a skipped step runs |"
     return (
@@ -102,6 +111,38 @@ def cache_table(report: dict[str, Any] | None, picture: str) -> str:
             report["environment"],
             f"{report['images']} images in batches of {report['batch']}, {steps} steps, on",
         )
+    )
+
+
+def summary_table(reports: dict[str, dict[str, Any] | None], page: str) -> str:
+    """Return this library's methods with their PSNR per model, each a link to its row."""
+    found = {model: report for model, report in reports.items() if report is not None}
+    if not found:
+        return "Not measured yet.\n"
+    own = {
+        model: {name: rows for name, rows in methods(report).items() if rows[0]["package"] == OURS}
+        for model, report in found.items()
+    }
+    rows = []
+    for name in dict.fromkeys(name for some in own.values() for name in some):
+        cells = []
+        for model, report in found.items():
+            for fewer in SUMMARY:
+                measured = own[model].get(name, [])
+                at = level(measured, report["steps"] // fewer) if measured else None
+                link = f"[{'more' if at is None else f'{at:.1f}'}]({page}#{anchor(model, name)})"
+                cells.append(link if measured else "")
+        rows.append([name, *cells])
+    columns = " | ".join(
+        f"{model}, {report['steps'] // fewer} full"
+        for model, report in found.items()
+        for fewer in SUMMARY
+    )
+    last = next(iter(found.values()))
+    return (
+        table(f"| method | {columns} |", "l" + "r" * (len(SUMMARY) * len(found)), rows)
+        + "\n"
+        + caption(last["environment"], f"Mean PSNR in dB at so many of {last['steps']} steps, on")
     )
 
 

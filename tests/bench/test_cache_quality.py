@@ -173,13 +173,18 @@ def test_a_record_and_what_is_drawn_from_it(quality, caching, tmp_path, monkeypa
     assert [row["schedule"] for row in alone] == [row["schedule"] for row in plans]
 
     report["environment"] |= {"commit": "0123456789abcdef"}
-    text = caching.cache_table(report, "curve.png")
+    text = caching.cache_table(report, "curve.png", "photos")
     assert "dB at 2 full steps" in text
     assert "commit 0123456789." in text
     assert text.count("\n| ") == 1 + len(caching.methods(report))
     caching.draw_curves(tmp_path / "curve.png", report, "photos")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
-    assert caching.cache_table(None, "") == "Not measured yet.\n"
+    assert caching.cache_table(None, "", "photos") == "Not measured yet.\n"
+    summary = caching.summary_table({"photos": report, "digits": None}, "page.md")
+    link = "page.md#photos-plan-of-the-gram-matrix-alone"
+    assert summary.count(link) == 2
+    assert 'id="photos-plan-of-the-gram-matrix-alone"' in text
+    assert caching.summary_table({"digits": None}, "page.md") == "Not measured yet.\n"
 
 
 def test_a_sweep_that_misses_a_count_is_read_between_its_settings(caching):
