@@ -40,6 +40,7 @@ from .quality import MOST, psnr
 from .record import Run, record, repeatable, responses, seeded, takeovers
 from .ring import MAX_ORDER
 from .scheduled import ScheduledSession
+from .sensitivity import gain, gain_curve, places
 from .solve import affine_weights, best_stages, fit_affine, gap_costs, gaps
 
 __all__ = ["calibrate"]
@@ -173,6 +174,7 @@ class Calibration:
         self.grams = torch.stack(grams).numpy()
         self.gram = self.grams.mean(0)
         self.sizes = _mean_squares(self.full.latents).numpy()
+        self.gains: np.ndarray | None = None
 
     def _run(self, session: ScheduledSession | None = None) -> tuple[Runs, Run]:
         runs: list[Run] = []
@@ -241,10 +243,31 @@ class Calibration:
         """The full steps."""
 
         def rho(start: int, end: int) -> np.ndarray:
-            return self._share(start, end, end) / math.sqrt(self.sizes[end - 1] or 1.0)
+            return self._share(start, end, end) * self.weight(end)
 
         cost = gap_costs(self.grams, rho, power=power)
         return best_stages(self.stages, full_steps, cost)
+
+    def weight(self, end: int) -> float:
+        """How much an error of the latents that enter a step counts."""
+        if self.gains is not None:
+            return float(self.gains[end])
+        return 1 / math.sqrt(self.sizes[end - 1] or 1.0)
+
+    def measure_gains(self, order: int, power: float) -> None:
+        """Find out by runs how much errors grow from each step on, and let schedules mind it."""
+        count = max(len(self.stages), 3, self.steps // 4)
+        if count >= self.steps:
+            return
+        steps = self.forecasts(self.schedule(count, power), order)
+        measured = []
+        for place in places(steps):
+            rest = (None,) * (self.steps - place)
+            plan = Plan(self.times, steps[:place] + rest, self.mark, part=self.part)
+            runs, _ = self.follow(plan)
+            if (found := gain(self.full.latents, runs.latents, place)) is not None:
+                measured.append((place, found))
+        self.gains = gain_curve(measured, self.steps)
 
     def forecasts(self, full: tuple[int, ...], order: int) -> Forecasts:
         """Weights from the Gram matrix."""
@@ -272,12 +295,16 @@ class Calibration:
                 checks[index] = Check(tuple(float(f"{x:.7g}") for x in weights))
         return tuple(checks)
 
-    def try_out(self, plan: Plan) -> tuple[Runs, dict[str, Any]]:
-        """Run all calls with a plan; return the runs and what they lost."""
+    def follow(self, plan: Plan) -> tuple[Runs, ScheduledSession]:
+        """Run all calls with a plan."""
         what = f"{len(plan.full)} of {self.steps} steps in full"
         self.bar = self.progress.add_task(what, total=len(self.calls))
         with _following(self.pipe, self.denoisers, plan) as session:
-            runs, _ = self._run(session)
+            return self._run(session)[0], session
+
+    def try_out(self, plan: Plan) -> tuple[Runs, dict[str, Any]]:
+        """Run all calls with a plan; return the runs and what they lost."""
+        runs, session = self.follow(plan)
         self.given = session.size
         size = _mean_squares(self.full.outputs)
         error = _mean_squares(runs.outputs, self.full.outputs)
@@ -397,6 +424,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = False,
     guidance: str = "off",
+    sensitivity: bool = False,
 ) -> Plan:
     """Find out which steps of a pipeline's calls need to run in full, and forecast the others.
 
@@ -424,6 +452,9 @@ def calibrate(
         guidance: "auto" also tries plans that forecast the unguided pass alone on some steps, with
             as many evaluations as `full_steps` have, and returns the better one; "off" doesn't. Has
             no effect where what the scheduler gets is no sum of two passes.
+        sensitivity: whether the schedule weighs errors by how much the runs amplify them
+            (`sensitivity`), which takes up to five more rounds of the calls, most of their steps in
+            full.
 
     Returns:
         The plan. The pipeline, its scheduler's configuration and the calls' generators are as they
@@ -436,6 +467,8 @@ def calibrate(
             speedup and target.
     """
     denoisers = denoisers_of(pipe)
+    if not isinstance(sensitivity, bool):
+        raise TypeError(f"sensitivity: expected a bool, got {sensitivity!r}")
     if guidance not in ("auto", "off"):
         raise ValueError(f"guidance: expected 'auto' or 'off', got {guidance!r}")
     wishes = {"full_steps": full_steps, "speedup": speedup, "target": target}
@@ -463,6 +496,8 @@ def calibrate(
     bars = Progress(console=Console(stderr=True), disable=not progress)
     with torch.no_grad(), same_config(pipe.scheduler), bars:
         found = Calibration(pipe, denoisers, calls, values, seed, bars, guidance)
+        if sensitivity:
+            found.measure_gains(order, tail)
         if wanted is not None:
             return _cheapest(found, wanted, order, passes, tail)
         if full_steps is None:

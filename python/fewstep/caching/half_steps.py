@@ -175,7 +175,7 @@ class HalfSteps:
     def _reach(self, matrix: Array, start: int, end: int) -> Array:
         share = np.zeros(self.steps)
         share[start + 1 : end] = matrix[end, start + 1 : end]
-        return share / math.sqrt(self.found.sizes[end - 1] or 1.0)
+        return share * self.found.weight(end)
 
     def split(self, full_steps: int, power: float) -> _Split | None:
         """The cheapest split of the budget; None where there is none with half steps."""
@@ -277,7 +277,8 @@ class HalfSteps:
         for turn in range(passes + 1):
             runs, predicted = self.found.try_out(plan)
             if best is None or predicted["final_mse"] < best.predicted["final_mse"]:
-                best = replace(plan, predicted=predicted)
+                made = {**plan.made, "size": list(self.found.given)}
+                best = replace(plan, predicted=predicted, made=made)
             if turn < passes:
                 plan = self.correct(plan, base, runs)
         return best
