@@ -260,13 +260,14 @@ class Calibration:
         if count >= self.steps:
             return
         steps = self.forecasts(self.schedule(count, power), order)
-        measured = []
+        measured, earlier = [], self.full.latents
         for place in places(steps):
             rest = (None,) * (self.steps - place)
             plan = Plan(self.times, steps[:place] + rest, self.mark, part=self.part)
-            runs, _ = self.follow(plan)
-            if (found := gain(self.full.latents, runs.latents, place)) is not None:
+            latents = self.follow(plan)[0].latents
+            if (found := gain(earlier, latents, place)) is not None:
                 measured.append((place, found))
+            earlier = latents
         self.gains = gain_curve(measured, self.steps)
 
     def forecasts(self, full: tuple[int, ...], order: int) -> Forecasts:

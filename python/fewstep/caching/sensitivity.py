@@ -1,12 +1,14 @@
 """How much a run amplifies an error that it has at one of its steps.
 
-    e_b       what the forecasts of a plan have done to the latents that enter step b
-    gain_b    |e_S| / |e_b|, where every step from b on runs in full; rms over the samples
+    x(b)      latents of runs that follow a plan before step b and are full from there on
+    e         x(b) - x(a), a < b: what the plan's forecasts between a and b do
+    gain_b    |e| at the end over |e| behind step b; rms over the samples
 
 A denoiser damps errors in most directions, but not in those in which forecasts err: early in a run
 some samples amplify these a hundredfold, since they stand between two images, while others don't.
 The schedule's cost of a gap that ends at b times gain_b^2 is what it does to the image. Errors are
-made by the plan itself: random ones say nothing, they are damped.
+made by the plan itself: random ones say nothing, they are damped. And by the steps just before b:
+older ones have turned to where they grow.
 """
 
 from __future__ import annotations
@@ -35,16 +37,16 @@ def places(forecasts: Forecasts) -> list[int]:
     return [ends[index] for index in sorted(set(chosen.tolist()))]
 
 
-def gain(full: Tensor, latents: Tensor, step: int) -> float | None:
+def gain(earlier: Tensor, latents: Tensor, step: int) -> float | None:
     """Return gain_b, or None where no sample is off there.
 
     Args:
-        full: latents behind each step [S, N, P] of runs in full.
-        latents: the same of runs that follow a plan before step b and are full from there on.
+        earlier: x(a), latents behind each step [S, N, P].
+        latents: x(b).
         step: b.
     """
     before, after = (
-        (latents[index] - full[index]).double().square().mean(1) for index in (step - 1, -1)
+        (latents[index] - earlier[index]).double().square().mean(1) for index in (step - 1, -1)
     )
     off = before > 0
     return (after[off] / before[off]).mean().sqrt().item() if off.any() else None
