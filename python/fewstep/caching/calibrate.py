@@ -365,7 +365,7 @@ class Calibration:
         if isinstance(self.branches, str) or full_steps == self.steps:
             return plan
         other = HalfSteps(self, self.branches).plan(full_steps, order, passes, power, plan.made)
-        if other is None or other.predicted["final_mse"] >= plan.predicted["final_mse"]:
+        if other is None or other.predicted["psnr"] <= plan.predicted["psnr"]:
             return plan
         return other
 
