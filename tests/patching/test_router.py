@@ -176,6 +176,15 @@ def test_files_and_other_grids(trained, tmp_path):
         Router.load(path)
 
 
+def test_another_scheduler_runs_in_full(trained):
+    _, router = trained
+    pipe = pipeline()
+    with fewstep.patch(pipe, cache=router) as patch:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=3.0)
+        pipe(**calls()[0])
+        assert set(patch.report()["cache"]["why_full"]) == {"another scheduler"}
+
+
 def test_training_leaves_the_pipeline_as_it_was(trained):
     pipe, _ = trained
     assert "step" not in pipe.scheduler.__dict__

@@ -179,6 +179,9 @@ class ModuleSession(ScheduledSession):
         before = {course.forecasts: course for course in self.courses.values()}
         courses: dict[Forecasts, _Course] = {}
         self.courses = {}
+        if self._refused is not None:
+            self.forecasts = ()
+            return  # the policy need not know this run's grid
         own = getattr(self.policy, "forecasts_for", None)
         common = self._ask(self.policy.forecasts) if own is None else None
         for name in self.names:
