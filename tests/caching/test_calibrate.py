@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 from torch import nn
 
 from fewstep.caching import Plan, calibrate
@@ -45,6 +45,18 @@ class Pipeline:
         return (x,)
 
 
+class ScmPipeline(Pipeline):
+    """SCM lists the final 0 as one more timestep."""
+
+    def __call__(self, generator=None):
+        self.scheduler.set_timesteps(STEPS, intermediate_timesteps=None)
+        x = torch.randn(self.shape, generator=generator)
+        for time in self.scheduler.timesteps[:-1]:
+            v = self.transformer(x, time)
+            x = self.scheduler.step(v, time, x, generator=generator, return_dict=False)[0]
+        return (x,)
+
+
 def calls():
     return [{"generator": torch.Generator().manual_seed(seed)} for seed in range(2)]
 
@@ -61,6 +73,16 @@ def test_a_second_tensor_on_a_copy_of_the_scheduler():
     alone = calibrate(Pipeline(), calls()[:1], full_steps=4)
     both = calibrate(Pipeline(second="copy"), calls()[:1], full_steps=4)
     assert both == alone
+
+
+def test_a_grid_that_lists_its_end():
+    plan = calibrate(ScmPipeline(SCMScheduler()), calls(), full_steps=4)
+    assert (len(plan.times), plan.part, len(plan.full)) == (STEPS, (0, STEPS + 1), 4)
+    # What was predicted is of a run that skipped steps.
+    errors = plan.predicted["step_error"]
+    skipped = [i for i, own in enumerate(plan.steps) if own is not None]
+    assert all(errors[i] > 0 for i in skipped)
+    assert errors[: skipped[0]] == [0.0] * skipped[0]
 
 
 def test_a_copy_of_a_recorded_scheduler_is_not_recorded():

@@ -1,4 +1,4 @@
-"""Plans on every sampler of diffusers that a tiny Stable Diffusion runs.
+"""Plans on every sampler of diffusers that a tiny Stable Diffusion (or, of flows, a DiT) runs.
 
 With a history, with noise, with two stages per step, and those that count no steps.
 
@@ -21,6 +21,7 @@ TWICE = {
     "HeunDiscreteScheduler": 7,
     "KDPM2DiscreteScheduler": 7,
     "KDPM2AncestralDiscreteScheduler": 7,
+    "FlowMatchHeunDiscreteScheduler": 7,
     "PNDMScheduler": 5,
     "PNDMScheduler, Runge-Kutta": 13,
 }
@@ -39,6 +40,7 @@ NAMES = [
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchLCMScheduler",
     "IPNDMScheduler",
     "LCMScheduler",  # draws noise between its steps
     "LMSDiscreteScheduler",
@@ -49,7 +51,7 @@ NAMES = [
 
 
 def sampled(name):
-    pipe = build("sd-unet")
+    pipe = build("digits" if name.startswith("Flow") else "sd-unet")
     kind, *runge_kutta = name.split(", ")
     options = {"skip_prk_steps": False} if runge_kutta else {}
     pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
