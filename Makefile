@@ -56,7 +56,7 @@ peers: $(VENV)-peers/.beside
 
 # Caches of other packages beside this library's, by the quality they leave. Nothing is timed.
 cache-peers: $(VENV)-peers/.beside
-	for model in digits photos; do OMP_NUM_THREADS=1 CACHE_DIT_LOG_LEVEL=error \
+	for model in digits photos photos-unet; do OMP_NUM_THREADS=1 CACHE_DIT_LOG_LEVEL=error \
 		$(VENV)-peers/bin/python benchmarks/pipelines/cache_quality.py --model $$model \
 		--processes $(WORKERS) --record benchmarks/results || exit 1; done
 

@@ -2,7 +2,7 @@
 
     make figures                    # measure: records under benchmarks/results/<device>/
     make peers                      # other packages beside the low-bit products: peers.jsonl there
-    make cache-peers                # caches of other packages: cache_digits.json, cache_photos.json
+    make cache-peers                # caches of other packages: cache_<model>.json
     python docs/readme_tables.py    # README, docs/benchmarks.md, the guides
 
 A document says from which device's folder it was drawn, and goes on with that one; an argument
@@ -72,8 +72,13 @@ OPTIONAL = (
     "cache_time",
     "cache_digits",
     "cache_photos",
+    "cache_photos_unet",
 )
-CURVES = {"cache_digits": "cache_quality_digits.png", "cache_photos": "cache_quality_photos.png"}
+CURVES = {
+    "cache_digits": "cache_quality_digits.png",
+    "cache_photos": "cache_quality_photos.png",
+    "cache_photos_unet": "cache_quality_photos_unet.png",
+}
 PICTURES = ("samples.png", "tradeoff.png")
 
 # What README shows of each op: the case, and the baseline that its user would otherwise run.
@@ -110,6 +115,7 @@ class Records:
     cache_time: dict[str, Any] | None = None
     cache_digits: dict[str, Any] | None = None
     cache_photos: dict[str, Any] | None = None
+    cache_photos_unet: dict[str, Any] | None = None
     peers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -359,7 +365,11 @@ def documents(folder: str) -> dict[Path, str]:
         + "\n"
         + peers_caption(peers),
         (README, "caches"): headline(
-            {"Digits": records.cache_digits, "Photographs": records.cache_photos},
+            {
+                "Digits": records.cache_digits,
+                "Photographs": records.cache_photos,
+                "Photographs, UNet": records.cache_photos_unet,
+            },
             f"docs/images/{CURVES['cache_digits']}",
         ),
         (BENCHMARKS, "bench"): summary_markdown(map(Result.from_record, records.bench))
@@ -368,7 +378,12 @@ def documents(folder: str) -> dict[Path, str]:
         + bench_caption,
         (BENCHMARKS, "models"): gpu_tables(RESULTS, MODELS, model_table),
         (CACHING, "cache_summary"): summary_table(
-            {"digits": records.cache_digits, "photos": records.cache_photos}, "../cache_quality.md"
+            {
+                "digits": records.cache_digits,
+                "photos": records.cache_photos,
+                "photos_unet": records.cache_photos_unet,
+            },
+            "../cache_quality.md",
         ),
         (CACHING, "cache_loops"): gpu_tables(RESULTS, LOOPS, loop_table),
         (BENCHMARKS, "peers"): (peers_table(peers) + "\n" if peers else "") + peers_caption(peers),

@@ -1,8 +1,9 @@
-"""A second trained generator: 24x24 crops of two photographs, for figures of quality.
+"""Two more trained generators: 24x24 crops of two photographs, for figures of quality.
 
     data        scikit-learn's sample photographs; label 0 china.jpg, label 1 flower.jpg
     crop        a square of log-uniform side in [48, 192] pixels at a uniform place, to 24x24
-    network     stock DiTTransformer2DModel: 36 tokens (patches of 4x4), 3 blocks of width 192
+    networks    stock DiTTransformer2DModel: 36 tokens (patches of 4x4), 3 blocks of width 192
+                stock UNet2DModel: 24 -> 12 -> 6, widths 32, 64 and 96, attention at 6x6
     features    phi(x) [n, 54], for a Frechet distance: with y = C x the three opponent colours and
                 W its orthonormal Haar transform over three levels, 24 -> 12 -> 6 -> 3,
                   27 = mean |W| over positions, per colour, level and orientation
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
 from fewstep.assets.digits import DigitsPipeline
@@ -86,10 +87,29 @@ def photos_transformer(*, heads: int = 6, layers: int = 3) -> DiTTransformer2DMo
     ).eval()
 
 
-def load_photos_pipeline() -> DigitsPipeline:
-    """The trained pipeline in fp32 on the CPU: 50 steps, no guidance."""
+def photos_unet(*, widths: tuple[int, ...] = (32, 64, 96)) -> UNet2DModel:
+    """The untrained UNet, in eval mode; its last label means "no label"."""
+    plain = len(widths) - 1
+    return UNet2DModel(
+        sample_size=SIZE,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
+        norm_num_groups=16,
+        attention_head_dim=32,
+        num_class_embeds=NUM_CLASSES + 1,
+    ).eval()
+
+
+def load_photos_pipeline(name: Literal["teacher", "unet"] = "teacher") -> DigitsPipeline:
+    """The trained pipeline, a DiT's or a UNet's, in fp32 on the CPU: 50 steps, no guidance."""
+    if name not in ("teacher", "unet"):
+        raise ValueError(f"name: expected 'teacher' (the DiT) or 'unet', got {name!r}")
     return DigitsPipeline.from_pretrained(
-        PHOTOS_PATH / "teacher", dtype=torch.float32, local_files_only=True
+        PHOTOS_PATH / name, dtype=torch.float32, local_files_only=True
     )
 
 

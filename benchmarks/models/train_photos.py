@@ -1,6 +1,7 @@
-"""Train the model of photograph crops (photos.py): a teacher of 50 steps, by flow matching.
+"""Train the models of photograph crops (photos.py): a DiT and a UNet of 50 steps, flow matching.
 
-    python benchmarks/models/train_photos.py          # into out/photos
+    python benchmarks/models/train_photos.py                 # both, into out/photos
+    python benchmarks/models/train_photos.py --stage unet    # one of them
 
 The trainer and its command line are those of the digits (examples/digits/trainer.py); only data,
 network and length differ. At the end it is measured and the card is written. The repository keeps
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +23,22 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1] / "examples" / "digits")]
 
 import trainer  # noqa: E402
 from evaluate import sample, spread, training_table  # noqa: E402
-from photos import frechet_distance_to_photos, photos_data, photos_transformer  # noqa: E402
-from trainer import StageConfig, Task  # noqa: E402
+from photos import (  # noqa: E402
+    frechet_distance_to_photos,
+    photos_data,
+    photos_transformer,
+    photos_unet,
+)
+from trainer import Run, StageConfig, Task  # noqa: E402
 
 from fewstep.assets.digits import DigitsPipeline  # noqa: E402
 
 # No guidance: the two photographs are told apart without.
-STAGES = {"teacher": StageConfig(steps=1600, guidance=1.0)}
+STAGES = {
+    "teacher": StageConfig(steps=1600, guidance=1.0),
+    "unet": StageConfig(steps=1200, guidance=1.0),
+}
+NETWORKS = {"DiT": "teacher", "UNet": "unet"}
 IMAGES, CARD_SEEDS = 128, 3
 
 CARD = """\
@@ -37,15 +48,18 @@ library_name: diffusers
 ---
 # Crops of two photographs
 
-A class-conditional DiT (36 tokens, 3 blocks of width 192, 2.4 M parameters, stored in fp16) that
-generates 24x24 crops of scikit-learn's sample photographs. Made by
-`benchmarks/models/train_photos.py`. It stands beside the digits models where a figure of quality is
-taken, so that it does not rest on one kind of image; it is no part of the installed package.
+Two class-conditional models that generate 24x24 crops of scikit-learn's sample photographs, stored
+in fp16: a DiT (`teacher`; 36 tokens, 3 blocks of width 192, 2.4 M parameters) and a UNet (`unet`;
+24 -> 12 -> 6, widths 32, 64 and 96, one layer each, attention at 6x6, 1.8 M parameters). Made by
+`benchmarks/models/train_photos.py`. They stand beside the digits models where a figure of quality
+is taken, so that it does not rest on one kind of image or network; they are no part of the
+installed package.
 
 ```python
 from photos import load_photos_pipeline     # benchmarks/models/photos.py
 
 pipe = load_photos_pipeline()               # 50 steps; labels: 0 china.jpg, 1 flower.jpg
+pipe = load_photos_pipeline("unet")
 images = pipe(class_labels=[0, 1]).images
 ```
 
@@ -53,7 +67,7 @@ images = pipe(class_labels=[0, 1]).images
 
 {images} images per seed, mean ± standard deviation over {seeds} seeds, fp32.
 
-| images | network evaluations | Frechet distance |
+| images of | network evaluations | Frechet distance |
 |---|---|---|
 {rows}
 
@@ -77,7 +91,7 @@ models would do on other photographs.
 Minutes are wall time on a shared machine; CPU minutes are one thread's. All seeds and settings are
 in `training.json`, the numbers above in `metrics.json`.
 
-There is no few-step student: consistency distillation of this teacher diverged within minutes of
+There is no few-step student: consistency distillation of the DiT diverged within minutes of
 training. Along its flow t dF/dt has a mean square of 13 at t = 1, ten times that of its velocity,
 and of 0.05 at t = 1/2.
 """
@@ -89,16 +103,17 @@ def measure(folder: Path, seeds: int, images: int, teacher_steps: int) -> dict[s
     crops = photos_data("train")[0]
     parts = [crops[s * images :][:images] for s in range(seeds)]
     rows = {"real crops": [0, spread([frechet_distance_to_photos(part) for part in parts])]}
-    pipeline = DigitsPipeline.from_pretrained(folder / "teacher", dtype=torch.float32)
-    for steps in (teacher_steps, 2, 4, 8):
-        distances = [
-            frechet_distance_to_photos(
-                sample(pipeline, labels, 1000 + seed, num_inference_steps=steps)
-            )
-            for seed in range(seeds)
-        ]
-        rows[f"{steps} steps"] = [steps, spread(distances)]
-        print(f"{steps} steps: {distances}", flush=True)
+    for name, part in NETWORKS.items():
+        pipeline = DigitsPipeline.from_pretrained(folder / part, dtype=torch.float32)
+        for steps in (teacher_steps, 2, 4, 8):
+            distances = [
+                frechet_distance_to_photos(
+                    sample(pipeline, labels, 1000 + seed, num_inference_steps=steps)
+                )
+                for seed in range(seeds)
+            ]
+            rows[f"{name}, {steps} steps"] = [steps, spread(distances)]
+            print(f"{name}, {steps} steps: {distances}", flush=True)
     return rows
 
 
@@ -122,12 +137,22 @@ def report(output: Path, smoke: bool) -> None:
     (output / "README.md").write_text(card)
 
 
+def train_unet(config: StageConfig, run: Run) -> bool:
+    """Train the UNet as the DiT is trained; False if it was stopped early."""
+    task = replace(TASK, network=photos_unet)
+    model = trainer.train_teacher(config, run, task, name="unet")
+    if model is not None:
+        trainer.save_pipeline("unet", model.cpu(), config, task, run.output)
+    return model is not None
+
+
 TASK = Task(
     output=Path("out/photos"),
     stages=STAGES,
     data=partial(photos_data, "train"),
     network=photos_transformer,
     report=report,
+    extra={"unet": train_unet},
 )
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/pipelines/cache_quality.py --model digits --record benchmarks/results
     python benchmarks/pipelines/cache_quality.py --model photos --record benchmarks/results
-    make cache-peers            # both, with the other packages installed
+    make cache-peers            # all of them, with the other packages installed
 
-Held-out images of two trained models at 50 steps: this library's calibrated plans and presets,
+Held-out images of three trained models at 50 steps: this library's calibrated plans and presets,
 diffusers' hooks and cache-dit by their own packages, EasyCache's rule, and simply fewer steps. The
 same labels and noise for all. `cache_peers/` has the methods and what they were given; a package
 that is not installed is named in the record. Nothing is timed: figures are the same on an idle and
@@ -34,16 +34,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 
 import photos
-from cache_peers import dbcache, diffusers_hooks, easycache, ours, ours_measured
+from cache_peers import dbcache, deepcache, diffusers_hooks, easycache, ours, ours_measured
 from cache_peers.trial import Drawn, Study, Trial, draw, run
 
 from fewstep.assets.digits import load_digits_pipeline
 from fewstep.bench.environment import environment, slug
+from fewstep.caching import PRESETS
 
 STEPS = 50
 MODELS: dict[str, Callable[[], Any]] = {
     "digits": lambda: load_digits_pipeline("teacher"),
     "photos": photos.load_photos_pipeline,
+    "photos-unet": functools.partial(photos.load_photos_pipeline, "unet"),
 }
 SOURCES = (
     ours.plans,
@@ -52,10 +54,12 @@ SOURCES = (
     ours.one_at_a_time,
     ours_measured.trials,
     ours.by_module,
+    ours.of_unets,
     ours.fewer_steps,
     diffusers_hooks.trials,
     dbcache.trials,
     easycache.trials,
+    deepcache.trials,
 )
 
 
@@ -63,6 +67,19 @@ def trials(study: Study, only: str = "") -> Iterator[Trial]:
     """Yield what is tried: methods that match `only`."""
     for source in SOURCES:
         yield from (trial for trial in source(study) if re.search(only, trial.method))
+
+
+def left_out(study: Study) -> list[str]:
+    """Return which methods are not tried, and why."""
+    if not study.is_unet():
+        reasons = [dbcache.why_not()]
+    else:
+        blocks = "knows lists of transformer blocks, and a UNet has none"
+        hooks = "First Block Cache, MagCache, SeaCache"
+        reasons = [f"{hooks} of diffusers: each {blocks}", f"cache-dit: it {blocks}"]
+        reasons.append(deepcache.why_not())
+    reasons += [ours.refused(study, name) for name in PRESETS]
+    return [reason for reason in reasons if reason]
 
 
 @functools.cache
@@ -102,18 +119,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="methods whose name this expression finds")
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args(argv)
+    key = (args.model, args.steps, args.images, args.batch)
     machine = environment(torch.device("cpu"))
     report: dict[str, Any] = {
         "environment": machine,
         "steps": args.steps,
         "images": args.images,
         "batch": args.batch,
-        "left_out": [reason for reason in (dbcache.why_not(),) if reason],
+        "left_out": left_out(study_of(*key)),
         "rows": [],
     }
-    path = args.record / slug(machine["device"]) / f"cache_{args.model}.json"
+    path = args.record / slug(machine["device"]) / f"cache_{args.model.replace('-', '_')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = (args.model, args.steps, args.images, args.batch)
     for found in rows(key, args.only, args.processes):
         report["rows"].append(found)
         print(json.dumps(found), flush=True)

@@ -101,6 +101,7 @@ def cache_table(report: dict[str, Any] | None, picture: str, model: str) -> str:
         # Of this library's alone: others have methods of the same name.
         mark = f'<a id="{anchor(model, name)}"></a>' if own[0]["package"] == OURS else ""
         rows.append([mark + name, own[0]["package"] or "", *cells, work])
+    left_out = "; ".join(report["left_out"])
     columns = " | ".join(f"{full} full" for full in counts)
     header = f"| method | package | {columns} | a skipped step runs |"
     return (
@@ -111,6 +112,7 @@ def cache_table(report: dict[str, Any] | None, picture: str, model: str) -> str:
             report["environment"],
             f"{report['images']} images in batches of {report['batch']}, {steps} steps, on",
         )
+        + (f"\nNot tried: {left_out}.\n" if left_out else "")
     )
 
 
@@ -154,7 +156,7 @@ def draw_curves(path: Path, report: dict[str, Any], title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9.5, 6), dpi=110)
-    styles = {"fewstep": "-", "diffusers": "--", "cache-dit": ":", "": "-."}
+    styles = {"fewstep": "-", "diffusers": "--", "cache-dit": ":", "DeepCache": ":", "": "-."}
     drawn = {
         name: shown
         for name, rows in methods(report).items()

@@ -33,7 +33,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.assets.digits import TIMESTEP_SCALE, DigitsPipeline
+from fewstep.assets.digits import TIMESTEP_SCALE, DigitsPipeline, null_label
 from fewstep.distillation import (
     consistency_loss,
     ema_decay,
@@ -106,7 +106,7 @@ class Task:
     data: Callable[[], tuple[Tensor, Tensor]]
     """Images [N, C, H, W] in [-1, 1] and their labels [N]."""
     network: Callable[[], nn.Module]
-    """The untrained network, in eval mode; its null label is `config.num_embeds_ada_norm`."""
+    """The untrained network, in eval mode; `null_label` knows its null label."""
     report: Callable[..., None]
     """Measure a finished folder and write its card; `smoke=True` as quickly as can be."""
     extra: Mapping[str, Callable[[StageConfig, Run], bool]] = field(default_factory=dict)
@@ -270,12 +270,14 @@ def bound(model: nn.Module, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor
     return velocity
 
 
-def train_teacher(config: StageConfig, run: Run, task: Task) -> nn.Module | None:
+def train_teacher(
+    config: StageConfig, run: Run, task: Task, name: str = "teacher"
+) -> nn.Module | None:
     """Flow matching."""
     torch.manual_seed(config.seed)
     images, labels = (x.to(run.device) for x in task.data())
     network = task.network()
-    null = network.config.num_embeds_ada_norm
+    null = null_label(network)
 
     def loss_fn(model: nn.Module, step: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = draw_batch(len(images), config.batch, run, g)
@@ -291,7 +293,7 @@ def train_teacher(config: StageConfig, run: Run, task: Task) -> nn.Module | None
             loss = flow_matching_loss(bound(model, wanted), x0, noise, t)
         return loss, loss.detach()
 
-    return train("teacher", config, network, loss_fn, run)
+    return train(name, config, network, loss_fn, run)
 
 
 def train_student(
@@ -299,7 +301,7 @@ def train_student(
 ) -> nn.Module | None:
     """Consistency distillation of the guided teacher; its guidance costs nothing afterwards."""
     images, labels = (x.to(run.device) for x in task.data())
-    null = teacher.config.num_embeds_ada_norm
+    null = null_label(teacher)
     start = digest(teacher, student)
     teacher = teacher.to(run.device).eval().requires_grad_(False)
 
@@ -329,15 +331,15 @@ def train_student(
 
 def pipeline_folder(name: str, output: Path) -> Path:
     """Where a stage's network goes. The unrefined student is kept apart: it does not ship."""
-    folders = {"teacher": "teacher", "student": "checkpoints/student", "refine": "student"}
-    return output / folders[name]
+    folders = {"student": "checkpoints/student", "refine": "student"}
+    return output / folders.get(name, name)
 
 
 def save_pipeline(
     name: str, model: nn.Module, config: StageConfig, task: Task, output: Path
 ) -> None:
     """A diffusers folder, weights in fp16: it rounds them by 2^-11, far below training noise."""
-    if name == "teacher":
+    if name not in ("student", "refine"):
         scheduler, steps, guidance = FlowMatchEulerDiscreteScheduler(), 50, config.guidance
     else:
         scheduler, steps, guidance = FlowConsistencyScheduler(knots=STUDENT_KNOTS), 2, 1.0

@@ -126,8 +126,9 @@ def test_tokens_are_charged_by_their_share(quality, run):
 def test_every_preset_is_tried(quality, study):
     from fewstep.caching import PRESETS
 
-    of_unets = {name for name in PRESETS if quality.ours.needs_unet(name)}
-    assert {trial.method for trial in quality.ours.presets(study)} == set(PRESETS) - of_unets
+    tried = {trial.method for trial in quality.ours.presets(study)}
+    assert set(PRESETS) - tried == {"deepcache", "faster-diffusion", "tiue"}
+    assert any("expected a UNet" in reason for reason in quality.left_out(study))
     assert "every=3" in {trial.setting.split(",")[0] for trial in quality.ours.presets(study)}
 
 
@@ -193,3 +194,34 @@ def test_a_sweep_that_misses_a_count_is_read_between_its_settings(caching):
     assert found == [None, 20, 25, 30, 30]
     rows.insert(0, {"full_steps": 2, "psnr_db": 24.0})  # a method that is better with fewer
     assert caching.level(rows, 4) == 24
+
+
+@pytest.fixture(scope="module")
+def unet_study(quality):
+    return quality.Study(quality.MODELS["photos-unet"], STEPS, 2, 2)
+
+
+def test_what_is_tried_on_a_unet(quality, unet_study, monkeypatch):
+    reference = quality.draw(unet_study.pipeline(), unet_study)
+    assert len(set(reference.work)) == 1
+    tried = {trial.method: trial for trial in quality.trials(unet_study)}
+    assert {"deepcache", "faster-diffusion", "tiue", "EasyCache's rule"} <= set(tried)
+    assert not {"First Block Cache", "DBCache"} & set(tried)
+    assert any("First Block Cache" in reason for reason in quality.left_out(unet_study))
+
+    def found(source, method, setting=""):
+        for trial in source(unet_study):
+            if trial.method.startswith(method) and trial.setting.startswith(setting):
+                return quality.run(trial, unet_study, reference)
+        raise LookupError(f"{method}, {setting}")
+
+    encoder = found(quality.ours.presets, "faster-diffusion", "every=4")
+    assert (encoder["full_steps"], encoder["partial_steps"]) == (2, 6)
+    assert 0.3 < (encoder["block_share"] * 8 - 2) / 6 < 0.8  # the decoder
+    taylor = found(quality.diffusers_hooks.trials, "TaylorSeer, modules, order 1")
+    assert 5 <= taylor["full_steps"] < 8
+    if quality.deepcache.why_not() is None:
+        peer = found(quality.deepcache.trials, "DeepCache, branch 1", "cache_interval=4")
+        assert peer["full_steps"] == 2
+        mine = found(quality.ours.presets, "deepcache", "every=4")
+        assert mine["full_steps"] == 3  # the last step, too

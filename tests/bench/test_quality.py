@@ -57,9 +57,10 @@ def test_what_the_features_tell_apart(photos):
         photos.wavelet_features(torch.zeros(1, 1, 16, 16))
 
 
-def test_the_trained_model_draws_such_crops(photos):
+@pytest.mark.parametrize("name", ["teacher", "unet"])
+def test_the_trained_models_draw_such_crops(photos, name):
     images, _ = photos._crops(256, 2)
-    pipe = photos.load_photos_pipeline()
+    pipe = photos.load_photos_pipeline(name)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     drawn = pipe(torch.arange(256) % 2, 4, generator=generator, output_type="latent").images
@@ -68,6 +69,8 @@ def test_the_trained_model_draws_such_crops(photos):
     assert distances == sorted(distances)
     with pytest.raises(ValueError, match="expected 'train' or 'reference', got 'test'"):
         photos.photos_data("test")
+    with pytest.raises(ValueError, match=r"expected 'teacher' .* or 'unet', got 'dit'"):
+        photos.load_photos_pipeline("dit")
 
 
 def test_the_card_says_what_was_measured_and_trained(photos):
@@ -77,7 +80,7 @@ def test_the_card_says_what_was_measured_and_trained(photos):
         assert f"| {name} |" in card
         assert f"| {mean:.2f} ± {deviation:.2f} |" in card
     training = json.loads((photos.PHOTOS_PATH / "training.json").read_text())
-    assert list(training) == ["teacher"]
+    assert list(training) == ["teacher", "unet"]
     for name, stage in training.items():
         assert f"| {name} | {stage['config']['steps']} |" in card
 

@@ -62,8 +62,8 @@ def _install(pipe: Any, *, steps: int, calibrator: dict[str, Any] | None, **sett
 
 
 def trials(study: Study) -> Iterator[Trial]:
-    """Yield DBCache's sweeps; nothing where it is not installed."""
-    if why_not():
+    """Yield DBCache's sweeps; nothing for UNets, or where it is not installed."""
+    if why_not() or study.is_unet():
         return
     package = f"cache-dit {importlib.metadata.version('cache-dit')}"
     for order in (0, 1, 2):

@@ -11,7 +11,8 @@ What the hooks need besides:
                  skips in a row are by default 10 of 50 and 3, with which at least 18 steps run.
     TaylorSeer   names of the modules: its default patterns end in "attn" and "proj_out", and this
                  model has attn1 and proj_out_2. float32 factors. Of the blocks' attention and
-                 feed-forward ("modules"), or of the last layer ("output", its lite mode).
+                 feed-forward ("modules"), or of the last layer ("output", its lite mode). Of a
+                 UNet, the residual and attention layers of all levels.
     SeaCache     a callback that gives the latents: there is one for two video models. By default
                  at most 2 steps in a row are skipped.
 Other settings that the methods' authors and diffusers leave to the user are swept.
@@ -45,6 +46,10 @@ from .trial import Study, Trial
 PACKAGE = f"diffusers {diffusers.__version__}"
 MODULES = [r"transformer_blocks\.\d+\.(attn1|ff)"]
 BLOCKS, LAST = [r"transformer_blocks\.\d+"], ["proj_out_2"]
+LAYERS = [
+    r"(down_blocks|up_blocks)\.\d+\.(resnets|attentions)\.\d+",
+    r"mid_block\.(resnets|attentions)\.\d+",
+]
 FIRST_BLOCK = (0.06, 0.1, 0.15, 0.2, 0.3)
 MAG = (0.05, 0.1, 0.2, 0.4, 0.8)
 INTERVALS = (3, 4, 6, 9)
@@ -102,20 +107,21 @@ def _latents(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
 
 
 def trials(study: Study) -> Iterator[Trial]:
-    """Yield the hooks' sweeps."""
-    for threshold in FIRST_BLOCK:
+    """Yield the hooks' sweeps; of UNets, which have no list of blocks, TaylorSeer's alone."""
+    unet = study.is_unet()
+    for threshold in () if unet else FIRST_BLOCK:
         config = FirstBlockCacheConfig(threshold=threshold)
         install = functools.partial(_apply, apply=apply_first_block_cache, config=config)
         yield Trial("First Block Cache", f"threshold={threshold}", install, PACKAGE)
-    for threshold in MAG:
+    for threshold in () if unet else MAG:
         settings = {"threshold": threshold, "max_skip_steps": 10, "retention_ratio": 0.06}
         install = functools.partial(_mag, study=study, **settings)
         text = ", ".join(f"{name}={value}" for name, value in settings.items())
         yield Trial("MagCache", text, install, PACKAGE)
-    for where, patterns in (
-        ("modules", {"cache_identifiers": MODULES}),
-        ("output", {"cache_identifiers": LAST, "skip_predict_identifiers": BLOCKS}),
-    ):
+    places = {"modules": {"cache_identifiers": LAYERS if unet else MODULES}}
+    if not unet:
+        places["output"] = {"cache_identifiers": LAST, "skip_predict_identifiers": BLOCKS}
+    for where, patterns in places.items():
         for order in (1, 2):
             for interval in INTERVALS:
                 config = TaylorSeerCacheConfig(
@@ -128,7 +134,7 @@ def trials(study: Study) -> Iterator[Trial]:
                 install = functools.partial(_apply, apply=apply_taylorseer_cache, config=config)
                 method = f"TaylorSeer, {where}, order {order}"
                 yield Trial(method, f"cache_interval={interval}", install, PACKAGE)
-    for threshold in SEA:
+    for threshold in () if unet else SEA:
         config = SeaCacheConfig(
             threshold=threshold, max_consecutive_cached=0, raw_vision_callback=_latents
         )

@@ -40,7 +40,6 @@ THRESHOLDS = {
     "seacache": (0.1, 0.2, 0.3, 0.5, 0.8),
 }
 ALONE = ", one image at a time"
-OF_UNETS = ("levels", "encoder")  # scopes that other models have not
 
 
 def said(settings: dict[str, Any]) -> str:
@@ -48,9 +47,14 @@ def said(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items()) or "as it comes"
 
 
-def needs_unet(preset: str) -> bool:
-    """Return whether a preset serves UNets alone."""
-    return getattr(PRESETS[preset], "scope", "") in OF_UNETS
+@functools.cache
+def refused(study: Study, preset: str) -> str | None:
+    """Return why a preset does not serve the model, or None."""
+    try:
+        fewstep.patch(study.pipeline(), cache=PRESETS[preset]())
+    except ValueError as error:
+        return f"{preset}: {str(error).removeprefix('cache: ')}"
+    return None
 
 
 @functools.cache
@@ -86,13 +90,15 @@ def plans(study: Study) -> Iterator[Trial]:
 def presets(study: Study) -> Iterator[Trial]:
     """Yield every preset that serves the model, with a sweep of its dial."""
     for name, make in PRESETS.items():
-        if needs_unet(name) and not study.is_unet():
+        if refused(study, name):
             continue
         takes = inspect.signature(make).parameters
         free = {setting: value for setting, value in FREE.items() if setting in takes}
         dials = [dial for dial in DIALS if dial in takes]
         dial = dials[0] if dials else None
-        values = THRESHOLDS.get(name, DIALS["threshold"]) if dial == "threshold" else DIALS[dial]
+        values = DIALS.get(dial, ())
+        if dial == "threshold":
+            values = THRESHOLDS.get(name, values)
         for settings in [{dial: value} | free for value in values] if dial else [{}]:
             install = functools.partial(_preset, name=name, **settings)
             yield Trial(name, said(settings), install, "fewstep")
@@ -110,6 +116,8 @@ def one_at_a_time(study: Study) -> Iterator[Trial]:
 
 def by_module(study: Study) -> Iterator[Trial]:
     """Yield forecasts for every attention and feed-forward layer, and what low precision loses."""
+    if study.is_unet():
+        return
     kept = [{"snapshots": snapshots, "every": 4} for snapshots in ("fp8", "int8", "int4")]
     for name, sweep in (
         ("fora", [{"every": every} for every in DIALS["every"]]),

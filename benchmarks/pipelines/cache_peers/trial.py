@@ -13,6 +13,7 @@ outside.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ class Study:
 
     def is_unet(self) -> bool:
         """Return whether the model has an encoder and a decoder."""
-        return hasattr(self.pipeline().transformer, "up_blocks")
+        return _is_unet(self.load)
 
     def calibration(self, calls: int = 4, images: int = 8) -> list[dict[str, Any]]:
         """Return calls whose noise no held-out image has, all labels among them."""
@@ -75,6 +76,11 @@ class Study:
             }
             for call in range(calls)
         ]
+
+
+@functools.cache
+def _is_unet(load: Callable[[], Any]) -> bool:
+    return hasattr(load().transformer, "up_blocks")
 
 
 @dataclass(frozen=True)

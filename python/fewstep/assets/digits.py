@@ -22,7 +22,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput
+from diffusers import (
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    UNet2DModel,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -92,11 +97,18 @@ def digits_transformer(*, heads: int = 4, layers: int = 8) -> DiTTransformer2DMo
     ).eval()
 
 
+def null_label(network: torch.nn.Module) -> int:
+    """Return the label that means "no label": the number of those that mean one."""
+    labels = network.config.get("num_embeds_ada_norm")  # of a DiT, which adds the null label itself
+    return network.config.num_class_embeds - 1 if labels is None else labels
+
+
 class DigitsPipeline(DiffusionPipeline):
     """Class-conditional 16x16 digits from a DiT and any flow-matching scheduler of diffusers.
 
     Args:
-        transformer: velocity (teacher) or average velocity (student) network.
+        transformer: velocity (teacher) or average velocity (student) network; a class-conditional
+            UNet2DModel will do, too.
         scheduler: a flow-matching scheduler; `timesteps = sigma * num_train_timesteps`.
         timestep_scale: the network's time is sigma * timestep_scale. Far below the usual 1000, so
             that the network's exact time derivative stays of the size of its output.
@@ -109,7 +121,7 @@ class DigitsPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: DiTTransformer2DModel,
+        transformer: DiTTransformer2DModel | UNet2DModel,
         scheduler: SchedulerMixin,
         timestep_scale: float = TIMESTEP_SCALE,
         default_steps: int = 50,
@@ -126,7 +138,7 @@ class DigitsPipeline(DiffusionPipeline):
     @property
     def num_classes(self) -> int:
         """Number of labels; this number itself is the null label."""
-        return self.transformer.config.num_embeds_ada_norm
+        return null_label(self.transformer)
 
     @property
     def guidance_scale(self) -> float:
