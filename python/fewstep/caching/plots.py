@@ -10,6 +10,7 @@ from typing import Any
 __all__ = ["plot_report"]
 
 _FULL, _SKIPPED = "#2563eb", "#d1d5db"
+_COLOURS = {"full": _FULL, "half": "#93b4f5"}
 
 
 def plot_report(numbers: Mapping[str, Any], path: str | Path) -> None:
@@ -42,7 +43,7 @@ def plot_report(numbers: Mapping[str, Any], path: str | Path) -> None:
     )
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
     for place, decisions in enumerate(branches.values()):
-        colours = [_FULL if decision == "full" else _SKIPPED for decision in decisions]
+        colours = [_COLOURS.get(decision, _SKIPPED) for decision in decisions]
         axes[0].bar(range(len(decisions)), 0.8, bottom=place + 0.1, width=0.9, color=colours)
     axes[0].set_yticks([place + 0.5 for place in range(len(branches))], list(branches))
     why = ", ".join(f"{reason} {count}" for reason, count in numbers.get("why_full", {}).items())
