@@ -36,7 +36,7 @@ ROUTED = (("final", 0.5), ("final", 0.75), ("step", 0.75))  # objectives and sha
 FEW = 16  # steps that routers are trained on
 THRESHOLDS = {
     "easycache": (0.02, 0.05, 0.1, 0.2, 0.3),
-    "teacache": (0.1, 0.2, 0.3, 0.5, 0.8),
+    "teacache": (0.03, 0.05, 0.07, 0.1, 0.2),
     "seacache": (0.1, 0.2, 0.3, 0.5, 0.8),
 }
 ALONE = ", one image at a time"
