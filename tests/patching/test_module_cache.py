@@ -188,3 +188,27 @@ def test_a_compiled_block():
         assert torch.equal(call(pipe, **given), want)
         assert patch.report()["cache"]["forecast_modules"]["cond"] == [0, 8, 0]
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("first", ["cache", "offload"])
+def test_blocks_that_are_offloaded(first):
+    pipe = build("flux")
+    plain, policy = run(pipe), Fora(every=2, scope="module")
+    with fewstep.patch(pipe, cache=policy):
+        want = run(pipe)
+
+    def offload():
+        device = torch.device("cpu")  # as if it were another one
+        options = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        denoiser(pipe).enable_group_offload(onload_device=device, **options)
+
+    if first == "offload":
+        offload()
+    patch = fewstep.patch(pipe, cache=policy)
+    if first == "cache":
+        offload()
+    assert torch.equal(run(pipe), want)
+    assert patch.report()["cache"]["forecast_modules"]["cond"] == [0, 8, 0, 8, 0, 8]
+    assert "attn" not in vars(denoiser(pipe).single_transformer_blocks[0])
+    patch.undo()
+    assert torch.equal(run(pipe), plain)

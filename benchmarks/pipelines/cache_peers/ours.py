@@ -121,7 +121,7 @@ def by_module(study: Study) -> Iterator[Trial]:
     kept = [{"snapshots": snapshots, "every": 4} for snapshots in ("fp8", "int8", "int4")]
     for name, sweep in (
         ("fora", [{"every": every} for every in DIALS["every"]]),
-        ("taylor", [{"every": every} for every in DIALS["every"]] + kept),
+        ("taylor", [{"every": n, "tail": tail} for tail in (0, 1) for n in DIALS["every"]] + kept),
     ):
         for settings in sweep:
             install = functools.partial(_preset, name=name, scope="module", **settings)

@@ -84,7 +84,7 @@ class ModuleStack:
             if self.two_streams is not None:
                 kind, more = _CachedBlock, (self.two_streams,)
             elif name.endswith(OUT) and is_joined(module):
-                kind = _CachedJoin
+                kind, more = _CachedJoin, (module,)
             value = kind(module.forward, session, name, *more)
             found.append(Replacement(module, "forward", value))
         return found
@@ -177,20 +177,33 @@ class _CachedBlock(CachedModule):
 class _CachedJoin(CachedModule):
     """`forward` of a block whose attention and feed-forward layer share their output layer."""
 
+    def __init__(
+        self, below: Callable[..., Any], session: ModuleSession, name: str, block: nn.Module
+    ) -> None:
+        super().__init__(below, session, name)
+        self.block = block
+
     @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tally = self.session.tally
-        run = getattr(self.below, "__func__", None)
         if tally is None:
             return self.below(*args, **kwargs)
-        if run is None:
-            tally.refuse("a block's forward is somebody else's")
-            return self.below(*args, **kwargs)
         streams = [args[i] if len(args) > i else kwargs.get(n) for i, n in enumerate(_STREAMS)]
-        visit = tally.visit(self.name, tuple(map(_form, streams)))
-        return run(_View(self.below.__self__, visit), *args, **kwargs)
+        view = _View(self.block, tally.visit(self.name, tuple(map(_form, streams))))
+        if getattr(self.below, "__self__", None) is self.block:
+            return self.below.__func__(view, *args, **kwargs)
+        # Hooks lie between, such as offloading's, which run the block itself: for this call its
+        # layers' names lead to what the view has.
+        own = {name: getattr(view, name) for name in _LAYERS}
+        self.block.__dict__.update(own)
+        try:
+            return self.below(*args, **kwargs)
+        finally:
+            for name in own:
+                self.block.__dict__.pop(name, None)
 
 
+_LAYERS = ("attn", "proj_mlp", "act_mlp", "proj_out")
 _STREAMS = ("hidden_states", "encoder_hidden_states")
 
 
@@ -207,7 +220,7 @@ class _View:
         visit = self._visit
         if visit.skips:
             return visit.forecast()[0]
-        output = self._block.proj_out(x, *args, **kwargs)
+        output = self._block._modules["proj_out"](x, *args, **kwargs)
         if visit.wanted:
             visit.keep((output,))
         return output
