@@ -22,7 +22,7 @@ def test_repr_and_explain_say_what_was_done():
         "recognised: FLUX: FluxTransformer2DModel in `transformer`",
         "`num_inference_steps` of a call has no effect",
         "a skipped step leaves out blocks 1 to 3 of 4",
-        "left alone: quantize, time, guidance: not asked for",
+        "left alone: quantize, time, text, guidance: not asked for",
         "left alone: vae: not part of the denoising loop",
     ):
         assert expected in text
