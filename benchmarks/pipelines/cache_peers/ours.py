@@ -99,7 +99,10 @@ def presets(study: Study) -> Iterator[Trial]:
         values = DIALS.get(dial, ())
         if dial == "threshold":
             values = THRESHOLDS.get(name, values)
-        for settings in [{dial: value} | free for value in values] if dial else [{}]:
+        sweep = [{dial: value} | free for value in values] if dial else [{}]
+        if "tail" in takes:  # the last step's error stays in the image
+            sweep += [settings | {"tail": 1} for settings in sweep]
+        for settings in sweep:
             install = functools.partial(_preset, name=name, **settings)
             yield Trial(name, said(settings), install, "fewstep")
 
