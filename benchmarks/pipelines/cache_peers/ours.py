@@ -58,17 +58,19 @@ def refused(study: Study, preset: str) -> str | None:
 
 
 @functools.cache
-def _calibrated(study: Study, full_steps: int) -> Plan:
-    return calibrate(study.pipeline(), study.calibration(), full_steps=full_steps)
+def _calibrated(study: Study, full_steps: int, **options: Any) -> Plan:
+    return calibrate(study.pipeline(), study.calibration(), full_steps=full_steps, **options)
 
 
-def _plan(pipe: Any, *, study: Study, full_steps: int, corrected: bool) -> dict[str, Any]:
-    plan = _calibrated(study, full_steps)
+def _plan(
+    pipe: Any, *, study: Study, full_steps: int, corrected: bool = True, **options: Any
+) -> dict[str, Any]:
+    plan = _calibrated(study, full_steps, **options)
     if not corrected:
         plan = plan.at(plan.times, corrected=False)
     fewstep.patch(pipe, cache=plan)
     notes = {f"predicted_{name}_db": plan.predicted.get(name) for name in ("psnr", "psnr_min")}
-    return notes | {"schedule": list(plan.full)}
+    return notes | {"schedule": list(plan.full), "half_steps": list(plan.half)}
 
 
 def _preset(pipe: Any, *, name: str, **settings: Any) -> None:
@@ -76,14 +78,18 @@ def _preset(pipe: Any, *, name: str, **settings: Any) -> None:
 
 
 def plans(study: Study) -> Iterator[Trial]:
-    """Yield calibrated plans: corrected by runs with the plan, and by the Gram matrix alone."""
+    """Yield calibrated plans: as they come, uncorrected, and with the options of calibrating."""
+    kinds: dict[str, dict[str, Any]] = {
+        "calibrated plan": {},
+        "plan of the Gram matrix alone": {"corrected": False},
+        "calibrated plan, sensitivity": {"sensitivity": True},
+    }
+    if study.pipeline().config.default_guidance > 1:
+        kinds["calibrated plan, half steps"] = {"guidance": "auto"}
     for fewer in FEWER:
         full_steps = max(1, study.steps // fewer)
-        for corrected in (True, False):
-            name = "calibrated plan" if corrected else "plan of the Gram matrix alone"
-            install = functools.partial(
-                _plan, study=study, full_steps=full_steps, corrected=corrected
-            )
+        for name, options in kinds.items():
+            install = functools.partial(_plan, study=study, full_steps=full_steps, **options)
             yield Trial(name, f"full_steps={full_steps}", install, "fewstep")
 
 
