@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SCMSchedul
 from torch import nn
 
 from fewstep.caching import Plan, calibrate
-from fewstep.caching.calibrate import _mean_squares
 from fewstep.caching.record import record
+from fewstep.caching.runs import mean_squares
 
 STEPS = 6
 
@@ -120,11 +120,11 @@ def test_progress(capsys):
     assert err.count("4 of 6 steps in full") == 2
 
 
-def test_mean_squares():
+def testmean_squares():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 5, 3, 7, generator=generator)
-    assert torch.allclose(_mean_squares(x), x.double().square().mean((1, 2)))
-    assert torch.allclose(_mean_squares(x, y), (x - y).double().square().mean((1, 2)))
+    assert torch.allclose(mean_squares(x), x.double().square().mean((1, 2)))
+    assert torch.allclose(mean_squares(x, y), (x - y).double().square().mean((1, 2)))
 
 
 def test_plans_of_both_say_what_they_were_made_with(tmp_path):

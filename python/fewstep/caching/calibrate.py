@@ -19,7 +19,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from .policy import Forecasts
 from .quality import MOST, psnr
 from .record import Run, record, repeatable, responses, seeded, takeovers
 from .ring import MAX_ORDER
+from .runs import Runs, expect_alike, expect_finite, mean_squares
 from .scheduled import ScheduledSession
 from .sensitivity import gain, gain_curve, places
 from .solve import affine_weights, best_stages, fit_affine, gap_costs, gaps
@@ -67,69 +68,6 @@ def _following(
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = value
-
-
-@dataclass
-class Runs:
-    """All calls of one kind: outputs and latents [S, N, P], images if the pipeline makes any."""
-
-    outputs: Tensor
-    latents: Tensor
-    images: list[Any]
-    errors: dict[int, list[float]]  # of what full steps were forecast to be, all branches
-    passes: tuple[Tensor, Tensor] | None = None  # guided, and its difference to the unguided one
-
-
-def _expect_alike(first: Run, run: Run, index: int) -> None:
-    """Raise ValueError where a call can't be counted together with the first one."""
-    if run.times != first.times:
-        raise ValueError(
-            f"calls: expected one grid in all calls, {len(first.times)} steps from "
-            f"{first.times[0]:g}, got {len(run.times)} from {run.times[0]:g} in call {index}"
-        )
-    if run.start != first.start:
-        raise ValueError(
-            f"calls: expected one start in all calls, step {first.start}, got {run.start} in call "
-            f"{index}; a plan of the whole grid serves runs that start anywhere"
-        )
-    if len(run.outputs) != len(first.outputs):
-        raise ValueError(
-            f"calls: expected as many steps in all calls, {len(first.outputs)}, got "
-            f"{len(run.outputs)} in call {index}"
-        )
-    if takeovers(run.models) != takeovers(first.models):
-        raise ValueError(
-            f"calls: expected the second model to take over at one step in all calls, "
-            f"{takeovers(first.models)}, got {takeovers(run.models)} in call {index}"
-        )
-    if run.size != first.size:
-        raise ValueError(
-            f"calls: expected one size of latents, {list(first.size)}, got {list(run.size)} in "
-            f"call {index}"
-        )
-
-
-def _expect_finite(run: Run, index: int) -> None:
-    for step, (output, latents) in enumerate(zip(run.outputs, run.latents, strict=True)):
-        for what, found in (("outputs", output), ("latents", latents)):
-            if not found.isfinite().all():
-                got = "NaN" if found.isnan().any() else "infinity"
-                raise ValueError(
-                    f"calls: expected finite {what}, got {got} at step {step} of call {index}"
-                )
-
-
-def _double(x: Tensor) -> Tensor:
-    return x.double()
-
-
-def _mean_squares(values: Tensor, others: Tensor | None = None) -> Tensor:
-    """Return the mean square [S] of values [S, N, P], or of how far they are from others."""
-    both = zip(values, values if others is None else others, strict=True)
-    differences = (
-        own.double() if others is None else (own - other).double() for own, other in both
-    )
-    return torch.stack([x.square().mean() for x in differences])
 
 
 class Calibration:
@@ -170,10 +108,12 @@ class Calibration:
                 "back, or a pipeline that steps several tensors with it"
             )
         self.responses = responses(first)
-        grams = [own @ own.T / own.shape[1] for own in map(_double, self.full.outputs.unbind(1))]
+        grams = [
+            own @ own.T / own.shape[1] for own in map(Tensor.double, self.full.outputs.unbind(1))
+        ]
         self.grams = torch.stack(grams).numpy()
         self.gram = self.grams.mean(0)
-        self.sizes = _mean_squares(self.full.latents).numpy()
+        self.sizes = mean_squares(self.full.latents).numpy()
         self.gains: np.ndarray | None = None
 
     def _run(self, session: ScheduledSession | None = None) -> tuple[Runs, Run]:
@@ -202,8 +142,8 @@ class Calibration:
                         f"got none in call {index}"
                     )
                 runs.append(run)
-                _expect_alike(runs[0], run, index)
-                _expect_finite(run, index)
+                expect_alike(runs[0], run, index)
+                expect_finite(run, index)
                 parts.append(self._part(passes, run, seen=session is not None))
                 for branch in session.errors().values() if session else ():
                     for step, found in branch.items():
@@ -307,8 +247,8 @@ class Calibration:
         """Run all calls with a plan; return the runs and what they lost."""
         runs, session = self.follow(plan)
         self.given = session.size
-        size = _mean_squares(self.full.outputs)
-        error = _mean_squares(runs.outputs, self.full.outputs)
+        size = mean_squares(self.full.outputs)
+        error = mean_squares(runs.outputs, self.full.outputs)
         lost = psnr(self.full.images, runs.images)
         of = "images"
         if lost is None:

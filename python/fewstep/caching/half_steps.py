@@ -32,7 +32,8 @@ from .record import Run, sample_of
 from .solve import Array, affine_weights, best_schedule, gap_costs, gaps
 
 if TYPE_CHECKING:
-    from .calibrate import Calibration, Runs
+    from .calibrate import Calibration
+    from .runs import Runs
 
 __all__ = ["Guidance", "HalfSteps", "Passes", "find_guidance", "watch_passes"]
 
