@@ -1,9 +1,13 @@
-"""A module for whose forward a session stands: it keeps what depends on few arguments."""
+"""Modules for whose forward a session stands, which keeps what depends on few arguments."""
 
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +15,7 @@ from torch import nn
 
 from .weights import Weights
 
-__all__ = ["Part"]
+__all__ = ["Part", "PartSession"]
 
 
 class Part:
@@ -21,12 +25,12 @@ class Part:
 
     Args:
         module: has the forward of its class.
-        session: has `run(part, module, args, kwargs)`, a list of `parts`, and may be `closed`.
+        session: keeps the values.
     """
 
     mark: ClassVar[str]  # the instance attribute that holds the part
 
-    def __init__(self, module: nn.Module, session: Any) -> None:
+    def __init__(self, module: nn.Module, session: PartSession) -> None:
         self._module = weakref.ref(module)
         self.session = session
         self.weights = Weights()
@@ -67,3 +71,50 @@ class Part:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.module, self.session, *self._more())
+
+
+class PartSession(ABC):
+    """Follows one denoiser's calls and keeps what its parts return.
+
+    Args:
+        scheduler: returns the pipeline's present scheduler, or None.
+        max_bytes: what all values together may take.
+    """
+
+    def __init__(self, scheduler: Callable[[], Any], max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.parts: list[Any] = []
+        self.closed = False
+        self.bytes = 0
+        self.reasons: Counter[str] = Counter()  # why values were not kept
+        self._scheduler = scheduler
+        self._lock = threading.RLock()  # of all that is kept; modules compute outside of it
+
+    @abstractmethod
+    def run(
+        self, part: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return what the module's forward returns, from what is kept where that is the same."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop all values."""
+
+    def close(self) -> None:
+        """Stay out of every call from now on, and drop the values."""
+        self.closed = True
+        self.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PartSession:
+        """A session of its own for a copy of the model, without this one's values."""
+        twin = type(self)(copy.deepcopy(self._scheduler, memo), self.max_bytes)
+        twin.closed = self.closed
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (_nothing, self.max_bytes)
+
+
+def _nothing() -> None:
+    return None

@@ -22,9 +22,7 @@ of a module with hooks or of a kind not known (a LoRA), outside of the denoiser,
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +32,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .clock import Unknown
-from .part import Part
+from .part import Part, PartSession
 from .surroundings import refuse_module, refuse_surroundings, surroundings
 
 __all__ = ["TextPart", "TextSession"]
@@ -95,7 +93,7 @@ class _Now(threading.local):
     is_last = False
 
 
-class TextSession:
+class TextSession(PartSession):
     """Holds the values of one denoiser's parts and follows its calls.
 
     Args:
@@ -104,16 +102,11 @@ class TextSession:
     """
 
     def __init__(self, scheduler: Callable[[], Any], max_bytes: int = MAX_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.parts: list[TextPart] = []
-        self.closed = False
-        self.saved = self.evaluated = self.bytes = self.most = 0
-        self.reasons: Counter[str] = Counter()
-        self._scheduler = scheduler
+        super().__init__(scheduler, max_bytes)
+        self.saved = self.evaluated = self.most = 0
         self._grid: Any = None
         self._calls = 0
         self._now = _Now()
-        self._lock = threading.RLock()  # of all that is kept; modules compute outside of it
 
     def begin(self, device: torch.device) -> None:
         """Open a call of the denoiser."""
@@ -218,11 +211,6 @@ class TextSession:
                 part.weights.forget()
                 part.in_vain = 0
 
-    def close(self) -> None:
-        """Stay out of every call from now on, and drop the values."""
-        self.closed = True
-        self.forget()
-
     def report(self) -> dict[str, Any]:
         """Evaluations done and saved so far, the most bytes kept, and why modules were left."""
         with self._lock:
@@ -234,17 +222,3 @@ class TextSession:
                 "most_bytes": self.most,
                 "not_kept": dict(self.reasons),
             }
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TextSession:
-        """A session of its own for a copy of the model, without this one's values."""
-        twin = TextSession(copy.deepcopy(self._scheduler, memo), self.max_bytes)
-        twin.closed = self.closed
-        memo[id(self)] = twin
-        return twin
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TextSession, (_nothing, self.max_bytes)
-
-
-def _nothing() -> None:
-    return None

@@ -28,9 +28,8 @@ share it: they look and keep in turns, and compute side by side.
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +39,7 @@ from torch import Tensor, nn
 
 from . import clock
 from .clock import Clock, Unknown, form_of
-from .part import Part
+from .part import Part, PartSession
 from .surroundings import refuse_module, refuse_surroundings, surroundings
 
 __all__ = ["MAX_BYTES", "TimePart", "TimeSession"]
@@ -107,7 +106,7 @@ class _Now(threading.local):
         self.given: dict[str, Any] = {}  # what parts have just returned, by name
 
 
-class TimeSession:
+class TimeSession(PartSession):
     """Holds the values of one denoiser's parts and follows its calls.
 
     Args:
@@ -116,15 +115,10 @@ class TimeSession:
     """
 
     def __init__(self, scheduler: Callable[[], Any], max_bytes: int = MAX_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.parts: list[TimePart] = []
-        self.closed = False
-        self.hits = self.evaluations = self.bytes = 0
-        self.reasons: Counter[str] = Counter()
-        self._scheduler = scheduler
+        super().__init__(scheduler, max_bytes)
+        self.hits = self.evaluations = 0
         self._kept: OrderedDict[Any, _Kept] = OrderedDict()
         self._now = _Now()
-        self._lock = threading.RLock()  # of all that follows; modules compute outside of it
         self._clock = Clock()
         self._calls = 0
         self._seen: set[Any] = set()  # times since the last look at the weights
@@ -259,11 +253,6 @@ class TimeSession:
             for part in self.parts:
                 part.weights.forget()
 
-    def close(self) -> None:
-        """Stay out of every call from now on, and drop the values."""
-        self.closed = True
-        self.forget()
-
     def report(self) -> dict[str, Any]:
         """Evaluations done and saved so far, what is kept, and why modules were left to run."""
         with self._lock:
@@ -274,17 +263,3 @@ class TimeSession:
                 "bytes": self.bytes,
                 "not_kept": dict(self.reasons),
             }
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TimeSession:
-        """A session of its own for a copy of the model, without this one's values."""
-        twin = TimeSession(copy.deepcopy(self._scheduler, memo), self.max_bytes)
-        twin.closed = self.closed
-        memo[id(self)] = twin
-        return twin
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TimeSession, (_nothing, self.max_bytes)
-
-
-def _nothing() -> None:
-    return None
