@@ -150,6 +150,27 @@ def test_samples_decide_by_themselves_whatever_their_mates_do():
         assert torch.equal(got[:, 0], want[:, 0])
 
 
+def test_the_report_says_why_each_step_ran_and_what_was_measured():
+    torch.manual_seed(3)
+    scheduler = Scheduler(9)
+    model, session = cached(FirstBlock(threshold=0.1, max_skips=2), scheduler)
+    wander(model, scheduler, torch.randn(2, 3, 8), torch.tensor([0.02, 0.15]))
+    report = session.report()
+    (decisions,), (why,) = report["branches"].values(), report["why"].values()
+    assert [reason is not None for reason in why] == [done == "full" for done in decisions]
+    assert why[0] == "first step"
+    assert why[-1] == "last step"
+    assert {reason: why.count(reason) for reason in why if reason} == report["why_full"]
+    (changes,) = report["measured_change"].values()
+    for step, reason in enumerate(why):
+        if reason == "changed too much":
+            assert max(changes[step]) >= 0.1
+        elif reason is None:
+            assert max(changes[step]) < 0.1
+    assert "changed too much" in why
+    assert None in why
+
+
 def test_a_step_that_one_sample_wants_is_computed_for_it_alone():
     scheduler = Scheduler(4)
     scheduler.timesteps = torch.tensor([1.0, 0.999, 0.998, 0.997])

@@ -98,7 +98,7 @@ class GuidedSession(ScheduledSession):
     def _foresee(self, call: Call, timesteps: Any, index: Any) -> None:
         super()._foresee(call, timesteps, index)
         if call.half is not None:
-            call.branch.decisions[-1] = "half"
+            call.branch.correct("half", call.branch.why[-1])
 
     def _must_run_now(self, call: Call, branch: Branch) -> str | None:
         if not self._second or self._refused is not None:

@@ -211,11 +211,11 @@ class ModuleSession(ScheduledSession):
         """Close a call, and note what its modules did."""
         tally, self.tally = self.tally, None
         if tally is not None and call.branch is not None:
+            why = None
             if not tally.forecast:
-                self.reasons[tally.why_full or next(iter(tally.refused), "scheduled")] += 1
-            call.branch.decisions.append(
-                "full" if not tally.forecast else "part" if tally.ran else "skip"
-            )
+                why = tally.why_full or next(iter(tally.refused), "scheduled")
+                self.reasons[why] += 1
+            call.branch.note("full" if why else "part" if tally.ran else "skip", why)
             tally.rings.forecast.append(tally.forecast)
         super().finish(call)
 

@@ -160,7 +160,7 @@ class ScheduledSession(Session):
             reason, call.flags = "guard", flags
         if reason is not None:
             self.reasons[reason] += 1
-        branch.decisions.append("full" if reason else "skip")
+        branch.note("full" if reason else "skip", reason)
 
     def _place(self, counted: int) -> int:
         """Return the step that the model's time is that of; the number counted where it is none."""

@@ -33,16 +33,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .calls import Branch, Call, Decided
 from .guard import halves
 from .policy import CachePolicy, ScheduledPolicy
-from .ring import Ring
 from .shards import measure
 from .steps import counts, step_now, times_of
 
@@ -50,62 +49,6 @@ __all__ = ["Branch", "Call", "Session"]
 
 # More calls than this in one step mean that the session can't see the steps: it then stays out.
 _MAX_CALLS_PER_STEP = 8
-
-
-@dataclass
-class Branch:
-    """State of one guidance branch: what its last full step left behind."""
-
-    name: str
-    conditioning: Any = None
-    full_at: tuple[int, ...] | None = None  # step of the last full run, by sample
-    form: tuple[Any, ...] = ()  # shape, dtype and device of the hidden state there
-    probe: Tensor | None = None  # the first blocks' residual there
-    ring: Ring | None = None  # outputs of the newest full steps, where a schedule forecasts
-    kept: tuple[Any, ...] = ()  # what the layout stored there
-    rebuild: Any = None  # makes an output of the model of its parts
-    steady: bool = False  # whether its conditioning was the same tensor on two steps of the run
-    replaced: bool = False  # whether it is another one now
-    memory: Any = None  # what else the session knows of the steps before
-    errors: dict[int, Tensor] = field(default_factory=dict)  # of forecasts, by step of the run
-    decisions: list[str] = field(default_factory=list)  # of the run: "full" or "skip"
-
-    def forget(self) -> None:
-        """Drop the tensors, keep the record of decisions."""
-        self.full_at, self.probe, self.kept, self.conditioning = None, None, (), None
-        self.memory = None
-        if self.ring is not None:
-            self.ring.clear()
-
-
-class Decided(NamedTuple):
-    """What a pass decided, for the passes of its step that are given the same."""
-
-    given: Tensor  # what entered the model
-    reasons: list[str | None]  # by sample, why it runs in full
-
-
-@dataclass
-class Call:
-    """One call of the denoiser."""
-
-    branch: Branch | None  # None: run as if there were no cache
-    step: int = 0
-    is_last: bool = False
-    skip: bool = False
-    flags: Any = None  # of the guard: the samples that a skipped step computes all the same
-    form: tuple[Any, ...] = ()  # of what entered the model
-    place: int = 0  # among the calls of its step
-    half: slice | None = None  # the rows of the batch that are computed, where not all are
-    given: Tensor | None = None  # what entered the model
-    arguments: dict[str, Any] = field(default_factory=dict)  # all of it, by name
-    entry: Tensor | None = None  # the layout's scratch: what entered the model or block 0,
-    head: tuple[Any, ...] = ()  # what left the last block that always runs,
-    done: bool = False  # and whether the stored features were put in
-    copies: int = 1  # of the batch: what lies behind a UNet's encoder may run for several steps
-    stays: Tensor | None = None  # [B], the samples of a full step that take the stored features,
-    before: tuple[Any, ...] = ()  # these features,
-    since: tuple[int, ...] = ()  # and the step of every sample's last full run after this one
 
 
 class Session:
@@ -353,6 +296,7 @@ class Session:
 
         Reads back [B], twice only where a pass shares some of its samples.
         """
+        call.branch.changes[len(call.branch.decisions)] = change.detach().clone()
         decided = self._decided
         shared = self._shared(decided, call, len(reasons))
         if not any(shared):
@@ -402,7 +346,7 @@ class Session:
         wanted = [reason for reason in reasons if reason]
         if not wanted:
             call.skip = True
-            branch.decisions.append("skip")
+            branch.note("skip")
             return
         batched = all(part.shape[0] == len(reasons) for part in branch.kept if part is not None)
         if len(wanted) < len(reasons) and batched:
@@ -412,7 +356,7 @@ class Session:
             call.since = tuple(call.step if reason else at for reason, at in pairs)
             self.blended += 1
         self.reasons[wanted[0]] += 1
-        branch.decisions.append("full")
+        branch.note("full", wanted[0])
         branch.full_at, branch.kept = None, ()
 
     @torch.compiler.disable
@@ -468,16 +412,26 @@ class Session:
     # What was done?
 
     def report(self) -> dict[str, Any]:
-        """Decisions of the present or last run, by branch, and why steps ran in full."""
+        """Return the decisions of the present or last run.
+
+        By branch and step: `branches`, `why` steps ran in full, and where steps are decided by a
+        measurement `measured_change`, by sample: what was held against the threshold.
+        """
         branches = {branch.name: list(branch.decisions) for branch in self._branches.values()}
         every = [decision for decisions in branches.values() for decision in decisions]
-        return {
+        numbers = {
             "full": every.count("full"),
             "skipped": every.count("skip"),
             "blended": self.blended,  # full steps that some samples took no part in
             "branches": branches,
+            "why": {branch.name: list(branch.why) for branch in self._branches.values()},
             "why_full": dict(self.reasons),
         }
+        changes = {
+            branch.name: {step: change.tolist() for step, change in branch.changes.items()}
+            for branch in self._branches.values()
+        }
+        return numbers | ({"measured_change": changes} if any(changes.values()) else {})
 
 
 def add_residual(head: Any, tail: Any) -> Any:

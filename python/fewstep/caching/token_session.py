@@ -122,13 +122,13 @@ class TokenSession(ScheduledSession):
     def _foresee(self, call: Call, timesteps: Any, index: Any) -> None:
         super()._foresee(call, timesteps, index)
         if call.skip:
-            call.branch.decisions[-1] = "part"
+            call.branch.correct("part")
 
     @torch.compiler.disable
     def run_in_full(self, call: Call, reason: str) -> None:
         """Take back the decision to run a share of the tokens."""
         call.skip = False
-        call.branch.decisions[-1] = "full"
+        call.branch.correct("full", reason)
         self.reasons[reason] += 1
 
     @torch.compiler.disable
