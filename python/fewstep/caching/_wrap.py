@@ -9,12 +9,10 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .inputs import CONDITIONING, entry_of, form_of, input_of, time_of
 from .session import Call, Session
-
-# Arguments that tell the guided from the unguided pass; the first one given counts.
-_CONDITIONING = ("encoder_hidden_states", "class_labels", "pooled_projections")
 
 
 class Replacement(NamedTuple):
@@ -96,10 +94,10 @@ class Followed(Wrapped):
         given = self.parameters.bind_partial(*args, **kwargs).arguments
         if any(given.get(name) is not None for name in self.ignore):
             return self.below(*args, **kwargs)
-        conditioning = next((given[n] for n in _CONDITIONING if given.get(n) is not None), None)
-        entry = next((x for x in given.values() if isinstance(x, Tensor)), None)
-        form = () if entry is None else (entry.shape, entry.dtype, entry.device)
-        call = session.begin(given.get("timestep"), conditioning, form, self)
+        conditioning = next((given[n] for n in CONDITIONING if given.get(n) is not None), None)
+        whole = input_of(given)
+        entry = entry_of(whole)
+        call = session.begin(time_of(given), conditioning, form_of(whole, entry), self)
         call.entry = call.given = entry
         call.arguments = given
         try:

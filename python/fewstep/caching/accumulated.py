@@ -47,6 +47,10 @@ def _mean(x: Tensor) -> Tensor:
     return x.flatten(1).abs().mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def _shapes(call: Call) -> str:
+    return f"samples of {[list(x) for x in call.form[0][1:]]}" if call.form else "none"
+
+
 class InputSession(Session):
     """Sums what the policy makes of every step's input."""
 
@@ -54,8 +58,14 @@ class InputSession(Session):
 
     def enter(self, call: Call) -> None:
         """Decide before the model runs, by what enters it, where the policy wants that."""
-        if self.policy.early and call.branch is not None and call.entry is not None:
-            self._decide(call, call.entry, call.entry)
+        if not self.policy.early or call.branch is None:
+            return
+        if call.entry is None:
+            raise ValueError(
+                "cache: expected a model that is given one tensor, or a list of samples of one "
+                f"size, got {_shapes(call)}; {self.policy!r} looks at them"
+            )
+        self._decide(call, call.entry, call.entry)
 
     def decide(self, call: Call, entry: Tensor, output: Tensor) -> None:
         """Decide by what entered the first block, where the policy wants that."""

@@ -39,14 +39,20 @@ def guided_half(passes: str, count: int) -> slice:
     return slice(0, count // 2) if passes == "first half" else slice(count // 2, count)
 
 
-def rows_of(value: Any, rows: slice, count: int) -> Any:
-    """Return arguments with the rows of every tensor that has a first dimension of `count`."""
+def rows_of(value: Any, rows: slice, count: int, *, lists: bool = False) -> Any:
+    """Return arguments with the rows of every tensor that has a first dimension of `count`.
+
+    With `lists`, the model is given its samples in lists: of those of length `count` the entries
+    are the rows.
+    """
     if isinstance(value, Tensor):
         return value[rows] if value.dim() and value.shape[0] == count else value
+    if lists and type(value) is list and len(value) == count:
+        return value[rows]
     if isinstance(value, dict):
-        return {name: rows_of(entry, rows, count) for name, entry in value.items()}
+        return {name: rows_of(entry, rows, count, lists=lists) for name, entry in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(rows_of(entry, rows, count) for entry in value)
+        return type(value)(rows_of(entry, rows, count, lists=lists) for entry in value)
     return value
 
 

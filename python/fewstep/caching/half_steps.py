@@ -13,6 +13,7 @@ for. What is no such sum (rescaled guidance, passes left out on some steps) has 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .guided import guided_half, rows_of
+from .inputs import input_of
 from .output import take_apart
 from .plan import Plan
 from .policy import Forecasts
@@ -144,8 +146,11 @@ def _serves_halves(denoiser: nn.Module, call: tuple[Any, Any, Tensor], passes: s
     """Whether the model gives on the guided half of a batch what it gives on all of it."""
     args, kwargs, output = call
     rows = guided_half(passes, len(output))
+    given = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
+    lists = isinstance(input_of(given), list)
+    mine = rows_of((args, kwargs), rows, len(output), lists=lists)
     try:
-        alone = denoiser(*rows_of(args, rows, len(output)), **rows_of(kwargs, rows, len(output)))
+        alone = denoiser(*mine[0], **mine[1])
     except (RuntimeError, ValueError, IndexError, TypeError):
         return False
     first, wanted = take_apart(alone)[0][0], output[rows]

@@ -138,6 +138,11 @@ class LookAheadSession(ScheduledSession):
 
     @torch.no_grad()
     def _look_ahead(self, call: Call, start: int) -> Tensor:
+        if call.entry is None:
+            raise ValueError(
+                "cache: expected a model that is given one tensor, or a list of samples of one "
+                f"size, got {call.form}; {self.policy!r} looks at them"
+            )
         blocks, device = self._blocks_on(call.entry.device), call.entry.device
         rank, order = self._ranks[call.step], self.policy.order
         one = torch.eye(order, device=device)

@@ -134,12 +134,10 @@ def _keep(visit: Any, output: Any) -> None:
     try:
         parts, rebuild = take_apart(output)
     except TypeError:
-        parts, rebuild = ({},), None
-    if all(part is None or isinstance(part, Tensor) for part in parts):
+        visit.refuse("a module returns more than tensors")
+    else:
         visit.keep(parts)
         visit.ring.rebuild = rebuild
-    else:
-        visit.refuse("a module returns more than tensors")
 
 
 class _CachedBlock(CachedModule):

@@ -9,7 +9,7 @@ skipped costs one pass over tensors of the latents' size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ._wrap import Followed, Replacement, follow
 from .guided import rows_of
+from .inputs import input_of, stacked
 from .session import Call, Session, blend
 
 __all__ = ["OutputStack", "take_apart"]
@@ -54,7 +55,9 @@ class _Output(Followed):
             return call.branch.rebuild(forecast)
         if call.half is not None:
             rows, count = call.half, call.form[0][0]
-            output = self.below(*rows_of(args, rows, count), **rows_of(kwargs, rows, count))
+            lists = isinstance(input_of(call.arguments), list)
+            mine = rows_of((args, kwargs), rows, count, lists=lists)
+            output = self.below(*mine[0], **mine[1])
             parts, call.branch.rebuild = take_apart(output)
             return call.branch.rebuild(self.session.complete(call, parts))
         output = self.below(*args, **kwargs)
@@ -81,14 +84,49 @@ class _Output(Followed):
         )
 
 
-def take_apart(output: Any) -> tuple[tuple[Any, ...], Callable[[tuple[Any, ...]], Any]]:
-    """Return the tensors of a model's output, and what makes such an output of others."""
-    if isinstance(output, Tensor):
-        return (output,), lambda parts: parts[0]
-    kind = type(output)
-    if isinstance(output, Mapping):  # diffusers' BaseOutput, before tuple: some are both
-        names = tuple(output)
-        return tuple(output.values()), lambda parts: kind(**dict(zip(names, parts, strict=True)))
-    if isinstance(output, tuple):
-        return output, kind
-    raise TypeError(f"cache: expected a model that returns tensors, got a {kind.__name__} from it")
+def take_apart(output: Any) -> tuple[tuple[Tensor, ...], Callable[[tuple[Tensor, ...]], Any]]:
+    """Return the tensors of a model's output, and what makes such an output of others.
+
+    Lists, tuples and mappings may be nested. A list of tensors of one form is a batch and becomes
+    one tensor, so that decisions by sample are those of its entries. None stays where it is.
+
+    Raises:
+        TypeError: anything else, which nothing could be put in for; or a tensor of whole numbers,
+            which has no weighted sums.
+    """
+    parts: list[Tensor] = []
+    make = _take(output, parts)
+    if not parts:
+        raise _not_tensors(output)
+    return tuple(parts), lambda others: make(iter(others))
+
+
+def _take(value: Any, parts: list[Tensor]) -> Callable[[Iterator[Tensor]], Any]:
+    """Append the tensors of a value, and return what makes such a value of others."""
+    if value is None:
+        return lambda others: None
+    if isinstance(value, Tensor):
+        if not (value.is_floating_point() or value.is_complex()):
+            raise _not_tensors(value)
+        parts.append(value)
+        return next
+    kind = type(value)
+    if isinstance(value, Mapping):  # diffusers' BaseOutput, before tuple: some are both
+        named = {name: _take(part, parts) for name, part in value.items()}
+        return lambda others: kind(**{name: make(others) for name, make in named.items()})
+    if not isinstance(value, list | tuple):
+        raise _not_tensors(value)
+    if kind is list and (batch := stacked(value)) is not None:
+        make = _take(batch, parts)
+        return lambda others: list(make(others).unbind())
+    makes = [_take(part, parts) for part in value]
+    gather = getattr(kind, "_make", kind)  # of named tuples, whose class takes them one by one
+    return lambda others: gather([make(others) for make in makes])
+
+
+def _not_tensors(value: Any) -> TypeError:
+    got = f"one of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return TypeError(
+        "cache: expected a model that returns tensors of floating point, or lists, tuples or "
+        f"mappings of such, got {got} from it"
+    )

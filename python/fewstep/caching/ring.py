@@ -80,14 +80,18 @@ class Ring:
     ) -> None:
         """Keep the snapshot of the full step of a rank, or what it adds to `base`.
 
-        The others go where the form differs, or where full steps between were not kept: slots
-        belong to ranks, so a gap would have weights meet what is older, or nothing.
+        The others go where the form differs, a part's absence included, or where full steps between
+        were not kept: slots belong to ranks, so a gap would have weights meet what is older, or
+        nothing.
         """
-        if form != self.form or len(snapshot) != len(self._slots) or self._newest != rank - 1:
+        if strange := [part for part in snapshot if not isinstance(part, Tensor | None)]:
+            raise TypeError(f"cache: expected tensors to keep, got a {type(strange[0]).__name__}")
+        there = [part is None for part in snapshot] == [slots is None for slots in self._slots]
+        if form != self.form or not there or self._newest != rank - 1:
             self.clear()
             self.form = form
             self._slots = tuple(
-                Slots(part, self.order, self.snapshots) if isinstance(part, Tensor) else part
+                None if part is None else Slots(part, self.order, self.snapshots)
                 for part in snapshot
             )
             self.bytes = sum(slots.bytes for slots in self._slots if isinstance(slots, Slots))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from .output import take_apart
 from .quality import psnr
 from .record import seeded
 from .session import times_of
@@ -31,7 +32,7 @@ _MANY = 32  # evaluations of a run from which on gradients are checkpointed
 
 def first_tensor(output: Any) -> Tensor:
     """Return what a model's output is about."""
-    return output if isinstance(output, Tensor) else output[0]
+    return take_apart(output)[0][0]
 
 
 class Rollout:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ._checks import check_count
 from ._pipelines import expect_calls, only_denoiser_of, same_config
 from .calibrate import calibrate
+from .inputs import entry_of, input_of
 from .lookahead import LookAhead, LookAheadBlocks, gap_of
 from .output import take_apart
 from .plan import Plan
@@ -71,7 +72,12 @@ class _Ahead(Rollout):
         outputs = self._outputs[branch]
         if branch not in self._ahead:
             given = inspect.signature(below).bind_partial(*args, **kwargs).arguments
-            entry = next(x for x in given.values() if isinstance(x, Tensor))
+            entry = entry_of(input_of(given))
+            if entry is None:
+                raise ValueError(
+                    "pipe: expected a model that is given one tensor, or a list of samples of one "
+                    f"size, got {', '.join(given)}"
+                )
             newest = [parts[0] for parts in outputs]
             if self.seen is not None:
                 self.seen(start, entry, newest)
