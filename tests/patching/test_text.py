@@ -45,8 +45,7 @@ def test_the_same_bits_and_one_evaluation_per_run(name):
         report = patch.report()["text"]
         assert report["not_kept"] == {}
         assert report["most_bytes"] > 0
-        if hasattr(pipe.scheduler, "step_index"):
-            assert (report["values"], report["bytes"]) == (0, 0)  # gone with the last step
+        assert (report["values"], report["bytes"]) == (0, 0)  # gone with the last step or prompt
         assert "evaluations" in patch.explain()
     assert torch.equal(run(pipe, seed=0), plain[0])
     assert snapshot(pipe)["modules"] == before["modules"]
@@ -209,6 +208,19 @@ def test_gradients_hooks_training_and_other_calls_stay_out(pixart):
     assert patch.report()["text"]["not_kept"]["it is in training"] == STEPS
     assert seen(patch)[0] == evaluated + len(patch._changes[0]._session.parts) - 1
     module.eval()
+
+
+def test_nothing_stays_after_an_exception():
+    pipe = build("sd3")
+    patch = fewstep.patch(pipe, text="cache")
+
+    def fail(given):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, **between(fail))
+    assert patch.report()["text"]["most_bytes"] > 0
+    assert patch.report()["text"]["values"] == 0
 
 
 def test_the_most_bytes_are_a_limit(monkeypatch):

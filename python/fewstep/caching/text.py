@@ -14,8 +14,9 @@ A value is used again only where the module would compute the same bits:
     around   autocast, threads, precision of matmuls, stream
     result   not written to by anybody since
 
-All is dropped when the scheduler has another grid, and what a pass has used on its last step at the
-end of that. Writes through `.data`, which change no version, are therefore seen by the next run.
+All is dropped when the scheduler has another grid, what a pass has used on its last step at the end
+of that (where the scheduler counts steps), and what was made of a tensor when that is gone. Writes
+through `.data`, which change no version, are therefore seen by the next run.
 Stays out where `TimeSession` does: with gradients, in inference mode, transforms, training, inside
 of a module with hooks or of a kind not known (a LoRA), outside of the denoiser, out of graphs.
 """
@@ -23,6 +24,7 @@ of a module with hooks or of a kind not known (a LoRA), outside of the denoiser,
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +109,7 @@ class TextSession(PartSession):
         self._grid: Any = None
         self._calls = 0
         self._now = _Now()
+        self._made: set[int] = set()  # identities of the values that are kept
 
     def begin(self, device: torch.device) -> None:
         """Open a call of the denoiser."""
@@ -165,7 +168,9 @@ class TextSession(PartSession):
         with self._lock:
             self.evaluated += 1
             if type(value) is Tensor and part.weights.state == state:
-                self._keep(part, _Kept(_Tensor(x), around, value, value._version, self._calls))
+                kept = _Kept(_Tensor(x), around, value, value._version, self._calls)
+                if self._keep(part, kept):
+                    self._drop_with(x, part, kept)
         return value
 
     def _refuse(
@@ -181,7 +186,7 @@ class TextSession(PartSession):
             return "another input at every step"
         return refuse_module(module)
 
-    def _keep(self, part: TextPart, kept: _Kept) -> None:
+    def _keep(self, part: TextPart, kept: _Kept) -> bool:
         part.in_vain += 1
         if len(part.kept) >= _PASSES:
             self._drop(part, min(part.kept, key=lambda kept: kept.used))
@@ -192,12 +197,28 @@ class TextSession(PartSession):
             self.reasons["max_bytes reached"] += 1
         else:
             part.kept.append(kept)
+            self._made.add(id(kept.value))
             self.bytes += kept.bytes
             self.most = max(self.most, self.bytes)
+            return True
+        return False
+
+    def _drop_with(self, x: Tensor, part: TextPart, kept: _Kept) -> None:
+        """Drop a value when what it was made of is gone: the prompt with the pipeline's call.
+
+        The base of a view lasts only where somebody holds it as a Python object, as this does with
+        other parts' values.
+        """
+        owner = x if x._base is None else x._base
+        if x._base is None or id(owner) in self._made:
+            where = (weakref.ref(self), weakref.ref(part), weakref.ref(kept))
+            weakref.finalize(owner, _gone, *where).atexit = False
 
     def _drop(self, part: TextPart, kept: _Kept) -> None:
-        part.kept.remove(kept)
-        self.bytes -= kept.bytes
+        if kept in part.kept:
+            part.kept.remove(kept)
+            self._made.discard(id(kept.value))
+            self.bytes -= kept.bytes
 
     def _forget(self, part: TextPart) -> None:
         for kept in list(part.kept):
@@ -222,3 +243,13 @@ class TextSession(PartSession):
                 "most_bytes": self.most,
                 "not_kept": dict(self.reasons),
             }
+
+
+def _gone(
+    session: weakref.ref[TextSession], part: weakref.ref[TextPart], kept: weakref.ref[_Kept]
+) -> None:
+    """Drop a value if it is still there."""
+    found = session(), part(), kept()
+    if all(one is not None for one in found):
+        with found[0]._lock:
+            found[0]._drop(*found[1:])

@@ -91,7 +91,9 @@ class _TextChange(Change):
             f"{len(session.parts)} modules are evaluated once per run and guidance pass, and their "
             "values used by every later step: the same bits"
         )
-        self.done.append(f"at most {session.max_bytes >> 20} MiB, until the last step")
+        self.done.append(
+            f"at most {session.max_bytes >> 20} MiB, until the last step or the end of the call"
+        )
         super().apply()
 
     def undo(self) -> None:
