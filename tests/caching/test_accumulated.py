@@ -201,12 +201,19 @@ def test_an_output_unlike_the_input_is_refused():
         (lambda: EasyCache(warmup=0), "warmup: expected at least 1, got 0"),
         (lambda: TeaCache(max_skips=-1), "max_skips: expected at least 0, got -1"),
         (lambda: TeaCache(coefficients=()), "coefficients: expected at least one"),
+        (lambda: TeaCache(coefficients=(float("nan"),)), "coefficients: expected a finite number"),
         (lambda: TeaCache(first=0), "first: expected at least 1, got 0"),
     ],
 )
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("coefficients", [("a",), "12", (True,), 1.0])
+def test_coefficients_that_are_no_numbers_are_named(coefficients):
+    with pytest.raises(TypeError, match="coefficients: expected numbers, got"):
+        TeaCache(coefficients=coefficients)
 
 
 def test_policies_bring_their_session():

@@ -180,5 +180,7 @@ def test_the_preset():
     assert issubclass(Dmd().session, ScheduledSession)
     with pytest.raises(ValueError, match="modes: expected 1 or 2, got 3"):
         Dmd(modes=3)
+    with pytest.raises(ValueError, match=r"modes: expected 1 or 2, got 2\.0"):
+        Dmd(modes=2.0)  # an order of 4.0 would fail in the middle of a run
     with pytest.raises(ValueError, match="ridge: expected a finite number >= 0"):
         Dmd(ridge=-1)

@@ -88,6 +88,7 @@ def test_ratios_are_those_of_magnitudes(name, scope):
         (lambda: MagCache(()), "ratios: expected one per step, got none"),
         (lambda: MagCache((1.0, 0.0)), "ratios: expected a finite number > 0, got 0.0"),
         (lambda: MagCache((1.0,), threshold=-1), "threshold: expected a finite number >= 0"),
+        (lambda: MagCache((1.0,), retention=2), "retention: expected a finite .* >= 0 and <= 1"),
         (lambda: MagCache((1.0,), max_skips=-1), "max_skips: expected at least 0, got -1"),
         (lambda: MagCache((1.0,), scope="model"), "scope: expected 'output' or 'blocks'"),
         (lambda: MagnitudeRecorder("model"), "scope: expected 'output' or 'blocks'"),

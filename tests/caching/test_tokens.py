@@ -78,8 +78,8 @@ def test_schedule():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"share": 0.0}, "share: expected a finite number > 0, got 0.0"),
-        ({"share": 1.5}, "share: expected at most 1, got 1.5"),
+        ({"share": 0.0}, "share: expected a finite number > 0 and <= 1, got 0.0"),
+        ({"share": 1.5}, "share: expected a finite number > 0 and <= 1, got 1.5"),
         ({"every": 0}, "every: expected at least 1, got 0"),
         ({"warmup": 0}, "warmup: expected at least 1, got 0"),
         ({"starvation": -1.0}, "starvation: expected a finite number >= 0"),

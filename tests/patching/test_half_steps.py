@@ -231,3 +231,7 @@ def test_the_published_rule():
     assert along.guidance[5] == pytest.approx((2.0, -1.0))
     with pytest.raises(ValueError, match="passes: expected 'calls' or"):
         GuidanceReuse(passes="both")
+    with pytest.raises(ValueError, match="first: expected a finite number >= 0 and <= 1"):
+        GuidanceReuse(first=1.5)
+    with pytest.raises(ValueError, match=r"degree: expected 0 or 1, got 1\.0"):
+        GuidanceReuse(degree=1.0)

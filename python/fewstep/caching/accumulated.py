@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_count
+from ._checks import check_count, to_numbers
 from .policy import Threshold
 from .session import Call, Session, blend
 from .shards import measure
@@ -144,7 +144,7 @@ class TeaCache(Threshold):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "coefficients", tuple(map(float, self.coefficients)))
+        object.__setattr__(self, "coefficients", to_numbers("coefficients", self.coefficients))
         if not self.coefficients:
             raise ValueError("coefficients: expected at least one, got none")
         check_count("first", self.first, 1)

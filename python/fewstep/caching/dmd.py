@@ -215,8 +215,7 @@ class Dmd(_Extrapolated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.modes not in (1, 2) or isinstance(self.modes, bool):
-            raise ValueError(f"modes: expected 1 or 2, got {self.modes!r}")
+        check_choice("modes", self.modes, (1, 2))
         check_number("ridge", self.ridge, 0)
         check_choice("scope", self.scope, ("output", "blocks"))
 

@@ -48,7 +48,7 @@ class GuidanceReuse:
     session = GuidedSession
 
     def __post_init__(self) -> None:
-        check_number("first", self.first, 0)
+        check_number("first", self.first, 0, most=1)
         check_count("every", self.every, 1)
         check_choice("degree", self.degree, (0, 1))
         check_choice("passes", self.passes, PASSES)

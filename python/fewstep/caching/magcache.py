@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_count, check_number
+from ._checks import check_choice, check_count, check_number, to_numbers
 from .forecasters import reuse
 from .methods import forecast_steps
 from .policy import Forecasts
@@ -57,13 +57,11 @@ class MagCache:
     order = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", tuple(float(ratio) for ratio in self.ratios))
+        object.__setattr__(self, "ratios", to_numbers("ratios", self.ratios, 0, above=True))
         if not self.ratios:
             raise ValueError("ratios: expected one per step, got none")
-        for ratio in self.ratios:
-            check_number("ratios", ratio, 0, above=True)
         check_number("threshold", self.threshold, 0)
-        check_number("retention", self.retention, 0)
+        check_number("retention", self.retention, 0, most=1)
         check_count("max_skips", self.max_skips, 0)
         check_choice("scope", self.scope, ("output", "blocks"))
 

@@ -48,9 +48,7 @@ class Ras:
     session = TokenSession
 
     def __post_init__(self) -> None:
-        check_number("share", self.share, 0, above=True)
-        if self.share > 1:
-            raise ValueError(f"share: expected at most 1, got {self.share}")
+        check_number("share", self.share, 0, above=True, most=1)
         for name, least in (("every", 1), ("warmup", 1), ("tail", 0)):
             check_count(name, getattr(self, name), least)
         check_number("starvation", self.starvation, 0)
