@@ -72,9 +72,34 @@ def test_the_pipeline_is_as_it_was(pipe):
         }
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"full_steps": 9}, "full_steps: expected at most the run's 5 steps, got 9"),
+        ({"full_steps": 2, "longest": 2}, "longest: expected at least 3 for 2 of 5 steps"),
+        ({"full_steps": 2, "longest": 0}, "longest: expected at least 1, got 0"),
+        ({"full_steps": 2, "scope": "tokens"}, "scope: expected 'output' or"),
+        ({"full_steps": 2, "values": 0}, "values: expected at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_found_before_anything_is_measured(pipe, settings, message):
+    calls = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=message):
+        lemica(pipe, CALLS[:1], **settings)
+    handle.remove()
+    assert len(calls) <= 2 * STEPS  # one run with guidance, to count the steps
+
+
+def test_two_models_are_refused():
+    from patching import test_plan_two_models as two_models
+
+    for measure in (edge_costs, lambda pipe, calls: lemica(pipe, calls, full_steps=4)):
+        with pytest.raises(ValueError, match="pipe: expected one model for all steps, got 2"):
+            measure(two_models.build(), [two_models.given(4)])
+
+
 def test_refusals(pipe):
-    with pytest.raises(ValueError, match="longest: expected at least 3 for 2 of 5 steps"):
-        lemica(pipe, CALLS[:1], full_steps=2, longest=2)
     other = [*CALLS[:1], {**CALLS[1], "num_inference_steps": 4}]
     with pytest.raises(ValueError, match="one number of steps in all calls, 5, got 4 in call 1"):
         edge_costs(pipe, other, longest=2)

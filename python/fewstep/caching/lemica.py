@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ._checks import check_count
-from ._pipelines import denoiser_of, expect_calls, same_config
+from ._checks import check_choice, check_count
+from ._pipelines import expect_calls, only_denoiser_of, same_config
 from ._wrap import Followed, follow
+from .kept import SCOPES
 from .methods import Scm
 from .output import take_apart
 from .policy import Interval
@@ -118,10 +119,20 @@ def edge_costs(
 
     Raises:
         TypeError: not a pipeline with a model that can be cached.
-        ValueError: a compiled or cached model, no call, runs of a part of a grid or of several.
+        ValueError: a compiled or cached model, two models that share the steps, no call, runs of a
+            part of a grid or of several numbers of steps.
     """
     check_count("longest", longest, 1)
-    denoiser, calls = denoiser_of(pipe), expect_calls(calls)
+    check_count("values", values, 1)
+    calls = expect_calls(calls)
+    _count_steps(pipe, calls, seed)
+    return _measure(pipe, calls, longest, values, seed)
+
+
+def _measure(
+    pipe: Any, calls: list[Mapping[str, Any]], longest: int, values: int, seed: int
+) -> NDArray[np.float64]:
+    denoiser = only_denoiser_of(pipe)
     total: Any = 0.0
     with torch.no_grad(), same_config(pipe.scheduler), _rehearsing(pipe, denoiser) as tape:
         for index, call in enumerate(calls):
@@ -131,11 +142,6 @@ def edge_costs(
             steps = len(run.times)
             costs = np.full((steps, steps + 1), np.inf)
             costs[np.arange(steps), np.arange(1, steps + 1)] = 0.0
-            if index and total.shape != costs.shape:
-                raise ValueError(
-                    f"calls: expected one number of steps in all calls, {len(total)}, got {steps} "
-                    f"in call {index}"
-                )
             for start in range(steps - 1):
                 for end in range(start + 2, min(start + longest, steps) + 1):
                     tape.gap = start, end
@@ -170,24 +176,39 @@ def lemica(
 
     Raises:
         TypeError: not a pipeline with a model that can be cached.
-        ValueError: a compiled or cached model, no call, runs of a part of a grid or of several, or
-            gaps too short for so few full steps.
+        ValueError: a compiled or cached model, two models that share the steps, no call, runs of a
+            part of a grid or of several numbers of steps, more full steps than a run has, or gaps
+            too short for so few. All of it before anything is measured.
     """
     check_count("full_steps", full_steps, 1)
+    check_count("values", values, 1)
+    if longest is not None:
+        check_count("longest", longest, 1)
+    check_choice("scope", scope, SCOPES)
     calls = expect_calls(calls)
+    steps = _count_steps(pipe, calls, seed)
+    if full_steps > steps:
+        raise ValueError(f"full_steps: expected at most the run's {steps} steps, got {full_steps}")
     if longest is None:
-        longest = 2 * math.ceil(_steps(pipe, calls[0], seed) / full_steps)
-    costs = edge_costs(pipe, calls, longest=longest, values=values, seed=seed)
-    steps = len(costs)
+        longest = 2 * math.ceil(steps / full_steps)
     if full_steps * longest < steps:
         raise ValueError(
             f"longest: expected at least {math.ceil(steps / full_steps)} for {full_steps} of "
             f"{steps} steps in full, got {longest}"
         )
+    costs = _measure(pipe, calls, longest, values, seed)
     return Scm.of(minimax(costs, full_steps), steps, scope=scope)
 
 
-def _steps(pipe: Any, call: Mapping[str, Any], seed: int) -> int:
-    denoiser_of(pipe)
+def _count_steps(pipe: Any, calls: list[Mapping[str, Any]], seed: int) -> int:
+    """Return how many steps all calls have, found by running each once."""
+    only_denoiser_of(pipe)
     with torch.no_grad(), same_config(pipe.scheduler):
-        return len(_latents(pipe, call, 1, seed)[1].times)
+        counts = [len(_latents(pipe, call, 1, seed)[1].times) for call in calls]
+    for index, count in enumerate(counts):
+        if count != counts[0]:
+            raise ValueError(
+                f"calls: expected one number of steps in all calls, {counts[0]}, got {count} in "
+                f"call {index}"
+            )
+    return counts[0]
