@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep
 from caching.test_captured import TIMES, Net, loop
-from fewstep.caching import PRESETS, Dmd, OutputStack, ScheduledPolicy, ScheduledSession
+from fewstep.caching import PRESETS, Dmd, OutputStack, ScheduledPolicy, ScheduledSession, snapshots
 from fewstep.caching.dmd import equally_spaced, exponential_weights
+from fewstep.caching.ring import Ring
 from patching.tiny_pipelines import call, digits
 
 STEPS = 30
@@ -88,6 +90,29 @@ def test_a_run_that_starts_in_the_middle_counts_from_there():
     torch.testing.assert_close(found[known], want[known], rtol=0, atol=1e-9)
 
 
+def test_where_a_second_model_takes_over_exponentials_start_anew():
+    """As in Wan 2.2: gaps read the second model's outputs alone, by ranks of the whole run."""
+    policy = Dmd(every=3, warmup=4, ridge=0.0)
+    models = [Exponentials(roots) for roots in ([0.9, 0.7], [0.95, 0.8])]
+    plain = Exponentials([0.95, 0.8])
+    scheduler = SimpleNamespace(timesteps=STEPS - torch.arange(STEPS).double(), step_index=None)
+    session = policy.session(policy, lambda: scheduler)
+    for module, name, value in [r for m in models for r in OutputStack(m).replacements(session)]:
+        setattr(module, name, value)
+    x, wrong = torch.zeros(2, 3, 4, 4), []
+    for index, time in enumerate(scheduler.timesteps):
+        scheduler.step_index = index
+        found, want = models[index >= 8](x, time), plain(x, time)
+        if index >= 8 and (found - want).abs().max() > 1e-9:
+            wrong.append(index)
+    (decisions,) = session.report()["branches"].values()
+    assert "".join(d[0] for d in decisions[8:]) == "ffff" + "ssf" * 6
+    # As above, four outputs at equal distances are known from the first gap on, and again from the
+    # fourth; a Taylor sum stands in, or one is interpolated, in between.
+    assert set(wrong) <= set(range(14, 21))
+    assert wrong
+
+
 def test_what_is_constant_stays():
     policy = Dmd(every=3)
     found, want, _ = forecast(policy, [])
@@ -97,11 +122,47 @@ def test_what_is_constant_stays():
     torch.testing.assert_close(found[last:], want[last:], rtol=2**-52, atol=0)
 
 
+def products(differences):
+    """Return [B, M, M]."""
+    rows = torch.stack([d.double() for d in differences], dim=1)
+    return rows @ rows.mT
+
+
+class Longest(TorchDispatchMode):
+    """Notes the most values of a tensor that a program makes, views of known ones aside."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known, self.values = {x.untyped_storage().data_ptr() for x in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.known:
+            self.values = max(self.values, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("kept", [None, "bfloat16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("shape", [(2, 6, 512), (2, 4, 10, 18), (2, 3, 300)])
+def test_products_are_taken_in_slices(monkeypatch, kept, shape):
+    generator = torch.Generator().manual_seed(0)
+    ring, second = Ring(4, kept), torch.randn(2, 5000, generator=generator)
+    for rank in range(4):
+        ring.push((torch.randn(shape, generator=generator), second), rank, form="form")
+    weights = torch.randn(3, 4, generator=generator).double()
+    sums = [ring.forecast(own.float())[0].flatten(1) for own in weights]
+    monkeypatch.setattr(snapshots, "SLICE", 1024)
+    with Longest(ring._slots[0].ring) as seen:
+        found = ring.products(weights)
+    assert 512 < seen.values <= 4 * 1024  # a slice of four slots, and nothing of the other stream
+    torch.testing.assert_close(found, products(sums), rtol=1e-5, atol=1e-4)
+
+
 def test_two_roots_are_those_of_the_companion_matrix():
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(4, 50, generator=generator).double() for _ in range(3)]
     ahead = torch.tensor([0.25, 1.0, 1.75], dtype=torch.float64)
-    found = torch.stack(exponential_weights(noise, ahead, ridge=0.0))
+    found = torch.stack(exponential_weights(products(noise), ahead, ridge=0.0))
     for b in range(4):
         target, one, two = (d[b].numpy() for d in noise)
         c, *_ = np.linalg.lstsq(np.stack([one, two], 1), target, rcond=None)
@@ -120,7 +181,7 @@ def test_weights_are_finite_whatever_is_stored(modes):
     for scales in ((0, 0, 0), (1, 0, 0), (0, 1, 1), (1, 1e-12, 1), (1e12, 1, 1), (1, 1, 1)):
         differences = [x * s for x, s in zip(some, scales, strict=True)][: modes + 1]
         ahead = torch.tensor([1.0, 8.0], dtype=torch.float64)
-        found = torch.stack(exponential_weights(differences, ahead, ridge=1e-6))
+        found = torch.stack(exponential_weights(products(differences), ahead, ridge=1e-6))
         assert found.isfinite().all(), scales
         if not any(scales):
             assert found.abs().max() < 1e-9

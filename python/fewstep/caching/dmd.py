@@ -9,8 +9,11 @@
 
 Dynamic mode decomposition as in cache-dit's calibrator takes a tall singular value decomposition of
 the snapshots and their modes at full length. Its forecast is in the span of the snapshots, so that
-the matrix of their products has all that it knows: here nothing is longer than a few numbers a
-sample, on the device and without a wait, and what is put in is a sum of weights x snapshots.
+the matrix of products has all that it knows: here a gap is a few numbers a sample, found on the
+device and without a wait, and what is put in is a sum of weights x snapshots. The products are
+those of differences, since the snapshots' own would leave few digits; once a gap and pass the first
+stream's snapshots are read for them, in slices (`snapshots.SLICE`), so that no difference is ever
+held whole. What is held is the snapshots, `order` of every stream and pass.
 
 Differences are what is predicted, which adds a mode that stays: weights sum to one, and constants
 are exact whatever is found. With one mode more than there are roots to find the system is square.
@@ -94,20 +97,14 @@ def equally_spaced(known: Sequence[float], count: int) -> tuple[tuple[float, ...
     return tuple(rows)
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1, dtype=torch.float64)
-
-
-def _prediction(differences: list[Tensor], ridge: float) -> tuple[Tensor, Tensor]:
+def _prediction(products: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Return c_1 and c_2 [B] of D_0 ~ c_1 D_1 (+ c_2 D_2)."""
-    wide = torch.promote_types(differences[0].dtype, torch.float32)
-    target, *known = (d.flatten(1).to(wide) for d in differences)
     tiny = torch.finfo(torch.float32).tiny
-    right = [_inner(target, d) for d in known]
-    if len(known) == 1:
-        size = _inner(known[0], known[0])
+    right = [products[:, 0, k] for k in range(1, products.shape[1])]
+    if len(right) == 1:
+        size = products[:, 1, 1]
         return right[0] / (size * (1 + ridge) + tiny), torch.zeros_like(size)
-    first, both, second = (_inner(known[i], known[j]) for i, j in ((0, 0), (0, 1), (1, 1)))
+    first, both, second = (products[:, i, j] for i, j in ((1, 1), (1, 2), (2, 2)))
     lift = ridge * (first + second) / 2 + tiny
     first, second = first + lift, second + lift
     scale = first * second - both**2
@@ -125,17 +122,15 @@ def _ahead(root: Tensor, ahead: Tensor) -> Tensor:
     return root * (torch.exp(ahead[:, None] * root.log()) - 1) / (root - 1)
 
 
-def exponential_weights(
-    differences: list[Tensor], ahead: Tensor, *, ridge: float
-) -> tuple[Tensor, Tensor]:
+def exponential_weights(products: Tensor, ahead: Tensor, *, ridge: float) -> tuple[Tensor, Tensor]:
     """Return u_0 and u_1 [H, B] of the module's header.
 
     Args:
-        differences: D_0, D_1 and, for two modes, D_2, each [B, ...].
+        products: [B, M, M], float64, of D_0, D_1 and, for two modes, D_2.
         ahead: h [H], float64.
         ridge: of the least squares, relative to the mean square of what D_0 is predicted from.
     """
-    one, two = _prediction(differences, ridge)
+    one, two = _prediction(products, ridge)
     centre = (one / 2).to(torch.complex128)
     apart = (centre**2 + two).sqrt()
     apart = torch.where(apart.abs() < _NEAR, torch.full_like(apart, _NEAR), apart)
@@ -156,7 +151,9 @@ class DmdSession(ScheduledSession):
         start = self._start  # the policy counts from the run's first step
         gaps = self.policy.gaps(self._times[start:]) if self.forecasts else ()
         self._gaps = {
-            start + gap.start + i: replace(gap, start=start + gap.start, rank=start + gap.rank)
+            start + gap.start + i: replace(
+                gap, start=start + gap.start, rank=self._ranks[start + gap.start]
+            )
             for gap in gaps
             for i in range(len(gap.ahead))
         }
@@ -189,8 +186,7 @@ class DmdSession(ScheduledSession):
 def _weights(ring: Ring, rows: Tensor, ahead: Tensor, ridge: float) -> Tensor:
     """Return the weights by slot of a gap's steps, [H, B, K]."""
     steps = rows[:-1] - rows[1:]
-    differences = [ring.forecast(step)[0] for step in steps]
-    first, second = exponential_weights(differences, ahead, ridge=ridge)
+    first, second = exponential_weights(ring.products(steps), ahead, ridge=ridge)
     return rows[0] + first[..., None] * steps[0] + second[..., None] * steps[1]
 
 

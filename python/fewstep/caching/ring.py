@@ -101,6 +101,10 @@ class Ring:
                 slots.put(part, rank % self.order, head)
         self._kept, self._newest = self._kept + 1, rank
 
+    def products(self, weights: Tensor) -> Tensor:
+        """Return the inner products [B, M, M] of the first stream's sums, given weights [M, K]."""
+        return self._slots[0].products(weights)
+
     def forecast(self, weights: Tensor, base: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
         """Return the sums, plus `base`, given weights by slot [K] or [B, K] on the device."""
         heads = (None,) * len(self._slots) if base is None else base

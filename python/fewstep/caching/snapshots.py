@@ -17,6 +17,7 @@ and `forecast_apply` reads.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..ops import forecast_apply, snapshot_store
 __all__ = ["FORMATS", "GROUP", "Slots"]
 
 GROUP = 256
+SLICE = 1 << 22  # values of a sum that are held at a time where sums themselves are not wanted
 # The dtype that is kept.
 FORMATS = {
     "float32": torch.float32,
@@ -101,6 +103,44 @@ class Slots:
             out_dtype=torch.float32 if self.dtype == torch.float64 else self.dtype,
         )
         return out.view(self.shape).to(self.dtype)
+
+    def products(self, weights: Tensor) -> Tensor:
+        """Return the inner products [B, M, M] of M weighted sums of the slots, in float64.
+
+        Of the sums no more than `SLICE` values each are held at a time.
+
+        Args:
+            weights: [M, K], on the device.
+        """
+        double = self.ring.dtype == torch.float64
+        wide = torch.float64 if double else torch.float32
+        count = len(weights)
+        found = weights.new_zeros((self.shape[0], count, count), dtype=torch.float64)
+        for ring, scale in self._slices():
+            sums = [
+                forecast_apply(ring, own.to(wide), scale=scale, group=GROUP, out_dtype=wide)
+                for own in weights
+            ]
+            rows = [part.flatten(1) for part in sums]
+            for i, one in enumerate(rows):
+                for j, other in enumerate(rows[: i + 1]):
+                    found[:, i, j] += (one * other).sum(1, dtype=torch.float64)
+        return found + found.tril(-1).mT
+
+    def _slices(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Cut the slots, and the factors of their groups, along the samples."""
+        ring, step, values = self.ring, 1, 1  # entries of the ring and values, of a unit
+        if self.scale is None:
+            ring = ring.reshape(*ring.shape[:2], math.prod(ring.shape[2:]))
+        elif len(self._held) == 3:
+            values = self._held[-1]
+        else:
+            step, values = GROUP // (2 if ring.dtype == torch.uint8 else 1), GROUP
+        units = max(1, SLICE // max(1, ring.shape[1] * values))
+        for start in range(0, -(-ring.shape[2] // step), units):
+            end = start + units
+            scale = None if self.scale is None else self.scale[:, :, start:end].contiguous()
+            yield ring[:, :, start * step : end * step].contiguous(), scale
 
     def _flat(self, x: Tensor | None) -> Tensor | None:
         """Return x as the slots hold it: float64, which codes are not made of, in float32."""
