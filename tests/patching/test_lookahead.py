@@ -9,6 +9,7 @@ import torch
 import fewstep
 from fewstep.caching import LookAhead, LookAheadBlocks, Plan, train_lookahead
 from fewstep.caching.quality import psnr
+from fewstep.caching.ring import Ring
 from patching.tiny_pipelines import digits
 
 STEPS = 4
@@ -76,6 +77,21 @@ def test_patched_runs_are_those_that_training_measured(trained):
     assert sum(levels) / len(levels) == pytest.approx(cache.predicted["psnr"], abs=1e-2)
     assert min(levels) == pytest.approx(cache.predicted["psnr_min"], abs=1e-2)
     assert set(map(tuple, decisions.values())) == {("full", "skip", "full", "skip")}
+
+
+def test_training_sums_in_half_precision_as_patched_runs_do():
+    import sys
+
+    weights = torch.tensor([1.7012, -1.1034, 0.4022], dtype=torch.float64)
+    parts = [x.bfloat16() for x in torch.randn(3, 2, 1, 8, 8, generator=torch.manual_seed(0))]
+    ring = Ring(3)
+    for rank, part in enumerate(parts[::-1]):
+        ring.push((part,), rank, "form")
+    (wanted,) = ring.forecast(weights.flip(0).float())
+    found = sys.modules[TRAINING]._sum(weights, tuple(parts))
+    assert found.dtype == torch.bfloat16
+    # Sums in another order may fall on the other side of a rounding.
+    assert (found != wanted).float().mean() < 0.02
 
 
 def test_training_leaves_the_pipeline_as_it_was():

@@ -92,10 +92,13 @@ class _Ahead(Rollout):
 
 
 def _sum(row: Tensor, parts: tuple[Any, ...]) -> Any:
+    """Return the forecast, summed in float32 as patched runs do: rounded weights aren't sum 1."""
     if not isinstance(parts[0], Tensor):
         return parts[0]
-    row = row.to(parts[0])
-    return sum(weight * part for weight, part in zip(row, parts, strict=True))
+    dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    row = row.to(parts[0].device, dtype)
+    summed = sum(weight * part.to(dtype) for weight, part in zip(row, parts, strict=True))
+    return summed.to(parts[0].dtype)
 
 
 def _new_blocks(runs: Runs, plan: Plan, indices: Iterable[int], hidden: int) -> LookAheadBlocks:
