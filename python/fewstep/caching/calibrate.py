@@ -36,7 +36,7 @@ from .output import OutputStack
 from .plan import Plan
 from .plans import parse_target
 from .policy import Forecasts
-from .quality import MOST, psnr
+from .quality import MOST, images_of, psnr
 from .record import Run, record, repeatable, responses, seeded, takeovers
 from .ring import MAX_ORDER
 from .runs import Runs, expect_alike, expect_finite, mean_squares
@@ -129,10 +129,7 @@ class Calibration:
                     run.watch(self.denoisers),
                     self._watch(run) as passes,
                 ):
-                    result = self.pipe(**call)
-                is_tuple = isinstance(result, tuple)
-                images = getattr(result, "images", getattr(result, "frames", None))
-                run.images = result[0] if is_tuple else images
+                    run.images = images_of(self.pipe(**call))
                 if isinstance(guidance := getattr(self.pipe, "guidance_scale", None), int | float):
                     self.guidance.add(float(guidance))
                 self.progress.advance(self.bar)

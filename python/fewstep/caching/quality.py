@@ -12,9 +12,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["MOST", "psnr"]
+__all__ = ["MOST", "images_of", "psnr"]
 
 MOST = 150.0  # dB of images that are equal: means stay finite, files stay JSON
+
+
+def images_of(result: Any) -> Any:
+    """Return the images or videos of what a pipeline's call returned; None where it has none."""
+    if isinstance(result, tuple):
+        return result[0]
+    return getattr(result, "images", getattr(result, "frames", None))
 
 
 def _arrays(images: Any) -> list[np.ndarray]:

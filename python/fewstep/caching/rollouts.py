@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from .output import take_apart
-from .quality import psnr
+from .quality import images_of, psnr
 from .record import seeded
-from .session import times_of
+from .steps import times_of
 
 __all__ = ["Rollout", "Runs", "first_tensor", "standing", "work_in"]
 
@@ -189,8 +189,7 @@ class Runs:
                 f"calls: expected calls that step {type(rollout.pipe.scheduler).__name__}, got "
                 f"none in call {index}"
             )
-        images = result[0] if isinstance(result, tuple) else getattr(result, "images", None)
-        return rollout.latents, images
+        return rollout.latents, images_of(result)
 
     def loss(self, index: int, *, gradient: bool = False) -> Tensor:
         """Return the loss of a call."""
