@@ -111,6 +111,8 @@ def test_the_second_model_starts_with_a_full_step(calibrated):
     frames, numbers = run(pipe, given(), plan)
     assert marks(numbers) == {"".join("F" if own is None else "-" for own in plan.steps)}
     assert numbers["plan"]["full"] == list(plan.full)
+    assert numbers["plan"]["starts_at"] == 0
+    assert numbers["step_error"] == plan.predicted["step_error"]
     plain = run(pipe, given())
     assert psnr([plain], [frames]) == pytest.approx([plan.predicted["psnr"]], abs=1e-3)
     nothing, _ = run(pipe, given(), Plan(times, (None,) * STEPS))
@@ -120,7 +122,10 @@ def test_the_second_model_starts_with_a_full_step(calibrated):
 def test_a_plan_that_knows_nothing_of_it(calibrated):
     pipe, plan = calibrated
     steps = tuple(None if i % 3 == 0 else (1.0,) for i in range(STEPS))
-    _, numbers = run(pipe, given(), Plan(plan.times, steps, gram=plan.gram))
+    wrong = {"step_error": [0.0] * STEPS}
+    unaware = Plan(plan.times, steps, gram=plan.gram, predicted=wrong)
+    _, numbers = run(pipe, given(), unaware)
+    assert "step_error" not in numbers  # that of other steps
     assert marks(numbers) == {"F--FF-F--F"}
     assert numbers["plan"]["full"] == [0, 3, 4, 6, 9]
     _, numbers = run(pipe, given(), Fora(every=3))  # starts anew

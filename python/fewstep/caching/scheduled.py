@@ -58,7 +58,8 @@ class ScheduledSession(Session):
         self._times: tuple[float, ...] = ()
         self._read: tuple[Any, int, tuple[float, ...]] | None = None  # timesteps, version, times
         self._plan: Any = None  # of this run, where the policy is a plan or chooses one
-        self._start = 0  # the run's first step on its grid
+        self._start = 0  # the first step on its grid of the run, or of the model that took over
+        self._began = 0  # the run's
         self._refused: str | None = None  # why this run is not the schedule's
         self._ranks: tuple[int, ...] = ()  # full steps before each step
         self._last_skip = -1
@@ -71,7 +72,8 @@ class ScheduledSession(Session):
     def _start_run(self, timesteps: Any) -> None:
         super()._start_run(timesteps)
         self.forecasts = None
-        self._before: tuple[Forecasts, tuple[Check | None, ...]] = ((), ())
+        # Of the model that another one took over from.
+        self._before: tuple[Forecasts, tuple[Check | None, ...]] | None = None
         self._flags = None
 
     def _take_over(self) -> None:
@@ -83,6 +85,9 @@ class ScheduledSession(Session):
         """Ask the policy about the grid of this run, given the number and place of its step."""
         self._times = times = self._read_times()
         self._start = start = index if isinstance(index, int) else self._place(counted)
+        if self._before is None:
+            self._began = start
+        first = self._plan
         checks: tuple[Check | None, ...] = ()
         self._refused = self.changed()
         if self._refused is not None:
@@ -94,11 +99,15 @@ class ScheduledSession(Session):
             self._refused = "no plan for this grid" if self._plan is None else None
         else:
             forecasts = self._ask(self.policy.forecasts)
-        if self._before[0] and forecasts:  # of the model before
+        if self._before is not None and self._before[0] and forecasts:
             forecasts = self._before[0][:start] + forecasts[start:]
             checks = self._before[1][:start] + checks[start:]
             if self._plan is not None:
-                self._plan = replace(self._plan, steps=forecasts, lookback=checks)
+                # What was measured with these very steps, both models'.
+                known = first is not None and first.steps == forecasts
+                predicted = first.predicted if known else {}
+                parts = {"steps": forecasts, "lookback": checks, "predicted": predicted}
+                self._plan = replace(self._plan, **parts)
         if (forecasts, checks) != (self._taken, self._checks):
             self._tables = {}
         self.forecasts = self._taken = forecasts
@@ -257,7 +266,7 @@ class ScheduledSession(Session):
                 "steps": len(self._plan.steps),
                 "full": list(self._plan.full),
                 "carried_over_from": self._plan.made.get("carried_over_from"),
-                "starts_at": self._start,
+                "starts_at": self._began,
                 "remarks": list(self._remarks),
             }
             if expected := self._plan.predicted.get("step_error"):
