@@ -90,3 +90,22 @@ def test_the_plan_for_the_start_comes_first():
     assert choice.on(TIMES, 0) is whole
     assert PlanChoice((part,), psnr=30).on(TIMES, 0).steps == part.on(TIMES).steps
     assert choice.on(TIMES[:5], 0) is None
+
+
+def test_the_plan_of_the_nearest_count_is_carried_over():
+    def plan(count, psnr, **change):
+        times = tuple(float(t) for t in np.linspace(1000, 100, count))
+        steps = (None,) * (count // 2) + ((1.0,),) * (count - count // 2)
+        gram = tuple(map(tuple, np.exp(-np.abs(np.subtract.outer(times, times)) / 500)))
+        return replace(Plan(times, steps, gram=gram, predicted={"psnr": psnr}), **change)
+
+    def source(choice, count):
+        found = choice.on(tuple(float(t) for t in np.linspace(1000, 100, count)), 0)
+        return found and found.made.get("carried_over_from")
+
+    choice = PlanChoice((plan(10, 50.0), plan(20, 50.0), plan(16, 30.0)), psnr=40)
+    assert [source(choice, count) for count in (10, 12, 15, 24, 40)] == [None, 10, 20, 20, 20]
+    assert choice.on(tuple(np.linspace(1000, 100, 41)), 0) is None
+    # Where the grid's own plan is known to miss the target, steps run in full.
+    assert choice.on(choice.plans[2].times, 0) is None
+    assert source(PlanChoice((plan(10, 50.0), plan(20, 50.0, gram=None)), psnr=40), 18) == 10

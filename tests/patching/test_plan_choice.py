@@ -65,12 +65,24 @@ def test_a_target_that_no_plan_meets(checkpoint):
 
 def test_a_grid_without_a_plan_runs_in_full(checkpoint):
     pipe = load(checkpoint)
-    plain = call(pipe, num_inference_steps=5)
+    plain = call(pipe, num_inference_steps=3)
     with fewstep.patch(pipe, cache="auto", target="psnr>=1") as patch:
-        assert torch.equal(call(pipe, num_inference_steps=5), plain)
+        assert torch.equal(call(pipe, num_inference_steps=3), plain)
         numbers = patch.report()["cache"]
     assert numbers["skipped"] == 0
-    assert numbers["why_full"] == {"no plan for this grid": 10}
+    assert numbers["why_full"] == {"no plan for this grid": 6}
+
+
+def test_a_plan_is_carried_over_to_a_grid_without_one(checkpoint):
+    pipe = load(checkpoint)
+    with fewstep.patch(pipe, cache=checkpoint / FOLDER / "8-3.json"):
+        wanted = call(pipe, num_inference_steps=12)
+    with fewstep.patch(pipe, cache="auto", target="psnr>=1") as patch:
+        assert torch.equal(call(pipe, num_inference_steps=12), wanted)
+        numbers, said = patch.report()["cache"], patch.explain()
+    assert (numbers["full"], numbers["skipped"]) == (2 * 3, 2 * 9)
+    assert numbers["plan"]["carried_over_from"] == STEPS
+    assert "carried over to 12: what that loses has not been measured" in said
 
 
 def test_no_plan_there(checkpoint, tmp_path):

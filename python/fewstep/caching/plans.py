@@ -61,6 +61,10 @@ def find_plans(
 class PlanChoice:
     """A policy that takes, on each grid, the plan for it that meets the target.
 
+    A grid that no plan is for is served by one that is carried over to it (`Plan.at`): of those
+    that meet the target on their own grids, one of the nearest count of steps. What that gives
+    there has not been measured; reports say where it was done.
+
     Args:
         plans: to choose from.
         psnr: dB that a plan must have been measured to reach on average; of those that do, the one
@@ -87,7 +91,7 @@ class PlanChoice:
     def __post_init__(self) -> None:
         if not self.plans:
             raise ValueError("plans: expected at least one, got none")
-        if self._best(self.plans) is None:
+        if not self._meet(self.plans):
             said = "; ".join(
                 f"{plan.speedup:.2f}x at {_reached(plan):.1f} dB ({len(plan.times)} steps)"
                 for plan in self.plans
@@ -104,28 +108,40 @@ class PlanChoice:
         """Snapshots that the largest plan keeps."""
         return max(plan.order for plan in self.plans)
 
-    def _best(self, plans: Sequence[Plan]) -> Plan | None:
+    def _meet(self, plans: Sequence[Plan]) -> list[Plan]:
+        """Return the plans that meet the target, the best first."""
         meets = [
             plan
             for plan in plans
             if (self.psnr is None or _reached(plan) >= self.psnr)
             and (self.speedup is None or plan.speedup >= self.speedup)
         ]
-        if not meets:
-            return None
         if self.speedup is not None:
-            return max(meets, key=_reached)
-        return min(meets, key=lambda plan: (-plan.speedup, -_reached(plan)))
+            return sorted(meets, key=_reached, reverse=True)
+        return sorted(meets, key=lambda plan: (-plan.speedup, -_reached(plan)))
 
     def on(self, times: Sequence[float], start: int = 0) -> Plan | None:
-        """Return the plan for a grid, or None: then every step runs in full.
+        """Return the plan for a grid, or one carried over; None, every step in full, without any.
 
         Of the plans for it, those calibrated on runs that start at the same step come first.
         """
         fits = [plan for plan in self.plans if plan.is_on(times)]
         alike = [plan for plan in fits if (plan.part or (0,))[0] == start]
-        plan = self._best(alike) or self._best(fits)
-        return None if plan is None else plan.on(times, start)
+        if meets := self._meet(alike) or self._meet(fits):
+            return meets[0].on(times, start)
+        return None if fits else self._carried_over(times, start)
+
+    def _carried_over(self, times: Sequence[float], start: int) -> Plan | None:
+        def distance(plan: Plan) -> tuple[float, bool]:
+            first, count = plan.part or (0, len(plan.times))
+            return abs(math.log(count / max(1, len(times)))), first != start
+
+        for plan in sorted(self._meet(self.plans), key=distance):  # keeps the best first
+            try:
+                return plan.at(times).on(times, start)
+            except ValueError:  # another range of times, or no Gram matrix
+                continue
+        return None
 
     def forecasts(self, times: Sequence[float]) -> Forecasts:
         """Return the decisions of the plan for a grid; all in full without one."""
