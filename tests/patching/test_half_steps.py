@@ -174,6 +174,58 @@ def test_calibrated(passes):
     )
 
 
+def given(pipe, **change):
+    return {
+        "class_labels": [3, 7, 1, 4],
+        "num_inference_steps": STEPS,
+        "guidance_scale": 3.0,
+        "generator": torch.Generator().manual_seed(3),
+        "output_type": "latent",
+        **change,
+    }
+
+
+def test_a_plan_says_why_it_has_no_half_steps():
+    pipe = pipeline("calls")
+
+    def why(full_steps=3, guidance="auto", **change):
+        made = calibrate(
+            pipe, [given(pipe, **change)], full_steps=full_steps, passes=0, guidance=guidance
+        )
+        assert not made.half
+        return made.made.get("half_steps")
+
+    assert why(guidance="off") is None
+    assert "no two guidance passes at step 0" in why(guidance_scale=1.0)
+    assert "every step runs in full" in why(full_steps=STEPS)
+    assert "no split" in why(full_steps=1)
+    assert "no better" in why(guidance_scale=30.0)
+
+
+def test_calibration_holds_no_second_copies_of_the_passes(monkeypatch):
+    """No tensor of all runs in float64, and what is taken from the full runs is taken once."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fewstep.caching import half_steps
+
+    largest, made = [], []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor) and output.dtype == torch.float64:
+                largest.append(output.numel())
+            return output
+
+    grams = half_steps.gram_matrices
+    monkeypatch.setattr(half_steps, "gram_matrices", lambda x: made.append(x.shape) or grams(x))
+    pipe = pipeline("calls")
+    with Sizes():
+        calibrate(pipe, [given(pipe)], target="psnr>=40", order=1, passes=1, guidance="auto")
+    assert len(made) == 2
+    assert max(largest) < STEPS * 4 * 256
+
+
 def test_guidance_off_a_sum_has_no_half_steps():
     guided, other = torch.randn(2, 3, 2, 5, generator=torch.Generator().manual_seed(0))
     found = Passes()

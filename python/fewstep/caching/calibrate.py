@@ -39,7 +39,7 @@ from .policy import Forecasts
 from .quality import MOST, images_of, psnr
 from .record import Run, record, repeatable, responses, seeded, takeovers
 from .ring import MAX_ORDER
-from .runs import Runs, expect_alike, expect_finite, mean_squares
+from .runs import Runs, expect_alike, expect_finite, gram_matrices, mean_squares
 from .scheduled import ScheduledSession
 from .sensitivity import gain, gain_curve, places
 from .solve import affine_weights, best_stages, fit_affine, gap_costs, gaps
@@ -108,18 +108,21 @@ class Calibration:
                 "back, or a pipeline that steps several tensors with it"
             )
         self.responses = responses(first)
-        grams = [
-            own @ own.T / own.shape[1] for own in map(Tensor.double, self.full.outputs.unbind(1))
-        ]
-        self.grams = torch.stack(grams).numpy()
+        self.grams = gram_matrices(self.full.outputs)
         self.gram = self.grams.mean(0)
         self.sizes = mean_squares(self.full.latents).numpy()
         self.gains: np.ndarray | None = None
+        self.half: HalfSteps | None = None
+        if isinstance(self.branches, Guidance):
+            self.half = HalfSteps(self, self.branches)
+            self.full.passes = None  # of which nothing else is read
 
     def _run(self, session: ScheduledSession | None = None) -> tuple[Runs, Run]:
         runs: list[Run] = []
         errors: dict[int, list[float]] = defaultdict(list)
         parts: list[tuple[Tensor, Tensor] | None] = []
+        # Runs with a plan without half steps are not corrected by their passes.
+        looks = session is None or bool(session.policy.guidance)
         with repeatable(self.calls):
             for index, call in enumerate(self.calls):
                 watching = record(self.pipe.scheduler, values=self.values, seed=self.seed)
@@ -127,7 +130,7 @@ class Calibration:
                     seeded(self.seed + index),
                     watching as run,
                     run.watch(self.denoisers),
-                    self._watch(run) as passes,
+                    self._watch(run, looks) as passes,
                 ):
                     run.images = images_of(self.pipe(**call))
                 if isinstance(guidance := getattr(self.pipe, "guidance_scale", None), int | float):
@@ -141,19 +144,20 @@ class Calibration:
                 runs.append(run)
                 expect_alike(runs[0], run, index)
                 expect_finite(run, index)
-                parts.append(self._part(passes, run, seen=session is not None))
+                if looks:
+                    parts.append(self._part(passes, run, seen=session is not None))
                 for branch in session.errors().values() if session else ():
                     for step, found in branch.items():
                         errors[step] += found
         outputs = torch.cat([torch.stack(run.outputs) for run in runs], 1)
         latents = torch.cat([torch.stack(run.latents) for run in runs], 1)
         passes = None
-        if not isinstance(self.branches, str):
+        if looks and not isinstance(self.branches, str):
             passes = tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
         return Runs(outputs, latents, [run.images for run in runs], errors, passes), runs[0]
 
-    def _watch(self, run: Run) -> AbstractContextManager[Passes]:
-        if isinstance(self.branches, str):
+    def _watch(self, run: Run, looks: bool) -> AbstractContextManager[Passes]:
+        if not looks or isinstance(self.branches, str):
             return nullcontext({})
         return watch_passes(self.denoisers[0], run, self.values, self.seed)
 
@@ -299,12 +303,20 @@ class Calibration:
     def plan(self, full_steps: int, order: int, passes: int, power: float) -> Plan:
         """The best plan with so many full steps, or half steps of as many evaluations."""
         plan = self._plan(full_steps, order, passes, power)
-        if isinstance(self.branches, str) or full_steps == self.steps:
+        if self.branches == "off":
             return plan
-        other = HalfSteps(self, self.branches).plan(full_steps, order, passes, power, plan.made)
-        if other is None or other.predicted["psnr"] <= plan.predicted["psnr"]:
-            return plan
-        return other
+        other, why = None, self.branches
+        if self.half is not None and full_steps < self.steps:
+            why = "no split of so few evaluations"
+            other = self.half.plan(full_steps, order, passes, power, plan.made)
+        elif self.half is not None:
+            why = "every step runs in full"
+        if other is not None and other.predicted["psnr"] > plan.predicted["psnr"]:
+            return other
+        if other is not None:
+            levels = [one.predicted["psnr"] for one in (other, plan)]
+            why = "no better: {:.1f} dB with them, {:.1f} without".format(*levels)
+        return replace(plan, made={**plan.made, "half_steps": why})
 
     def _plan(self, full_steps: int, order: int, passes: int, power: float) -> Plan:
         """The best plan of full and skipped steps alone."""
@@ -366,8 +378,8 @@ def calibrate(
 ) -> Plan:
     """Find out which steps of a pipeline's calls need to run in full, and forecast the others.
 
-    Runs every call once in full and passes + 1 times with a plan; with `target` that for several
-    counts of full steps.
+    Runs every call once in full and passes + 1 times with a plan, twice that with guidance="auto";
+    with `target` that for several counts of full steps.
 
     Args:
         pipe: a diffusers pipeline with a transformer or UNet, and a scheduler.
@@ -384,12 +396,14 @@ def calibrate(
         passes: times that the weights are corrected by runs with the plan.
         tail: p of the mean over samples in the schedule's cost; large values mind the worst sample.
         values: elements of each image's tensors that are looked at. Those of two rounds are held,
-            each 8 bytes per value, step and image: at 50 steps 25 MiB an image.
+            each 8 bytes per value, step and image: at 50 steps 25 MiB an image. With half steps one
+            of them takes twice as much.
         seed: of that choice, and of what calls draw without a generator.
         progress: draw bars, one per round of the calls, on stderr.
         guidance: "auto" also tries plans that forecast the unguided pass alone on some steps, with
-            as many evaluations as `full_steps` have, and returns the better one; "off" doesn't. Has
-            no effect where what the scheduler gets is no sum of two passes.
+            as many evaluations as `full_steps` have, and returns the better one; "off" doesn't. The
+            plan's `made["half_steps"]` says why it has none, such as that what the scheduler gets
+            is no sum of two passes.
         sensitivity: whether the schedule weighs errors by how much the runs amplify them
             (`sensitivity`), which takes up to five more rounds of the calls, most of their steps in
             full.

@@ -31,11 +31,11 @@ from .output import take_apart
 from .plan import Plan
 from .policy import Forecasts
 from .record import Run, sample_of
+from .runs import Runs, gram_matrices
 from .solve import Array, affine_weights, best_schedule, gap_costs, gaps
 
 if TYPE_CHECKING:
     from .calibrate import Calibration
-    from .runs import Runs
 
 __all__ = ["Guidance", "HalfSteps", "Passes", "find_guidance", "watch_passes"]
 
@@ -168,7 +168,7 @@ class _Split(NamedTuple):
 
 
 class HalfSteps:
-    """Plans with half steps of a calibration's calls."""
+    """Plans with half steps of a calibration's calls; the full runs' passes are read once, here."""
 
     def __init__(self, found: Calibration, guidance: Guidance) -> None:
         self.found, self.guidance = found, guidance
@@ -176,7 +176,7 @@ class HalfSteps:
         # What a unit of d moves: g - 1 times what one of m does.
         self.of_difference = found.responses * (guidance.scales - 1)[None]
         guided, difference = found.full.passes
-        self.grams = _grams(guided), _grams(difference)
+        self.grams = gram_matrices(guided), gram_matrices(difference)
 
     def _reach(self, matrix: Array, start: int, end: int) -> Array:
         share = np.zeros(self.steps)
@@ -225,7 +225,7 @@ class HalfSteps:
 
     def correct(self, plan: Plan, base: Plan, runs: Runs) -> Plan:
         """Shift the weights of every gap so that the latents behind it are those of full runs."""
-        guided, difference = (part.double() for part in runs.passes)
+        guided, difference = runs.passes
         responses, order = self.found.responses, plan.made["order"]
         steps, second = list(plan.steps), list(plan.guidance)
         computed = tuple(i for i, weights in enumerate(plan.steps) if weights is None)
@@ -241,7 +241,7 @@ class HalfSteps:
                 if places and len(known) > 1:
                     before = np.subtract(at_base[places[0]], given[places[0]])
                     reach = matrix[:, places].sum(1)
-                    sets.append((given, places, snapshots[known], reach, before))
+                    sets.append((given, places, snapshots[known].double(), reach, before))
             missed = (self.found.full.latents[end - 1] - runs.latents[end - 1]).double()
             for reach, change in moved:
                 missed = missed - reach[end] * change
@@ -288,12 +288,6 @@ class HalfSteps:
             if turn < passes:
                 plan = self.correct(plan, base, runs)
         return best
-
-
-def _grams(values: Tensor) -> Array:
-    """Return inner products [N, S, S] of values [S, N, P]."""
-    by_sample = values.transpose(0, 1).double()
-    return (by_sample @ by_sample.transpose(1, 2) / by_sample.shape[-1]).numpy()
 
 
 def _total(known: tuple[int, ...], steps: int, cost: Any) -> float:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .record import Run, takeovers
 
-__all__ = ["Runs", "expect_alike", "expect_finite", "mean_squares"]
+__all__ = ["Runs", "expect_alike", "expect_finite", "gram_matrices", "mean_squares"]
 
 
 @dataclass
@@ -21,7 +23,8 @@ class Runs:
     latents: Tensor
     images: list[Any]
     errors: dict[int, list[float]]  # of what full steps were forecast to be, all branches
-    passes: tuple[Tensor, Tensor] | None = None  # guided, and its difference to the unguided one
+    # The guided pass and its difference to the unguided one, where they are looked at.
+    passes: tuple[Tensor, Tensor] | None = None
 
 
 def expect_alike(first: Run, run: Run, index: int) -> None:
@@ -62,6 +65,12 @@ def expect_finite(run: Run, index: int) -> None:
                 raise ValueError(
                     f"calls: expected finite {what}, got {got} at step {step} of call {index}"
                 )
+
+
+def gram_matrices(values: Tensor) -> NDArray[np.float64]:
+    """Return each image's mean products [N, S, S] of values [S, N, P]: one float64 copy at once."""
+    found = [own @ own.T / own.shape[1] for own in map(Tensor.double, values.unbind(1))]
+    return torch.stack(found).numpy()
 
 
 def mean_squares(values: Tensor, others: Tensor | None = None) -> Tensor:
