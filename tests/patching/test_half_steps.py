@@ -287,3 +287,25 @@ def test_the_published_rule():
         GuidanceReuse(first=1.5)
     with pytest.raises(ValueError, match=r"degree: expected 0 or 1, got 1\.0"):
         GuidanceReuse(degree=1.0)
+
+
+@pytest.mark.parametrize("passes", ["calls", "second half"])
+def test_the_published_rule_finds_out_how_passes_are_computed(passes):
+    pipe = pipeline(passes)
+
+    def draw(cache, **given):
+        with fewstep.patch(pipe, cache=cache) as patch:
+            found = call(pipe, batch=2, num_inference_steps=10, **given)
+            return found, patch.report()["cache"]
+
+    wanted, said = draw(GuidanceReuse(passes=passes))
+    found, numbers = draw("guidance-reuse")
+    assert said["skipped"] + said["half"] == 5
+    assert numbers == said
+    assert torch.equal(found, wanted)
+    # Equal noise, so that the halves of a call that computes one pass look like two passes.
+    noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
+    wanted, _ = draw(GuidanceReuse(passes=passes), latents=noise)
+    found, numbers = draw("guidance-reuse", latents=noise)
+    assert torch.equal(found, wanted)
+    assert numbers["skipped"] + numbers["half"] == 5

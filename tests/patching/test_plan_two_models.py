@@ -10,7 +10,7 @@ from diffusers import (
 )
 
 import fewstep
-from fewstep.caching import Fora, Plan, calibrate
+from fewstep.caching import Fora, GuidanceReuse, Plan, calibrate
 from fewstep.caching.quality import psnr
 from fewstep.caching.solve import best_schedule, best_stages
 from patching.tiny_pipelines import randomize
@@ -186,3 +186,13 @@ def test_stages_are_the_cheapest_of_all_splits():
         full = first + second
         splits.append(sum(cost((a,), b) for a, b in zip(full, (*full[1:], 10), strict=True)))
     assert sum(cost((a,), b) for a, b in zip(found, (*found[1:], 10), strict=True)) == min(splits)
+
+
+def test_the_published_rule_of_guidance():
+    """Passes in two calls, which nobody has said, before and behind the takeover."""
+    pipe = build()
+    wanted, _ = run(pipe, given(), GuidanceReuse(passes="calls"))
+    found, numbers = run(pipe, given(), "guidance-reuse")
+    assert torch.equal(found, wanted)
+    assert numbers["branches"]["cond"] == ["full"] * STEPS
+    assert numbers["branches"]["uncond"] == ["full"] * 6 + ["skip"] * 4

@@ -36,13 +36,14 @@ class GuidanceReuse:
         every: distance of the steps behind them that do.
         degree: 0 keeps the newest difference of the passes, 1 goes on along a line.
         passes: how the pipeline computes them: "second half" of one batch is the guided one (most
-            of diffusers' pipelines), "first half", or "calls", the guided one first.
+            of diffusers' pipelines), "first half", or "calls", the guided one first. None tells
+            "calls" from "second half" by the run.
     """
 
     first: float = 0.4
     every: int = 5
     degree: int = 0
-    passes: str = "second half"
+    passes: str | None = None
 
     scope = "output"
     session = GuidedSession
@@ -51,7 +52,7 @@ class GuidanceReuse:
         check_number("first", self.first, 0, most=1)
         check_count("every", self.every, 1)
         check_choice("degree", self.degree, (0, 1))
-        check_choice("passes", self.passes, PASSES)
+        check_choice("passes", self.passes, (*PASSES, None))
 
     @property
     def order(self) -> int:
@@ -72,4 +73,5 @@ class GuidanceReuse:
         guidance = forecast_steps(
             full, times, lambda known, at: newton(known, at, degree=self.degree)
         )
-        return Plan(tuple(times), self.forecasts(times), guidance=guidance, passes=self.passes)
+        passes = self.passes or "second half"  # until the session finds out
+        return Plan(tuple(times), self.forecasts(times), guidance=guidance, passes=passes)

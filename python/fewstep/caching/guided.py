@@ -9,7 +9,10 @@ d changes more slowly than u, and its error counts g - 1 times where that of c c
 
 Pipelines compute the passes in two calls of a step, the guided one first, or in one call with a
 batch whose halves are the two. In a batch a half step runs the model on the rows of the guided
-half. That the halves of what enters the model are equal is read back once, on the first step of an
+half. A policy that doesn't say which it is (`passes` is None) has the session find out: a second
+call of a step that is given the same form, named "uncond" if anything, is the unguided pass.
+
+That the halves of what enters the model are equal is read back once, on the first step of an
 image, since a batch of other images looks the same; in a captured graph what the run before has
 found counts.
 """
@@ -72,6 +75,8 @@ class GuidedSession(ScheduledSession):
         self._second_ranks: tuple[int, ...] = ()
         self._last_forecast = -1  # of a difference
         self._rows: dict[Any, Tensor] = {}
+        self._passes: str | None = None  # how they are computed
+        self._entered: tuple[int, Any] | None = None  # a step and the form of its first call
         self._now: tuple[int, tuple[Any, ...]] | None = None  # a step and its guided output
         self._equal: tuple[Any, bool] | None = None  # form of a batch, whether its halves are one's
         self._checked = False  # whether that was looked at in this run
@@ -87,12 +92,27 @@ class GuidedSession(ScheduledSession):
         if second != self._second:
             self._rows = {}
         self._second = second
+        self._passes = None if self._plan is None else self._plan.passes
         self._second_ranks = tuple(accumulate((w is None for w in second), initial=0))
         self._last_forecast = max((i for i, w in enumerate(second) if w is not None), default=-1)
 
     @property
     def _in_calls(self) -> bool:
-        return self._plan.passes == "calls"
+        return self._passes == "calls"
+
+    @property
+    def _finds_out(self) -> bool:
+        """Whether the passes may turn out to be calls: the policy doesn't say, nothing did yet."""
+        return getattr(self.policy, "passes", "") is None and not self._in_calls
+
+    def _find_passes(self, call: Call) -> None:
+        if call.place == 0:
+            self._entered = call.step, call.form
+        elif call.place == 1 and self._entered == (call.step, call.form):
+            if self.context in (None, "uncond"):
+                self._passes = "calls"
+                for branch in self._branches.values():
+                    branch.memory = None  # of halves, which were no passes
 
     def _difference_row(self, call: Call) -> Tensor:
         device = call.form[-1] if call.form else torch.device("cpu")
@@ -109,6 +129,8 @@ class GuidedSession(ScheduledSession):
     def _must_run_now(self, call: Call, branch: Branch) -> str | None:
         if not self._second or self._refused is not None:
             return super()._must_run_now(call, branch)
+        if self._finds_out:
+            self._find_passes(call)
         if call.place > 1 or (call.place and not self._in_calls):
             return "a pass of its own"
         if call.step >= len(self._second):
@@ -134,7 +156,7 @@ class GuidedSession(ScheduledSession):
         if ring.form != call.form:
             return "shape changed"
         if call.place == 0 and self.forecasts[call.step] is None:
-            call.half = guided_half(self._plan.passes, call.form[0][0])
+            call.half = guided_half(self._passes, call.form[0][0])
             return "half"
         return None
 
@@ -158,6 +180,8 @@ class GuidedSession(ScheduledSession):
             return
         if call.place:
             return
+        if self._finds_out:
+            self._now = (call.step, kept)
         self._look_at_halves(call)
         if self._equal != (call.form, True):
             return
@@ -192,14 +216,14 @@ class GuidedSession(ScheduledSession):
 
     def _split(self, call: Call, parts: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
         rows = call.form[0][0]
-        mine = guided_half(self._plan.passes, rows)
+        mine = guided_half(self._passes, rows)
         other = slice(0, mine.start) if mine.start else slice(mine.stop, rows)
         return tuple(_each(lambda part, own=own: part[own], parts) for own in (mine, other))
 
     def _join(self, call: Call, guided: tuple[Any, ...], ring: Ring) -> tuple[Any, ...]:
         """Return the batch of a guided pass and of what its difference is forecast to be."""
         other = _each(torch.sub, guided, ring.forecast(self._difference_row(call)))
-        first = self._plan.passes == "first half"
+        first = self._passes == "first half"
         pair = (guided, other) if first else (other, guided)
         return _each(lambda *both: torch.cat(both), *pair)
 
@@ -229,7 +253,7 @@ class GuidedSession(ScheduledSession):
         super().finish(call)
         if call.is_last and call.branch is not None:
             call.branch.memory = None
-            if call.place:
+            if call.place or not self._in_calls:
                 self._now = None
 
     def abort(self) -> None:
