@@ -220,6 +220,127 @@ def test_what_a_controlnet_adds_is_of_the_step():
     assert not torch.allclose(strong, weak)
 
 
+def driven(pipe, every, **steps):
+    """Return the outputs of a run serially and in parallel, by `every` key steps, and `ahead`.
+
+    Args:
+        steps: arguments of the UNet; a function gives each step its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((2, 4, 8, 8), generator=generator).to(pipe.unet.device)
+    found, ahead = [], None
+    for parallel in (False, True):
+        policy = FasterDiffusion(every=every, parallel=parallel)
+        with torch.no_grad(), fewstep.patch(pipe, cache=policy) as patch:
+            pipe.scheduler.set_timesteps(4)
+            outputs = []
+            for index, time in enumerate(pipe.scheduler.timesteps):
+                given = {k: v(index) if callable(v) else v for k, v in steps.items()}
+                outputs.append(pipe.unet(x, time, **given).sample)
+            ahead = patch.report()["cache"]["ahead"]
+            kept = [each.memory for each in pipe.unet.forward.session._branches.values()]
+        assert not any(kept)
+        found.append(torch.stack(outputs))
+    return *found, ahead
+
+
+def controlled(step):
+    """A ControlNet's residuals, from the second step on."""
+    shapes = [(4, 8, 8), (4, 8, 8), (4, 4, 4), (8, 4, 4), (8, 2, 2), (8, 2, 2)]
+    return tuple(3 * torch.ones(2, *shape) for shape in shapes) if step else None
+
+
+def test_residuals_that_start_after_a_key_step_are_not_left_out():
+    text = torch.randn(2, 6, 16)
+    serial, parallel, ahead = driven(
+        text_unet(),
+        4,
+        encoder_hidden_states=text,
+        down_block_additional_residuals=controlled,
+        mid_block_additional_residual=lambda i: 3 * torch.ones(2, 8, 2, 2) if i else None,
+    )
+    assert ahead == 0
+    torch.testing.assert_close(parallel, serial, rtol=1e-3, atol=1e-3)
+
+
+def test_conditioning_that_changes_after_a_key_step_is_decoded_with():
+    first, other = torch.randn(2, 2, 6, 16)
+    pipe = text_unet()
+    options = {"rtol": 1e-3, "atol": 1e-3}
+    switched = driven(pipe, 4, encoder_hidden_states=lambda i: other if i > 1 else first)
+    torch.testing.assert_close(switched[1], switched[0], **options)
+    assert switched[2] == 1
+    plain = driven(pipe, 4, encoder_hidden_states=first)
+    assert plain[2] == 3
+    assert not torch.allclose(plain[1][-1], switched[1][-1], **options)
+    # Written to in place, by the second step.
+    given = first.clone()
+    written = driven(
+        pipe, 4, encoder_hidden_states=lambda i: given.copy_(first) if i == 0 else given
+    )
+    assert torch.equal(written[1], plain[1])
+    written = driven(pipe, 4, encoder_hidden_states=lambda i: given.copy_(other if i else first))
+    torch.testing.assert_close(written[1], written[0], **options)
+    assert written[2] == 0
+
+
+def test_conditioning_made_anew_at_every_step():
+    """It is compared on the host; elsewhere that would wait, so its decoders run one by one."""
+    text, pipe = torch.randn(2, 6, 16), text_unet()
+    serial, parallel, ahead = driven(pipe, 2, encoder_hidden_states=lambda i: text.clone())
+    assert ahead == 2
+    torch.testing.assert_close(parallel, serial, rtol=1e-3, atol=1e-3)
+    rows = []
+    layer = pipe.unet.to("meta").up_blocks[-1].resnets[0]
+    layer.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    made = driven(pipe, 2, encoder_hidden_states=lambda i: text.to("meta", copy=True))
+    assert made[2] == 0
+    assert rows[4:] == [4, 2, 2, 2]  # at the second key step it is known to be in vain
+
+
+def test_an_image_prompts_tokens_stay_with_their_samples():
+    """IP-Adapter: cross-attention reads them from a list beside the text."""
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+    from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+
+    pipe = text_unet()
+    unet = pipe.unet
+    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=16, num_image_text_embeds=4)
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
+    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    processors = dict(unet.attn_processors)
+    for name in processors:
+        if name.endswith("attn2.processor"):
+            width = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+            processors[name] = IPAdapterAttnProcessor2_0(
+                width, cross_attention_dim=16, num_tokens=(4,)
+            )
+    unet.set_attn_processor(processors)
+    image = [torch.cat([torch.zeros(1, 1, 8), 3 * torch.randn(1, 1, 8)])]
+    serial, parallel, ahead = driven(
+        pipe,
+        2,
+        encoder_hidden_states=torch.randn(2, 6, 16),
+        added_cond_kwargs={"image_embeds": image},
+    )
+    assert ahead == 2
+    torch.testing.assert_close(parallel, serial, rtol=1e-4, atol=1e-4)
+
+
+def test_times_on_the_host_are_not_compared_on_the_device():
+    """On "meta", as on a GPU, a value can't be had without more; the times are on the CPU."""
+    pipe = text_unet()
+    pipe.unet.to("meta")
+    x, text = torch.randn(2, 4, 8, 8, device="meta"), torch.randn(2, 6, 16, device="meta")
+    policy = FasterDiffusion(every=2, parallel=True)
+    with torch.no_grad(), fewstep.patch(pipe, cache=policy) as patch:
+        pipe.scheduler.set_timesteps(4)
+        for index, time in enumerate(pipe.scheduler.timesteps):
+            late = index == 3  # another time than foreseen is seen all the same
+            assert pipe.unet(x, time - int(late), text).sample.shape == x.shape
+        assert patch.report()["cache"]["ahead"] == 1
+
+
 @pytest.mark.parametrize("parallel", [False, True])
 def test_an_adapters_features_are_added_once(parallel):
     """Some blocks' outputs are added to in place; kept features must not grow by it."""

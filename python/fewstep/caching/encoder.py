@@ -12,8 +12,9 @@ step, in one batch ("parallel"; copies of E and of the conditioning, one time pe
 
 Faster Diffusion (arXiv 2312.09608). The times of later steps are the scheduler's, scaled as the
 model's own time at the key step is; on the CPU a step that comes with another time is computed
-after all. What a ControlNet adds enters behind the encoder and is the step's own: such calls, and
-those with attention arguments that hold tensors, run their decoders step by step.
+after all. So is one that comes with other conditioning than its key step had; from there on this
+guidance pass's decoders run step by step. What a ControlNet adds enters behind the encoder and is
+the step's own: such calls, and those with attention arguments that hold tensors, do so, too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ._wrap import Followed, Replacement, Wrapped, follow, uncompiled
+from .ahead import Ahead, Conditioning, is_time
 from .output import take_apart
 from .scheduled import ScheduledSession
 from .session import Call, Session
@@ -45,15 +47,18 @@ class EncoderSession(ScheduledSession):
     """Keeps, beside the encoder's features, outputs of steps that are still to come."""
 
     ahead = 0  # outputs of the run that were there before their step
+    _in_vain: frozenset[str] = frozenset()  # branches that came with other conditioning than those
 
     def _start_run(self, timesteps: Any) -> None:
         super()._start_run(timesteps)
-        self.ahead = 0
+        self.ahead, self._in_vain = 0, frozenset()
 
     def gap(self, call: Call) -> dict[int, float]:
         """Return the skipped steps that follow a key step, with their times over its own."""
         step = call.step
         if self._refused or step >= len(self.forecasts) or self.forecasts[step] is not None:
+            return {}
+        if call.branch.name in self._in_vain:
             return {}
         now = self._times[step]
         skipped = takewhile(
@@ -61,17 +66,24 @@ class EncoderSession(ScheduledSession):
         )
         return {index: self._times[index] / now for index in skipped} if now else {}
 
-    def put(self, call: Call, outputs: dict[int, tuple[Tensor, tuple[Any, ...]]]) -> None:
-        """Keep (time, parts of the output) of later steps; the older ones go."""
-        call.branch.memory = outputs
+    def put(self, call: Call, ahead: Ahead) -> None:
+        """Keep outputs of later steps; the older ones go."""
+        call.branch.memory = ahead
 
-    def take(self, call: Call, time: Any) -> tuple[Any, ...] | None:
-        """Return the parts of this step's output, or None where they are not of this time."""
-        expected, parts = (call.branch.memory or {}).pop(call.step, (None, None))
-        if parts is None:
+    def take(self, call: Call, given: dict[str, Any]) -> tuple[Any, ...] | None:
+        """Return the parts of this step's output; None where what is given asks for another one."""
+        ahead: Ahead | None = call.branch.memory
+        if ahead is None:
             return None
-        known = isinstance(time, Tensor) and time.device.type == "cpu"
-        if known and not torch.allclose(time.float(), expected.float(), rtol=1e-5, atol=1e-6):
+        expected, parts = ahead.outputs.pop(call.step, (None, None))
+        if not ahead.outputs:
+            call.branch.memory = None
+        if parts is None or not _serves(given):
+            return None
+        if ahead.conditioning != Conditioning(given):
+            self._in_vain |= {call.branch.name}
+            return None
+        if not is_time(given["timestep"], expected):
             return None
         self.ahead += 1
         return parts
@@ -136,7 +148,9 @@ def _first(value: Any, call: Call) -> Any:
         return value[:rows] if whole else value
     if isinstance(value, Mapping):
         return {name: _first(part, call) for name, part in value.items()}
-    return tuple(_first(part, call) for part in value) if isinstance(value, tuple) else value
+    if isinstance(value, list | tuple):
+        return type(value)(_first(part, call) for part in value)
+    return value
 
 
 def _copied(value: Any, rows: int, copies: int) -> Any:
@@ -159,6 +173,16 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def _serves(given: dict[str, Any]) -> bool:
+    """Whether a call's output can be made at another step, or another step's stand for it."""
+    return not (
+        torch.is_grad_enabled()  # outputs that want gradients are not kept
+        or not isinstance(given.get("timestep"), Tensor)
+        or any(given.get(name) is not None for name in _OF_A_STEP)
+        or _holds_tensors(given.get("cross_attention_kwargs"))
+    )
+
+
 class _Decoders(Followed):
     """`forward` of the UNet: at a key step it may run for the steps behind it, too."""
 
@@ -167,40 +191,34 @@ class _Decoders(Followed):
         if call.branch is None or not session.policy.parallel:
             return self.below(*args, **kwargs)
         given = self.parameters.bind_partial(*args, **kwargs)
-        time = given.arguments.get("timestep")
         if call.skip:
-            parts = session.take(call, time)
+            parts = session.take(call, given.arguments)
             if parts is None:
                 return self.below(*args, **kwargs)
             call.done = True
             return call.branch.rebuild(parts)
         call.branch.memory = None
         gap = session.gap(call)
-        if not gap or not self._serves(given.arguments):
+        if not gap or not _serves(given.arguments):
             return self.below(*args, **kwargs)
         return self._at_once(call, gap, given)
 
-    def _serves(self, given: dict[str, Any]) -> bool:
-        return not (
-            torch.is_grad_enabled()  # outputs that want gradients are not kept
-            or not isinstance(given.get("timestep"), Tensor)
-            or any(given.get(name) is not None for name in _OF_A_STEP)
-            or _holds_tensors(given.get("cross_attention_kwargs"))
-        )
-
     def _at_once(self, call: Call, gap: dict[int, float], given: Any) -> Any:
         rows, call.copies = len(call.entry), 1 + len(gap)
-        own = given.arguments["timestep"].reshape(-1).to(call.entry.device)
-        own = own.expand(rows)
+        conditioning = Conditioning(given.arguments)
+        own = given.arguments["timestep"].reshape(-1).expand(rows)
         times = [own]
         for ratio in gap.values():
             later = own.to(torch.promote_types(own.dtype, torch.float32)) * ratio
             times.append((later if own.is_floating_point() else later.round()).to(own.dtype))
         given.arguments.update(_copied(given.arguments, rows, call.copies))
-        given.arguments["timestep"] = torch.cat(times)
+        given.arguments["timestep"] = torch.cat(times).to(call.entry.device)
         parts, call.branch.rebuild = take_apart(self.below(*given.args, **given.kwargs))
         first, *others = zip(*(part.split(rows) for part in parts), strict=True)
-        self.session.put(call, dict(zip(gap, zip(times[1:], others, strict=True), strict=True)))
+        # Those on a device are not read: that would wait for it.
+        expected = [time if time.device.type == "cpu" else None for time in times[1:]]
+        outputs = dict(zip(gap, zip(expected, others, strict=True), strict=True))
+        self.session.put(call, Ahead(conditioning, outputs))
         return call.branch.rebuild(first)
 
 
