@@ -9,7 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fewstep
 from fewstep.caching import Ras, token_stack
 from fewstep.caching.token_session import TokenSession
-from patching.tiny_pipelines import BUILDERS, build, call, denoiser, digits, randomize
+from patching.tiny_pipelines import (
+    BUILDERS,
+    arguments,
+    build,
+    call,
+    denoiser,
+    digits,
+    randomize,
+)
 from patching.tiny_pipelines import sd3 as small_sd3
 
 STEPS = 7
@@ -98,11 +106,15 @@ def test_partial_steps_run_a_share_of_the_tokens(name, chosen):
     assert not any("forward" in module.__dict__ for module in denoiser(pipe).modules())
 
 
-def drive(pipe, inputs, timestep):
-    """Return the model's outputs for a run of inputs [B, 1, 16, 16] at one time."""
+def drive(pipe, inputs, timestep, start=0):
+    """Return the model's outputs for a run of inputs [B, 1, 16, 16] at one time.
+
+    Args:
+        start: the run's first step on its grid.
+    """
     outputs = []
-    pipe.scheduler.set_timesteps(len(inputs))
-    for index, x in enumerate(inputs):
+    pipe.scheduler.set_timesteps(start + len(inputs))
+    for index, x in enumerate(inputs, start):
         pipe.scheduler._step_index = index
         with torch.no_grad():
             labels = torch.zeros(len(x), dtype=torch.long)
@@ -289,6 +301,36 @@ def test_models_that_tokens_cannot_be_taken_out_of(name):
     with pytest.raises(ValueError, match=reason):
         fewstep.patch(pipe, cache="ras")
     assert torch.equal(run(pipe), plain)
+
+
+def test_a_run_of_a_grids_last_steps_has_a_warm_up_of_its_own():
+    pipe = digits()
+    with fewstep.patch(pipe, cache=POLICY) as patch:
+        drive(pipe, [torch.randn(2, 1, 16, 16)] * STEPS, 500.0, start=5)
+        assert patch.report()["cache"]["branches"] == {"call 0": DECISIONS}
+
+
+def test_perturbed_guidance_keeps_every_step_dense():
+    """Its processors project the perturbed samples apart, and give them no others' keys."""
+    from diffusers import StableDiffusion3PAGPipeline
+
+    parts = dict(build("sd3").components)
+    del parts["image_encoder"], parts["feature_extractor"]
+    pipe = StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
+    pipe.set_progress_bar_config(disable=True)
+    given = arguments(build("sd3")) | {"pag_scale": 3.0}
+
+    def image():
+        options = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False}
+        return pipe(**given, **options, generator=torch.Generator().manual_seed(0))[0]
+
+    plain = image()
+    with fewstep.patch(pipe, cache=POLICY) as patch:
+        assert torch.equal(image(), plain)
+        numbers = patch.report()["cache"]
+    assert numbers["partly"] == 0
+    assert numbers["why_full"]["keys and values in parts"] > 0
+    assert numbers["why_full"]["nothing kept"] == DECISIONS.count("part")
 
 
 def test_fused_projections_are_refused():

@@ -85,7 +85,9 @@ class Memory:
     """What a branch keeps of its newest step."""
 
     rows: dict[int, Tensor] = field(default_factory=dict)  # keys and values, by projection
+    samples: int = 0  # B and
     tokens: int = 0  # N of what entered the blocks
+    torn: bool = False  # whether a projection has run on some of their rows, or more than once
     output: Tensor | None = None
     spread: Tensor | None = None  # [B, N]
     left_out: Tensor | None = None  # [B, N], d
@@ -182,6 +184,9 @@ class TokenSession(ScheduledSession):
             return
         if len(memory.rows) != projections:
             self.reasons["keys and values not seen"] += 1
+            return
+        if memory.torn:
+            self.reasons["keys and values in parts"] += 1
             return
         if not memory.tokens or grid.count(output) != memory.tokens:
             self.reasons["tokens are no patches of the output"] += 1

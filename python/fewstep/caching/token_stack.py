@@ -156,6 +156,10 @@ class _Kept(Wrapped):
             return token_scatter(
                 rows, memory.chosen.position, memory.rows[self.place], in_place=True
             )
+        # Perturbed guidance projects some samples apart from others: which rows are whose is only
+        # known to the attention's processor.
+        again = self.place in memory.rows
+        memory.torn |= again or rows.shape[:2] != (memory.samples, memory.tokens)
         memory.rows[self.place] = rows
         return rows
 
@@ -195,7 +199,7 @@ class _End(Wrapped):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with the chosen tokens alone."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        memory.tokens = hidden.shape[1]
+        memory.samples, memory.tokens = hidden.shape[:2]
         if memory.chosen is None:
             return args, kwargs
         call.entry = hidden

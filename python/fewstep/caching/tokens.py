@@ -46,6 +46,7 @@ class Ras:
     scope = "tokens"
     order = 1
     session = TokenSession
+    restarts = True
 
     def __post_init__(self) -> None:
         check_number("share", self.share, 0, above=True, most=1)
