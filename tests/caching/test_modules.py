@@ -210,6 +210,26 @@ def test_another_form_of_input_runs_in_full():
     assert session.report()["why_full"] == {"scheduled": 1, "shape changed": 1}
 
 
+def test_the_report_says_why_some_modules_ran_where_others_did_not():
+    class Cut(Model):
+        def forward(self, hidden_states, timestep):
+            self.clock[0] = float(timestep)
+            block = self.transformer_blocks[0]
+            block.ff(hidden_states[:, : 2 if self.clock[0] == TIMES[2] else 3])
+            return block.attn(hidden_states, encoder_hidden_states=hidden_states)[0]
+
+    model, scheduler, session = cached(Fora(every=4, scope="module"), model=Cut(0))
+    run(model, scheduler)
+    numbers = session.report()
+    assert numbers["branches"]["call 0"][:4] == ["full", "skip", "part", "skip"]
+    assert numbers["why"]["call 0"][:4] == ["scheduled", None, "shape changed", None]
+    assert numbers["why_part"] == {"shape changed": 1}
+    assert set(numbers["why_full"]) == {"scheduled"}
+    scheduler.timesteps = scheduler.timesteps.clone() + 1  # the next run has its own record
+    run(model, scheduler)
+    assert session.report()["why_part"] == {}
+
+
 def test_what_is_not_tensors_and_what_wants_gradients_is_left_to_run():
     class Odd(Model):
         def __init__(self):

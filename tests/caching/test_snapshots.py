@@ -78,6 +78,20 @@ def test_a_forecast_has_the_dtype_of_what_was_computed(snapshots, dtype):
     assert (off <= bound(x.double() / 2, snapshots) + rounding).all()
 
 
+@pytest.mark.parametrize("snapshots", [None, *FORMATS])
+def test_what_it_is_added_to_may_have_another_dtype(snapshots):
+    """Under autocast blocks return float32 for an input in bfloat16."""
+    x = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(0))
+    base = x.to(torch.bfloat16) / 2
+    ring = Ring(2, snapshots)
+    ring.push((x,), 0, None, (base,))
+    (found,) = ring.forecast(torch.tensor([1.0, 0.0]), (base,))
+    assert found.dtype == x.dtype
+    residual = x - base
+    slack = 2**-22 * (residual.abs() + base.float().abs())
+    assert ((found - x).abs() <= bound(residual, snapshots) + slack).all()
+
+
 def test_what_they_take():
     x = torch.zeros(1, 8, 1024, dtype=torch.bfloat16)
     values = 3 * 8 * 1024

@@ -106,6 +106,23 @@ def test_guidance_passes_keep_apart(scope):
     torch.testing.assert_close(guided, unguided, rtol=0, atol=0)
 
 
+def test_under_autocast_a_block_gets_what_it_got():
+    """Blocks return float32 for an input in bfloat16, and so do their forecasts."""
+    pipe = build("pixart")
+    seen = []
+    blocks = denoiser(pipe).transformer_blocks
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
+    with fewstep.patch(pipe, cache=Fora(every=2, scope="block")) as patch:
+        with torch.autocast("cpu", torch.bfloat16):
+            run(pipe)
+        numbers = patch.report()["cache"]
+    assert seen[: len(blocks)] == [torch.bfloat16] + [torch.float32] * (len(blocks) - 1)
+    assert numbers["forecast_modules"] == {"call 0": [0, 4] * (STEPS // 2)}
+    assert numbers["why_full"] == {"scheduled": STEPS // 2}
+    assert numbers["why_part"] == {}
+
+
 def test_layers_by_pattern_and_by_name():
     pipe = build("flux")
     first = find_modules(denoiser(pipe))

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DMode
 
 import fewstep
 from fewstep.assets.digits import DigitsPipeline
-from fewstep.caching import DeepCache, FasterDiffusion, Interval, Tiue
+from fewstep.caching import DeepCache, FasterDiffusion, Interval, Taylor, Tiue
 from patching.tiny_pipelines import Counter, build, call, randomize
 
 STEPS = 6
@@ -465,6 +465,8 @@ def test_what_is_refused():
         FasterDiffusion(every=2, key_steps=(0,))
     with pytest.raises(TypeError, match="parallel: expected a bool"):
         FasterDiffusion(parallel=3)
+    with pytest.raises(ValueError, match=r"transformer blocks for scope .block., got UNet2DModel"):
+        fewstep.patch(pipe, cache=Taylor(scope="block"))
     odd = class_unet(
         down_block_types=("SkipDownBlock2D",) * 3, up_block_types=("SkipUpBlock2D",) * 3
     )

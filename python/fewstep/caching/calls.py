@@ -29,7 +29,7 @@ class Branch:
     memory: Any = None  # what else the session knows of the steps before
     errors: dict[int, Tensor] = field(default_factory=dict)  # of forecasts, by step of the run
     decisions: list[str] = field(default_factory=list)  # of the run: "full" or "skip"
-    why: list[str | None] = field(default_factory=list)  # these ran in full; None of the others
+    why: list[str | None] = field(default_factory=list)  # these ran in full, or in part
     changes: dict[int, Tensor] = field(default_factory=dict)  # that were measured, [B] by place
 
     def note(self, decision: str, why: str | None = None) -> None:

@@ -10,6 +10,7 @@ whole call: on steps that are not in the schedule, and with new conditioning.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -52,6 +53,7 @@ class _Rings:
     def __init__(self) -> None:
         self.own: dict[tuple[str, int], Ring] = {}
         self.forecast: list[int] = []  # modules, by call of this run
+        self.refused: Counter[str] = Counter()  # why some ran against their schedules, by calls
 
     @property
     def bytes(self) -> int:
@@ -211,11 +213,16 @@ class ModuleSession(ScheduledSession):
         """Close a call, and note what its modules did."""
         tally, self.tally = self.tally, None
         if tally is not None and call.branch is not None:
-            why = None
+            refused = sorted(tally.refused)
             if not tally.forecast:
-                why = tally.why_full or next(iter(tally.refused), "scheduled")
+                why = tally.why_full or next(iter(refused), "scheduled")
                 self.reasons[why] += 1
-            call.branch.note("full" if why else "part" if tally.ran else "skip", why)
+                call.branch.note("full", why)
+            elif tally.ran:
+                call.branch.note("part", ", ".join(refused) or None)
+                tally.rings.refused.update(refused)
+            else:
+                call.branch.note("skip")
             tally.rings.forecast.append(tally.forecast)
         super().finish(call)
 
@@ -227,8 +234,8 @@ class ModuleSession(ScheduledSession):
     def report(self) -> dict[str, Any]:
         """Return what every session does.
 
-        `partly`: calls in which some modules ran. `forecast_modules`: how many did not, by branch
-        and call.
+        `partly`: calls in which some modules ran, `why_part` some did against their schedules.
+        `forecast_modules`: how many did not run, by branch and call.
         """
         numbers = super().report()
         branches = self._branches.values()
@@ -236,4 +243,6 @@ class ModuleSession(ScheduledSession):
         numbers["forecast_modules"] = {
             branch.name: list(branch.ring.forecast) for branch in branches if branch.ring
         }
+        refused = (branch.ring.refused for branch in branches if branch.ring)
+        numbers["why_part"] = dict(sum(refused, Counter()))
         return numbers

@@ -93,7 +93,8 @@ class Slots:
         """Return the weighted sum of the slots, plus base; weights [K] or [B, K]."""
         weights = weights.to(torch.float64 if self.ring.dtype == torch.float64 else torch.float32)
         if self.scale is None and self.ring.dtype == self.dtype:
-            return forecast_apply(self.ring, weights, base=base)
+            # In the dtype of what was computed, which under autocast is not that of the base.
+            return forecast_apply(self.ring, weights, base=base, out_dtype=self.dtype)
         out = forecast_apply(
             self.ring,
             weights,

@@ -169,8 +169,9 @@ def _seen(numbers: dict[str, Any]) -> list[str]:
         partly = decisions.count("part")
         lines.append(f"{branch}: {marks} ({said}{f', {partly} in part' if partly else ''})")
     if numbers.get("why_full"):
-        why = ", ".join(f"{reason} {count}" for reason, count in numbers["why_full"].items())
-        lines.append(f"in full because of: {why}")
+        lines.append(f"in full because of: {_counted(numbers['why_full'])}")
+    if numbers.get("why_part"):
+        lines.append(f"in part because of: {_counted(numbers['why_part'])}")
     plan = numbers.get("plan", {})
     if plan.get("carried_over_from"):
         lines.append(
@@ -192,9 +193,12 @@ def _seen(numbers: dict[str, Any]) -> list[str]:
             f"{numbers['values']} values, {numbers['bytes'] / 2**20:.2f} MiB"
         )
     if numbers.get("not_kept"):
-        why = ", ".join(f"{reason} {count}" for reason, count in numbers["not_kept"].items())
-        lines.append(f"not kept because of: {why}")
+        lines.append(f"not kept because of: {_counted(numbers['not_kept'])}")
     return lines
+
+
+def _counted(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
 
 
 def _scheduler_after(pipe: Any, changes: list[Change]) -> Any:

@@ -185,6 +185,11 @@ class Target:
         if scope == "block":
             if self.family is None:
                 raise self._not_known()
+            if not blocks:
+                raise ValueError(
+                    f"cache: expected a denoiser with transformer blocks for scope {scope!r}, got "
+                    f"{self.model} without"
+                )
             chosen = choose_modules(blocks, pattern)
             return ModuleStack(self.denoiser, chosen, self.family.two_streams)
         found = find_modules(self.denoiser, blocks)
