@@ -36,7 +36,14 @@ def test_explain_shows_what_the_last_image_did():
     pipe = build("digits")
     with fewstep.patch(pipe, cache="interval") as patch:
         assert patch.report() == {
-            "cache": {"full": 0, "skipped": 0, "blended": 0, "branches": {}, "why_full": {}}
+            "cache": {
+                "full": 0,
+                "skipped": 0,
+                "blended": 0,
+                "branches": {},
+                "why": {},
+                "why_full": {},
+            }
         }
         call(pipe)
         text = patch.explain()
