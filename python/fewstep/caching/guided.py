@@ -106,13 +106,15 @@ class GuidedSession(ScheduledSession):
         return getattr(self.policy, "passes", "") is None and not self._in_calls
 
     def _find_passes(self, call: Call) -> None:
+        """Take the second call of a step for the unguided pass where it looks like one."""
         if call.place == 0:
             self._entered = call.step, call.form
-        elif call.place == 1 and self._entered == (call.step, call.form):
-            if self.context in (None, "uncond"):
-                self._passes = "calls"
-                for branch in self._branches.values():
-                    branch.memory = None  # of halves, which were no passes
+            return
+        same = call.place == 1 and self._entered == (call.step, call.form)
+        if same and self.context in (None, "uncond"):
+            self._passes = "calls"
+            for branch in self._branches.values():
+                branch.memory = None  # of halves, which were no passes
 
     def _difference_row(self, call: Call) -> Tensor:
         device = call.form[-1] if call.form else torch.device("cpu")
