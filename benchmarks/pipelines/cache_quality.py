@@ -108,8 +108,38 @@ def rows(key: tuple[str, int, int, int], only: str, processes: int) -> Iterable[
         yield from pool.imap(row, shares, chunksize=2)  # two trials of one calibrated plan
 
 
+def said(trial: Trial) -> tuple[str, str]:
+    """Return what a trial's row is known by."""
+    return trial.method, trial.setting
+
+
+def place_of(row: dict[str, Any]) -> tuple[str, str]:
+    """Return what a row is known by."""
+    return row["method"], row["setting"]
+
+
+def of_before(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a record that some methods are added to.
+
+    Raises:
+        ValueError: a record of another commit, machine or size.
+    """
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    ours = {name: report[name] for name in ("steps", "images", "batch")}
+    ours |= {name: report["environment"][name] for name in ("device", "torch", "commit", "dirty")}
+    theirs = {name: before.get(name, before["environment"].get(name)) for name in ours}
+    if ours != theirs:
+        raise ValueError(f"{path}: expected a record of {ours}, got {theirs}; give another folder")
+    return before["rows"]
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Measure and write <record>/<device>/cache_<model>.json."""
+    """Measure and write <record>/<device>/cache_<model>.json, with --steps cache_<model>_<steps>.
+
+    With --only the rows of a record of the same run conditions stay.
+    """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--record", type=Path, required=True)
@@ -129,11 +159,16 @@ def main(argv: list[str] | None = None) -> None:
         "left_out": left_out(study_of(*key)),
         "rows": [],
     }
-    path = args.record / slug(machine["device"]) / f"cache_{args.model.replace('-', '_')}.json"
+    name = args.model.replace("-", "_") + ("" if args.steps == STEPS else f"_{args.steps}")
+    path = args.record / slug(machine["device"]) / f"cache_{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    order = {said(trial): place for place, trial in enumerate(trials(study_of(*key)))}
+    taken = {place_of(row): row for row in of_before(path, report)} if args.only else {}
     for found in rows(key, args.only, args.processes):
-        report["rows"].append(found)
         print(json.dumps(found), flush=True)
+        taken[place_of(found)] = found
+        ranked = sorted(taken, key=lambda place: order.get(place, len(order)))
+        report["rows"] = [taken[place] for place in ranked]
         path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     print(f"wrote {path}")
 

@@ -2,7 +2,7 @@
 
     import fewstep
 
-    patch = fewstep.patch(pipe, steps=2, quantize="w8a8", cache="first-block")
+    patch = fewstep.patch(pipe, quantize="w8a8", cache="taylor")
     images = pipe(...)
     patch.undo()
 

@@ -165,10 +165,19 @@ def test_a_record_and_what_is_drawn_from_it(quality, caching, tmp_path, monkeypa
     monkeypatch.setattr(quality.Study.calibration, "__defaults__", (1, 2))
     arguments = "--model photos --images 2 --batch 2 --steps 8 --only plan|fewer|EasyCache"
     quality.main([*arguments.split(), "--record", str(tmp_path)])
-    (path,) = tmp_path.glob("*/cache_photos.json")
+    (path,) = tmp_path.glob("*/cache_photos_8.json")
     report = json.loads(path.read_text())
+    methods = [(row["method"], row["setting"]) for row in report["rows"]]
+    path.write_text(json.dumps(report | {"rows": report["rows"][::-1]}))
+    again = [*arguments.split()[:-1], "fewer", "--record", str(tmp_path)]
+    quality.main(again)  # adds to what is there
+    assert json.loads(path.read_text())["rows"] == report["rows"]
+    path.write_text(json.dumps(report | {"images": 3}))
+    with pytest.raises(ValueError, match="give another folder"):
+        quality.main(again)
+    assert len(set(methods)) == len(methods)
     plans = [row for row in report["rows"] if row["method"] == "calibrated plan"]
-    assert [row["full_steps"] for row in plans] == [2, 2, 1, 1]
+    assert [row["full_steps"] for row in plans] == [2, 1]
     assert all(row["predicted_psnr_db"] > 10 for row in plans)
     alone = [row for row in report["rows"] if row["method"] == "plan of the Gram matrix alone"]
     assert [row["schedule"] for row in alone] == [row["schedule"] for row in plans]

@@ -311,8 +311,8 @@ def closing(console: Console, written: Sequence[Path]) -> None:
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     console.print(
-        "On your own pipeline: patch = fewstep.patch(pipe, steps=4, quantize='w8a8', "
-        "cache='first-block'); print(patch.explain()); pipe(...); patch.undo()",
+        "On your own pipeline: patch = fewstep.patch(pipe, quantize='w8a8', cache='taylor'); "
+        "print(patch.explain()); pipe(...); patch.undo()",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,6 +1,6 @@
 """patch(pipe, steps=, quantize=, cache=, ...) and the handle that takes it back.
 
-    with fewstep.patch(pipe, steps=4, cache="first-block") as patch:
+    with fewstep.patch(pipe, quantize="w8a8", cache="taylor") as patch:
         images = pipe(prompt).images
     print(patch.explain())
 
