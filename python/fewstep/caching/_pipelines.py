@@ -10,7 +10,14 @@ from torch import nn
 
 from ._wrap import is_cached
 
-__all__ = ["denoiser_of", "denoisers_of", "expect_calls", "only_denoiser_of", "same_config"]
+__all__ = [
+    "denoiser_of",
+    "denoisers_of",
+    "expect_calls",
+    "only_denoiser_of",
+    "same_config",
+    "standing_in",
+]
 
 _DENOISERS = ("transformer", "unet")
 
@@ -86,6 +93,29 @@ def expect_calls(calls: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     if not calls or not all(isinstance(call, Mapping) for call in calls):
         raise ValueError("calls: expected at least one dict of keyword arguments")
     return calls
+
+
+@contextmanager
+def standing_in(stands: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Let values stand for attributes of objects; the objects are as they were afterwards.
+
+    Args:
+        stands: each an object, an attribute's name and the value. Where they are made one by one,
+            each may be made of what those before it have put there.
+    """
+    before: list[tuple[Any, str, Any]] = []
+    missing = object()
+    try:
+        for owner, name, value in stands:
+            before.append((owner, name, owner.__dict__.get(name, missing)))
+            owner.__dict__[name] = value
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            if value is missing:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = value
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ._pipelines import denoisers_of, expect_calls, same_config
+from ._pipelines import denoisers_of, expect_calls, same_config, standing_in
 from .fingerprint import Fingerprint
 from .guard import Check
 from .half_steps import Guidance, HalfSteps, Passes, find_guidance, watch_passes
@@ -54,20 +54,14 @@ def _following(
     """Let the pipeline follow a plan."""
     session = plan.session(plan, lambda: pipe.scheduler)
     session.watch = True
-    before = []
+    stands = (
+        slot for denoiser in denoisers for slot in OutputStack(denoiser).replacements(session)
+    )
     try:
-        for denoiser in denoisers:
-            for module, name, value in OutputStack(denoiser).replacements(session):
-                before.append((module, name, module.__dict__.get(name)))
-                module.__dict__[name] = value
-        yield session
+        with standing_in(stands):
+            yield session
     finally:
         session.close()
-        for module, name, value in before:
-            if value is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = value
 
 
 class Calibration:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from . import forecasters, schedules
 from ._checks import check_choice, check_number
-from .methods import _Extrapolated, _places
+from .methods import Extrapolated, step_places
 from .ring import Ring
 from .scheduled import ScheduledSession
 from .session import Call
@@ -191,7 +191,7 @@ def _weights(ring: Ring, rows: Tensor, ahead: Tensor, ridge: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Dmd(_Extrapolated):
+class Dmd(Extrapolated):
     """Exponentials through the newest full outputs; settings as of `Fora`.
 
     The scope is "output" or "blocks".
@@ -226,7 +226,7 @@ class Dmd(_Extrapolated):
 
     def gaps(self, times: Sequence[float]) -> tuple[Gap, ...]:
         """Return the gaps of a grid that exponentials are fitted for."""
-        places = _places(times, self.clock)
+        places = step_places(times, self.clock)
         full = schedules.every_nth(len(times), self.every, warmup=self.warmup, tail=self.tail)
         found = []
         for rank, (start, end) in enumerate(zip(full, (*full[1:], len(times)), strict=True), 1):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_count
-from ._pipelines import expect_calls, only_denoiser_of, same_config
+from ._pipelines import expect_calls, only_denoiser_of, same_config, standing_in
 from ._wrap import Followed, follow
 from .kept import SCOPES
 from .methods import Scm
@@ -73,19 +73,12 @@ def _copies(parts: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextmanager
 def _rehearsing(pipe: Any, denoiser: nn.Module) -> Iterator[_Tape]:
-    tape, before = _Tape(lambda: pipe.scheduler), []
+    tape = _Tape(lambda: pipe.scheduler)
     try:
-        for module, name, value in follow(denoiser, tape, ignore=(), kind=_Rehearsed):
-            before.append((module, name, module.__dict__.get(name)))
-            module.__dict__[name] = value
-        yield tape
+        with standing_in(follow(denoiser, tape, ignore=(), kind=_Rehearsed)):
+            yield tape
     finally:
         tape.close()
-        for module, name, value in reversed(before):
-            if value is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = value
 
 
 def _latents(pipe: Any, call: Mapping[str, Any], values: int, seed: int) -> tuple[Tensor, Run]:

@@ -31,12 +31,22 @@ from .policy import Forecasts
 from .ring import MAX_ORDER
 from .schedules import Schedule
 
-__all__ = ["FoCa", "Fora", "HiCache", "Newton", "Scm", "Taylor", "forecast_steps"]
+__all__ = [
+    "Extrapolated",
+    "FoCa",
+    "Fora",
+    "HiCache",
+    "Newton",
+    "Scm",
+    "Taylor",
+    "forecast_steps",
+    "step_places",
+]
 
 _CLOCKS = ("time", "step")
 
 
-def _places(times: Sequence[float], clock: str) -> list[float]:
+def step_places(times: Sequence[float], clock: str) -> list[float]:
     """Return where the steps are, the mean step as the unit."""
     falling = all(a > b for a, b in pairwise(times))
     rising = all(a < b for a, b in pairwise(times))
@@ -70,7 +80,7 @@ def forecast_steps(
             "cache: expected a scheduler that lists its timesteps, which tell how many steps a run "
             'has; got none. cache="interval" and "first-block" need no list'
         )
-    places = _places(times, clock)
+    places = step_places(times, clock)
     wanted, known = set(full), []
     steps: list[tuple[float, ...] | None] = []
     for index, place in enumerate(places):
@@ -123,7 +133,7 @@ class Fora(Kept):
 
 
 @dataclass(frozen=True)
-class _Extrapolated(Fora):
+class Extrapolated(Fora):
     """What FORA keeps, carried on by a forecaster.
 
     Args:
@@ -139,7 +149,7 @@ class _Extrapolated(Fora):
 
 
 @dataclass(frozen=True)
-class _Polynomial(_Extrapolated):
+class _Polynomial(Extrapolated):
     """An extrapolation of a degree.
 
     Args:
@@ -206,7 +216,7 @@ class HiCache(_Polynomial):
 
 
 @dataclass(frozen=True)
-class FoCa(_Extrapolated):
+class FoCa(Extrapolated):
     """FoCa: a BDF2 prediction corrected by Heun's rule.
 
     Settings as of `Fora`, with `clock`.

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._pipelines import standing_in
 from .steps import step_now, times_of
 
 __all__ = ["Run", "record", "repeatable", "responses", "sample_of", "seeded", "takeovers"]
@@ -93,7 +94,6 @@ def record(scheduler: Any, *, values: int, seed: int) -> Iterator[Run]:
     """Watch `scheduler.step` and fill a `Run`; the scheduler is as it was afterwards."""
     run = Run()
     inner: Callable[..., Any] = scheduler.step
-    before = scheduler.__dict__.get("step")
 
     # Pipelines look at the signature for whether `step` takes a generator and eta.
     class Step:
@@ -132,14 +132,8 @@ def record(scheduler: Any, *, values: int, seed: int) -> Iterator[Run]:
             return result
 
     signature = inspect.signature(inner)
-    scheduler.__dict__["step"] = Step()
-    try:
+    with standing_in([(scheduler, "step", Step())]):
         yield run
-    finally:
-        if before is None:
-            del scheduler.__dict__["step"]
-        else:
-            scheduler.__dict__["step"] = before
 
 
 @contextmanager

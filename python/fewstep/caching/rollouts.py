@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from ._pipelines import standing_in
 from .output import take_apart
 from .quality import images_of, psnr
 from .record import seeded
@@ -106,23 +107,23 @@ def standing(
     stands = [(module, "forward", stand) for module, stand in more]
     stands.append((denoiser, "forward", rollout.evaluate))
     stands.append((rollout.pipe.scheduler, "step", rollout.stepped))
-    before = [(owner, name, owner.__dict__.get(name)) for owner, name, _ in stands]
     flags = [(parameter, parameter.requires_grad) for parameter in denoiser.parameters()]
     try:
-        for owner, name, stand in stands:
-            below = getattr(owner, name)
-            owner.__dict__[name] = functools.wraps(below)(functools.partial(stand, below))
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        yield
+        with standing_in(
+            (owner, name, _above(owner, name, stand)) for owner, name, stand in stands
+        ):
+            yield
     finally:
-        for owner, name, value in before:
-            if value is None:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = value
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _above(owner: Any, name: str, stand: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what stands for an object's function, given that first."""
+    below = getattr(owner, name)
+    return functools.wraps(below)(functools.partial(stand, below))
 
 
 @contextmanager
