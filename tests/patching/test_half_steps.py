@@ -119,6 +119,48 @@ def test_a_batch_of_other_images_is_not_halved(passes):
     assert torch.equal(found, call(pipe, batch=4, num_inference_steps=STEPS, guidance_scale=1.0))
 
 
+@pytest.mark.parametrize("passes", PASSES[1:])
+@pytest.mark.parametrize("kind", ["plan", "rule"])
+def test_images_on_the_same_noise_are_no_passes(passes, kind):
+    """Their first step looks like guidance's, and neither may be made of the other."""
+    pipe = pipeline(passes)
+    noise = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    given = {"guidance_scale": 1.0, "num_inference_steps": STEPS, "output_type": "latent"}
+
+    def images(labels):
+        return pipe(labels, latents=noise.repeat(2, 1, 1, 1), **given).images
+
+    plain = images([1, 7])
+    assert (plain[0] - plain[1]).abs().max() > 0.1
+    rule = GuidanceReuse(first=0.3, passes=passes)
+    with fewstep.patch(pipe, cache=plan_of(pipe, passes) if kind == "plan" else rule) as patch:
+        found = images([1, 7])
+        report = patch.report()["cache"]
+        assert torch.equal(found, plain)
+        assert report["full"] == STEPS
+        assert report["why_full"]["no halves of guidance"] >= 2
+        assert sum(report["why_full"].values()) == STEPS
+        assert report["why"]["call 0"][1 if kind == "plan" else 2] == "no halves of guidance"
+        call(pipe, batch=2, num_inference_steps=STEPS)  # with guidance, and then without again
+        assert patch.report()["cache"]["half"] > 0
+        assert torch.equal(images([1, 7]), plain)
+
+
+@pytest.mark.parametrize("kind", ["first half", "second half"])
+def test_halves_are_read_back_twice(kind, monkeypatch):
+    from fewstep.caching import guided
+
+    looks = []
+    halves = guided.halves
+    monkeypatch.setattr(guided, "halves", lambda *given: looks.append(1) or halves(*given))
+    pipe = pipeline(kind)
+    with fewstep.patch(pipe, cache=plan_of(pipe, kind)):
+        for _ in range(2):
+            call(pipe, batch=2, num_inference_steps=STEPS)
+            assert len(looks) == 2
+            looks.clear()
+
+
 def test_without_guidance_in_calls_the_guided_pass_follows_its_weights():
     pipe = pipeline("calls")
     plan = plan_of(pipe, "calls")

@@ -12,13 +12,15 @@ batch whose halves are the two. In a batch a half step runs the model on the row
 half. A policy that doesn't say which it is (`passes` is None) has the session find out: a second
 call of a step that is given the same form, named "uncond" if anything, is the unguided pass.
 
-That the halves of what enters the model are equal is read back once, on the first step of an
-image, since a batch of other images looks the same; in a captured graph what the run before has
-found counts.
+A batch of other images looks as a batch of passes does, so whether the halves of what enters the
+model are equal is read back: on the first step of an image, and where they are, once more on the
+next, before anything is forecast. Images that share their noise have parted by then, passes of one
+have not. In a captured graph what the run before has found counts.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import accumulate
 from typing import Any
 
@@ -79,12 +81,15 @@ class GuidedSession(ScheduledSession):
         self._entered: tuple[int, Any] | None = None  # a step and the form of its first call
         self._now: tuple[int, tuple[Any, ...]] | None = None  # a step and its guided output
         self._equal: tuple[Any, bool] | None = None  # form of a batch, whether its halves are one's
-        self._checked = False  # whether that was looked at in this run
+        self._looked: int | None = None  # the step of this run at which that was looked at
+        self._sure = False  # whether it needs no other look in this run
         super().__init__(*args, **kwargs)
 
     def _start_run(self, timesteps: Any) -> None:
         super()._start_run(timesteps)
-        self._now, self._checked = None, False
+        if self._looked is not None and not self._sure:
+            self._equal = None
+        self._now, self._looked, self._sure = None, None, False
 
     def _plan_run(self, *where: Any) -> None:
         super()._plan_run(*where)
@@ -162,6 +167,21 @@ class GuidedSession(ScheduledSession):
             return "half"
         return None
 
+    @torch.compiler.disable
+    def enter(self, call: Call) -> None:
+        """Look at the input again before the first forecast of a batch's half or of both."""
+        super().enter(call)
+        halved = call.half is not None or call.skip
+        if not (self._second and halved and call.branch is not None) or self._in_calls:
+            return
+        self._look_at_halves(call)
+        if self._equal != (call.form, True):
+            if call.half is not None:
+                self.reasons -= Counter(half=1)
+            call.half, call.skip = None, False
+            self.reasons["no halves of guidance"] += 1
+            call.branch.correct("full", "no halves of guidance")
+
     def _differences(self, branch: Branch) -> Ring | None:
         return branch.ring if self._in_calls else branch.memory
 
@@ -203,18 +223,23 @@ class GuidedSession(ScheduledSession):
             ring.push(difference, self._second_ranks[call.step], call.form)
 
     def _look_at_halves(self, call: Call) -> None:
-        """See, once per run, whether the halves of the batch were given the same."""
+        """See whether the halves of the batch are given the same.
+
+        If they are, a second look, behind the first step, is needed to be sure.
+        """
         entry, rows = call.entry, call.form[0][0] if call.form else 0
         captured = (
             isinstance(entry, Tensor)
             and entry.device.type == "cuda"
             and torch.cuda.is_current_stream_capturing()
         )
-        if self._checked or captured:
+        if self._sure or captured or self._looked == call.step:
             return
         same = halves(entry, rows)
-        self._equal = (call.form, same is not None and bool(same.all()))
-        self._checked = True
+        equal = same is not None and bool(same.all())
+        self._equal = (call.form, equal)
+        self._sure = not equal or self._looked is not None
+        self._looked = call.step
 
     def _split(self, call: Call, parts: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
         rows = call.form[0][0]
