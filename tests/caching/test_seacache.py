@@ -7,7 +7,7 @@ import torch
 
 import fewstep
 from fewstep.caching import PRESETS, SeaCache
-from fewstep.caching.seacache import noise_ratios, token_grid, wiener
+from fewstep.caching.seacache import expect_noise_levels, noise_ratios, token_grid, wiener
 from patching.tiny_pipelines import build, call, digits
 
 STEPS = 8
@@ -47,6 +47,38 @@ def test_noise_levels_of_schedulers():
         assert noise_ratios(preserving) == pytest.approx(((1 - alphas) / alphas).sqrt().tolist())
     with pytest.raises(ValueError, match="sigmas or alphas_cumprod"):
         noise_ratios(object())
+
+
+@pytest.mark.parametrize("kind", ["IPNDMScheduler", "DDPMWuerstchenScheduler"])
+def test_a_scheduler_without_noise_levels_is_refused_at_patch(kind):
+    pipe = digits(layers=1)
+    plain = call(pipe, num_inference_steps=4)
+    scheduler, pipe.scheduler = pipe.scheduler, getattr(diffusers, kind)()
+    with pytest.raises(ValueError, match=f"sigmas or alphas_cumprod, .* got {kind}"):
+        fewstep.patch(pipe, cache="seacache")
+    pipe.scheduler = scheduler
+    assert torch.equal(call(pipe, num_inference_steps=4), plain)
+
+
+def test_schedulers_whose_noise_levels_come_with_the_timesteps_are_not_refused():
+    late = diffusers.LTXEulerAncestralRFScheduler()
+    with pytest.raises(ValueError, match="sigmas or alphas_cumprod"):
+        noise_ratios(late)
+    expect_noise_levels(late)
+
+    class Homemade:
+        def set_timesteps(self, count):
+            self.sigmas = torch.linspace(1, 0, count + 1)
+
+    class Demanding:
+        def set_timesteps(self, count, *, mu):
+            self.sigmas = mu * torch.linspace(1, 0, count + 1)
+
+    for scheduler in (Homemade(), Demanding()):
+        expect_noise_levels(scheduler)
+        assert not hasattr(scheduler, "sigmas")
+    with pytest.raises(ValueError, match="got NoneType"):
+        expect_noise_levels(None)
 
 
 def test_grids_of_tokens():

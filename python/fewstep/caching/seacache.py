@@ -18,6 +18,7 @@ otherwise they are one axis.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +34,14 @@ from .policy import Threshold
 from .session import Call, blend
 from .steps import times_of
 
-__all__ = ["SeaCache", "SeaSession", "noise_ratios", "token_grid", "wiener"]
+__all__ = [
+    "SeaCache",
+    "SeaSession",
+    "expect_noise_levels",
+    "noise_ratios",
+    "token_grid",
+    "wiener",
+]
 
 _MOST = 1e6  # q of pure noise
 
@@ -70,7 +78,34 @@ def noise_ratios(scheduler: Any) -> tuple[float, ...]:
         return tuple(_ratio(math.sqrt(1 - alpha), math.sqrt(alpha)) for alpha in known)
     if kind == "trigflow":  # x = cos(t) x_0 + sin(t) noise
         return tuple(_ratio(math.sin(time), math.cos(time)) for time in times)
-    raise ValueError(
+    raise _silent(scheduler)
+
+
+def expect_noise_levels(scheduler: Any) -> None:
+    """Raise ValueError where a scheduler will say nothing about noise, whatever its grid.
+
+    Some have sigmas from the time on that timesteps are set: a copy is given some.
+    """
+    if _may_tell(scheduler):
+        return
+    probe = copy.deepcopy(scheduler)
+    if hasattr(probe, "set_timesteps"):
+        try:
+            probe.set_timesteps(2)
+        except Exception:  # it wants to know more, so nothing is known yet
+            return
+    if not _may_tell(probe):
+        raise _silent(scheduler)
+
+
+def _may_tell(scheduler: Any) -> bool:
+    kind = getattr(scheduler, "config", {}).get("prediction_type")
+    named = hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")
+    return named or kind == "trigflow"
+
+
+def _silent(scheduler: Any) -> ValueError:
+    return ValueError(
         "cache: expected a scheduler with sigmas or alphas_cumprod, which tell SeaCache how much "
         f"of the latents is noise, got {type(scheduler).__name__}"
     )
@@ -202,6 +237,10 @@ class SeaCache(Threshold):
             raise ValueError(f"degree: expected 0 or 1, got {self.degree}")
         check_number("power", self.power, 0, above=True)
         check_choice("scope", self.scope, ("output", "blocks"))
+
+    def expect_scheduler(self, scheduler: Any) -> None:
+        """Raise ValueError where a pipeline's scheduler does not tell its noise levels."""
+        expect_noise_levels(scheduler)
 
     def increment(self, memory: SeaMemory, entry: Tensor) -> Tensor:
         """Return d [B]."""

@@ -211,6 +211,8 @@ def plan_cache(
         PatchError: the model is cached already, by this library or by diffusers.
     """
     policy = _resolve(cache, options, pipe, target, scheduler)
+    if hasattr(policy, "expect_scheduler"):
+        policy.expect_scheduler(scheduler)
     scope = getattr(policy, "scope", "blocks")
     if scope not in _SCOPES:
         names = " or ".join(f'"{name}"' for name in _SCOPES)
