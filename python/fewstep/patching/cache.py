@@ -48,8 +48,9 @@ class _CacheChange(Change):
 
     @property
     def gone(self) -> bool:
-        """Whether `disable_cache`, `remove_cache` or a registry has taken it off."""
-        return self.session.closed and not self._undone
+        """Whether `disable_cache`, `remove_cache`, a registry or another `forward` took it off."""
+        lost = any(getattr(slot, "lost", False) for slot in self.slots)
+        return (self.session.closed or lost) and not self._undone
 
     def apply(self) -> None:
         # Not before: `forward` of a module is its class's, which quantising may have changed.

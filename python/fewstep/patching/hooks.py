@@ -12,11 +12,15 @@ place in it is chosen:
     outside of  group offloading: what a skipped step leaves out is not uploaded
     inside of   the hooks that shard inputs and gather outputs (context parallelism), and of a
                 group offloading that uploads blocks which skipped steps run, too
+    below       accelerate's hook (`enable_model_cpu_offload`), which pipelines take off and put
+                on again after every image: what it wraps is `_old_forward`, our place then
 """
 
 from __future__ import annotations
 
 import weakref
+from functools import partial
+from types import MethodType
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -84,6 +88,8 @@ class CacheHook(ModelHook):
     def deinitalize_hook(self, module: nn.Module) -> nn.Module:
         """Called by a registry that removes this hook: without one wrapper no other may skip."""
         self.session.close()
+        if module.__dict__.get("_old_forward") is self.wrapper:  # accelerate's, which puts it back
+            module.__dict__["_old_forward"] = self.wrapper.below
         _drop_forward(module, self)
         return module
 
@@ -254,15 +260,34 @@ def remove(module: nn.Module) -> bool:
 # The chain of a registry. `place` counts hooks from the module's own forward outwards.
 
 
-def _called_by(registry: HookRegistry, place: int) -> Any:
-    """Return what the hook at a place calls; the module's `forward` behind the last."""
+def _link_at(registry: HookRegistry, place: int) -> Any:
+    """Return what the hook at a place calls, accelerate's among it; `forward` behind the last."""
     if place == len(registry._fn_refs):
         return registry._module_ref.forward
     link = registry._fn_refs[place]
     return link.forward if link.original_forward is None else link.original_forward
 
 
+def _is_accelerates(module: nn.Module, forward: Any) -> bool:
+    """Whether that is what accelerate has set for a module's `forward`, and not taken off since."""
+    return (
+        isinstance(forward, partial)
+        and forward.func.__module__ == "accelerate.hooks"
+        and forward.args[:1] == (module,)
+        and "_old_forward" in module.__dict__
+    )
+
+
+def _called_by(registry: HookRegistry, place: int) -> Any:
+    """Return what the hook at a place calls, or the model behind the last, below accelerate's."""
+    module, forward = registry._module_ref, _link_at(registry, place)
+    return module._old_forward if _is_accelerates(module, forward) else forward
+
+
 def _let_call(registry: HookRegistry, place: int, forward: Any) -> None:
+    if _is_accelerates(registry._module_ref, _link_at(registry, place)):
+        registry._module_ref.__dict__["_old_forward"] = forward
+        return
     if place == len(registry._fn_refs):
         registry._module_ref.__dict__["forward"] = forward
         return
@@ -366,10 +391,20 @@ class HookSlot:
         _link(self._module(), self._hook)
 
     @property
+    def lost(self) -> bool:
+        """Whether somebody has set the module's own `forward` again, past the registry."""
+        module = self._module()
+        if module is None or hook_of(module) is not self._hook:
+            return False
+        registry = module._diffusers_hook
+        forward = _called_by(registry, len(registry._fn_refs))
+        return isinstance(forward, MethodType) and forward.__self__ is module
+
+    @property
     def covered(self) -> bool:
         """Whether somebody has wrapped it past the registry."""
         module = self._module()
-        if module is None or hook_of(module) is not self._hook:
+        if module is None or hook_of(module) is not self._hook or self.lost:
             return False
         registry = module._diffusers_hook
         return not _is_free(registry, registry._hook_order.index(NAME))

@@ -136,7 +136,10 @@ class Patch:
     def _remarks(self, change: Change) -> list[str]:
         """What follows from the other patches in place."""
         if change.gone:
-            return ["taken off since: by disable_cache, remove_cache or a hook registry"]
+            return [
+                "taken off since: by disable_cache, remove_cache, a hook registry, or by setting "
+                "the model's own forward again"
+            ]
         steps = fixed_steps(getattr(self._pipe(), "scheduler", None))
         if change.feature == "cache" and self._active and steps is not None and steps <= 2:
             return [
