@@ -13,26 +13,38 @@ import torch
 from diffusers import ContextParallelConfig
 
 import fewstep
-from fewstep.caching import EasyCache, FirstBlock, Fora, Session, TeaCache
+from fewstep.caching import Dmd, EasyCache, FirstBlock, Fora, SeaCache, Session, TeaCache, dmd
 from patching.tiny_pipelines import build, call
 
 RANKS, STEPS = 2, 8
-SCHEDULED = {"output": Fora(every=3), "blocks": Fora(every=3, scope="blocks")}
+SCHEDULED = {
+    "output": Fora(every=3),
+    "blocks": Fora(every=3, scope="blocks"),
+    "module": Fora(every=3, scope="module"),
+    "dmd-output": Dmd(every=3, warmup=3),
+    "dmd-blocks": Dmd(every=3, warmup=3, scope="blocks"),
+}
 MEASURED = {
     "first-block": lambda threshold: FirstBlock(threshold, max_skips=9),
     "teacache": lambda threshold: TeaCache(threshold, max_skips=9),
+    "seacache": lambda threshold: SeaCache(threshold, max_skips=9),
     "easycache": lambda threshold: EasyCache(threshold, max_skips=9, warmup=1),
 }
 
 
 def run(cache, parallel=None):
-    """Return the latents, the decisions and the measured changes."""
+    """Return the latents, the decisions, and the changes and weights that were measured."""
     pipe = build("flux")
-    changes, judge = [], Session._judge
+    changes, judge, find = [], Session._judge, dmd._weights
 
     def judged(session, call, reasons, change):
         changes.append(change.tolist())
         return judge(session, call, reasons, change)
+
+    def found(*args):
+        weights = find(*args)
+        changes.append(weights[0].tolist())  # of the gap's first step
+        return weights
 
     def shard():
         pipe.transformer.set_attention_backend("native")
@@ -44,11 +56,11 @@ def run(cache, parallel=None):
     if parallel == "after":
         shard()
         call(pipe, num_inference_steps=1)
-    Session._judge = judged
+    Session._judge, dmd._weights = judged, found
     try:
         latents = call(pipe, num_inference_steps=STEPS, batch=2)
     finally:
-        Session._judge = judge
+        Session._judge, dmd._weights = judge, find
     return latents, patch.report()["cache"]["branches"], changes
 
 

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTra
 from torch import nn
 
 import fewstep
-from fewstep.caching import EasyCache, Fora, Taylor, calibrate
+from fewstep.caching import Dmd, EasyCache, Fora, Taylor, calibrate
 from fewstep.caching.guided import rows_of
 from patching.tiny_pipelines import randomize
 
@@ -216,5 +216,7 @@ def test_samples_of_several_sizes():
     outputs = loop(Model(lambda x: [x, x[:, :2]]), Fora(every=3), given)
     assert [x.shape for x in outputs[1]] == [(2, 3), (2, 2)]
     torch.testing.assert_close(outputs[5], outputs[3])
-    with pytest.raises(ValueError, match=r"samples of \[\[2, 3\], \[2, 4\]\]"):
-        loop(Model(lambda x: [x, x[:, :2]]), EasyCache(), given)
+    sizes = r"\[\[2, 3\], \[2, 4\]\]"
+    for policy in (EasyCache(), Dmd(every=3, warmup=3)):
+        with pytest.raises(ValueError, match=f"samples of .*{sizes}"):
+            loop(Model(lambda x: [x, x[:, :2]]), policy, given)

@@ -40,8 +40,9 @@ from . import forecasters, schedules
 from ._checks import check_choice, check_number
 from .methods import Extrapolated, step_places
 from .ring import Ring
-from .scheduled import ScheduledSession
+from .scheduled import ScheduledSession, expect_one_size
 from .session import Call
+from .shards import total
 
 __all__ = ["Dmd", "DmdSession", "Gap", "equally_spaced", "exponential_weights"]
 
@@ -178,15 +179,19 @@ class DmdSession(ScheduledSession):
         if gap is None or branch.ring.count(gap.rank) < gap.needs:
             return super().recall(call)
         if branch.memory is None or branch.memory[0] != gap:
+            expect_one_size(call)
             rows, ahead = self._constants(gap, call.form[-1])
-            branch.memory = gap, _weights(branch.ring, rows, ahead, self.policy.ridge)
+            # The whole output is there on every rank; of the blocks each has its tokens.
+            group = self.group if self.policy.scope == "blocks" else None
+            branch.memory = gap, _weights(branch.ring, rows, ahead, self.policy.ridge, group)
         return branch.ring.forecast(branch.memory[1][call.step - gap.start])
 
 
-def _weights(ring: Ring, rows: Tensor, ahead: Tensor, ridge: float) -> Tensor:
+def _weights(ring: Ring, rows: Tensor, ahead: Tensor, ridge: float, group: Any) -> Tensor:
     """Return the weights by slot of a gap's steps, [H, B, K]."""
     steps = rows[:-1] - rows[1:]
-    first, second = exponential_weights(ring.products(steps), ahead, ridge=ridge)
+    products = total(ring.products(steps), group)
+    first, second = exponential_weights(products, ahead, ridge=ridge)
     return rows[0] + first[..., None] * steps[0] + second[..., None] * steps[1]
 
 

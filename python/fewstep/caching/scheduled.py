@@ -29,7 +29,7 @@ from .ring import Ring, slot_table
 from .session import Branch, Call, Session
 from .steps import times_of
 
-__all__ = ["ScheduledSession"]
+__all__ = ["ScheduledSession", "expect_one_size"]
 
 
 class ScheduledSession(Session):
@@ -212,7 +212,7 @@ class ScheduledSession(Session):
         factor = getattr(self._plan or self.policy, "guard", None)
         if check is None or not (self.watch or factor is not None):
             return
-        _expect_one_size(call)
+        expect_one_size(call)
         known = branch.ring.count(self._ranks[call.step])
         if branch.ring.form != call.form or known < len(check.weights):
             return
@@ -240,7 +240,7 @@ class ScheduledSession(Session):
     @torch.compiler.disable
     def compare(self, call: Call, computed: tuple[Any, ...], forecast: tuple[Any, ...]) -> None:
         """Note how far a forecast is off what the model computes."""
-        _expect_one_size(call)
+        expect_one_size(call)
         call.branch.errors[call.step] = lookback(computed[0], forecast[0])
 
     def errors(self) -> dict[str, dict[int, list[float]]]:
@@ -302,12 +302,12 @@ def _nothing() -> None:
     return None
 
 
-def _expect_one_size(call: Call) -> None:
+def expect_one_size(call: Call) -> None:
     """Raise ValueError where samples of several sizes can't be compared in one pass."""
     if call.entry is None and call.form:
         raise ValueError(
-            "cache: expected samples of one size with a guard or verify, which measure by sample, "
-            f"got {[list(shape) for shape in call.form[0][1:]]}"
+            "cache: expected samples of one size with a guard, verify or weights by sample, got "
+            f"{[list(shape) for shape in call.form[0][1:]]}"
         )
 
 

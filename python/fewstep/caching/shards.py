@@ -2,9 +2,11 @@
 
     c = sum_ranks sum |r - p| / sum_ranks sum |p|     r = x - y, p an earlier residual
     c = sum_ranks sum |r| / sum_ranks sum |y|         without one;  0 / 0 = 0
+    <D_i, D_j> = sum_ranks sum D_i D_j                weights that are found in a run (DMD)
 
 A decision taken by a share of the tokens would differ between ranks, which then wait for each other
-for ever. The two sums [2, B] are added up over the ranks, so all of them compare the same numbers.
+for ever; weights found in a share would differ between tokens of one image. The sums, a few numbers
+a sample, are added up over the ranks, so all of them have the same.
 Every rank comes here at the same calls: what else decides is known from steps, forms and inputs of
 the whole model, which all ranks see alike.
 """
@@ -18,7 +20,16 @@ from torch import Tensor
 
 from ..ops import cache_metric
 
-__all__ = ["measure"]
+__all__ = ["measure", "total"]
+
+
+def total(sums: Tensor, group: Any) -> Tensor:
+    """Return sums over tokens of all ranks, given those over a rank's own; alone where no group."""
+    if group is None:
+        return sums
+    sums = sums.contiguous()
+    torch.distributed.all_reduce(sums, group=group)
+    return sums
 
 
 def measure(
@@ -37,6 +48,6 @@ def measure(
     residual = torch.sub(x, y)
     moved, base = (residual, y) if previous is None else (residual - previous, previous)
     sums = torch.stack([s.flatten(1).abs().sum(1, dtype=torch.float64) for s in (moved, base)])
-    torch.distributed.all_reduce(sums, group=group)
+    sums = total(sums, group)
     change = torch.where(sums[0] == 0, torch.zeros_like(sums[0]), sums[0] / sums[1])
     return change.to(torch.promote_types(x.dtype, torch.float32)), residual
