@@ -6,8 +6,15 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.caching import PRESETS, SeaCache
-from fewstep.caching.seacache import expect_noise_levels, noise_ratios, token_grid, wiener
+from fewstep.caching import PRESETS, SeaCache, seacache
+from fewstep.caching.seacache import (
+    SeaMemory,
+    expect_noise_levels,
+    noise_ratios,
+    token_grid,
+    wiener,
+)
+from fewstep.caching.session import Branch, Call
 from patching.tiny_pipelines import build, call, digits
 
 STEPS = 8
@@ -27,6 +34,50 @@ def test_the_filter_is_its_formula():
     blurred = wiener(x, (2, 3), 1e6, power)  # all of it is: the mean is left, times its gain
     assert torch.allclose(blurred, x.mean((2, 3), keepdim=True) * 40, atol=1e-5)
     assert wiener(x.half(), (2, 3), ratio, power).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scheme", ["calls", "batch"])
+def test_what_a_run_filters(monkeypatch, scheme):
+    """Gains once a grid, latents once a step for all passes, and not on the last step."""
+    made, filtered = [], []
+    real = seacache.gains, seacache._filtered
+    monkeypatch.setattr(seacache, "gains", lambda *a: made.append(a[0]) or real[0](*a))
+    monkeypatch.setattr(seacache, "_filtered", lambda *a: filtered.append(1) or real[1](*a))
+    pipe = digits(layers=2) if scheme == "calls" else build("sd-unet")
+    steps = {"num_inference_steps": STEPS}
+    with fewstep.patch(pipe, cache=SeaCache(threshold=0.5)) as patch:
+        image = call(pipe, guidance_scale=2.0, **steps)
+        evaluated = max(map(len, patch.report()["cache"]["branches"].values()))
+        assert len(filtered) == evaluated - 1
+        assert len(made) == 1  # both axes are equally long
+        assert torch.equal(call(pipe, guidance_scale=2.0, **steps), image)
+        assert len(made) == 1
+        call(pipe, num_inference_steps=STEPS + 1)
+        assert len(made) == 2
+
+
+def test_filtered_latents_are_those_of_the_present_input():
+    policy, scheduler = SeaCache(), diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    session = policy.session(policy, lambda: scheduler)
+    ratios = noise_ratios(scheduler)
+    x = torch.randn(2, 3, 8, 5, generator=torch.Generator().manual_seed(0))
+    for step in (0, 1, 3):
+        session._clock = step, None
+        now = Call(Branch("call"), step)
+        found = session.seen(now, x)
+        torch.testing.assert_close(found, wiener(x, (2, 3), ratios[step], policy.power))
+        assert session.seen(now, x) is found
+        assert session.seen(now, x.clone()) is not found
+    x.add_(1)
+    want = wiener(x, (2, 3), ratios[3], policy.power)
+    torch.testing.assert_close(session.seen(now, x), want)
+    with torch.inference_mode():
+        y = x.clone()
+        session.seen(now, y)
+        y.add_(1)
+        want = wiener(y, (2, 3), ratios[3], policy.power)
+        torch.testing.assert_close(session.seen(now, y), want)
 
 
 def test_noise_levels_of_schedulers():
@@ -184,9 +235,6 @@ def test_batch_mates_change_no_bit(scope, guidance):
 
 def test_every_sample_goes_on_along_its_own_line():
     """Samples whose last full steps differ: each is carried on by its own two."""
-    from fewstep.caching.seacache import SeaMemory
-    from fewstep.caching.session import Branch, Call
-
     policy = SeaCache()
     memory = SeaMemory(torch.zeros(2, 1), torch.zeros(2))
     slope = torch.tensor([[1.0], [10.0]])
@@ -200,6 +248,15 @@ def test_every_sample_goes_on_along_its_own_line():
     assert torch.allclose(found, slope * 7)
     assert memory.at == (5, 4)
     assert memory.before == (1, 1)
+
+
+def test_samples_on_one_line_copy_nothing_to_the_device(monkeypatch):
+    policy, memory = SeaCache(), SeaMemory(torch.zeros(2, 1), torch.zeros(2))
+    slope = torch.tensor([[1.0], [10.0]])
+    for step in (1, 4):
+        policy.learn(memory, Call(Branch("call"), step), (slope * step,))
+    monkeypatch.setattr(torch, "tensor", None)
+    assert torch.allclose(policy.carry(memory, None, Call(Branch("call"), 7)), slope * 7)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,10 @@ class InputSession(Session):
         if form is None:
             return
         reasons = self._must_run(call, branch, form)
+        if call.is_last:  # it runs, and nothing is compared with it
+            self._settle(call, reasons, output.device)
+            branch.form = form
+            return
         entry = self.seen(call, entry)
         memory: Memory | None = branch.memory
         if memory is None or memory.entry.shape != entry.shape:

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ __all__ = [
     "SeaCache",
     "SeaSession",
     "expect_noise_levels",
+    "gains",
     "noise_ratios",
     "token_grid",
     "wiener",
@@ -152,54 +154,104 @@ def wiener(x: Tensor, axes: tuple[int, ...], ratio: float, power: float) -> Tens
         power: p.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
+    tables = [gains(x.shape[axis], (ratio,), power).to(x.device, x.dtype) for axis in axes]
+    return _filtered(x, axes, [table[0] for table in tables])
+
+
+def gains(size: int, ratios: Sequence[float], power: float) -> Tensor:
+    """Return the gains [S, size] of an axis for every q, in float64."""
+    known = {"dtype": torch.float64, "device": "cpu"}
+    power_of_noise = torch.fft.fftfreq(size, **known).abs() ** power
+    gain = 1 / (1 + torch.tensor(ratios, **known)[:, None] ** 2 * power_of_noise)
+    return gain / gain.mean(1, keepdim=True)
+
+
+def _filtered(x: Tensor, axes: tuple[int, ...], rows: Sequence[Tensor]) -> Tensor:
+    """Return x with the frequencies of each axis times a row of gains."""
     spectrum = torch.fft.rfftn(x, dim=axes)
-    for axis in axes:
-        size = x.shape[axis]
-        gain = 1 / (1 + ratio**2 * torch.fft.fftfreq(size, dtype=torch.float64).abs() ** power)
-        gain = (gain / gain.mean())[: spectrum.shape[axis]].to(x.device, x.dtype)
+    for axis, row in zip(axes, rows, strict=True):
+        gain = row[: spectrum.shape[axis]]
         spectrum = spectrum * gain.view(-1, *[1] * (x.dim() - 1 - axis))
     return torch.fft.irfftn(spectrum, s=[x.shape[axis] for axis in axes], dim=axes)
 
 
 class SeaSession(InputSession):
-    """Sums the change of the filtered latents."""
+    """Sums the change of the filtered latents.
+
+    Gains of all steps of a grid are made and brought to the device once, and passes of a step that
+    are given the very same tensor share what is filtered.
+    """
 
     remember = SeaMemory
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._tables: dict[Any, Tensor] = {}  # gains, of the grid that was read last
+        self._tabled: tuple[float, ...] = ()  # q of that
+        super().__init__(*args, **kwargs)
 
     def _start_run(self, timesteps: Any) -> None:
         super()._start_run(timesteps)
         self._ratios: tuple[float, ...] | None = None
         self._times: tuple[float, ...] = ()
         self._grids: dict[int, tuple[int, ...]] = {}
+        self._last: tuple[int, Any, int, Tensor] | None = None  # step, given, version, filtered
 
-    def _ratio_now(self) -> float:
-        """Return q of the present step; the grid is read once per run."""
+    def abort(self) -> None:
+        """Close a call that raised: nothing of this run is used again."""
+        super().abort()
+        self._last = None
+
+    def _place_now(self) -> int:
+        """Return the place of the present step in the list of q, which is read once per run."""
         scheduler = self._scheduler()
         if self._ratios is None:
             self._ratios, self._times = noise_ratios(scheduler), times_of(scheduler)
+            if self._ratios != self._tabled:
+                self._tables, self._tabled = {}, self._ratios
         index, time = self._clock
         if not isinstance(index, int):  # the scheduler counts none
             index = self._times.index(time) if time in self._times else self._step
-        return self._ratios[min(index, len(self._ratios) - 1)]
+        return min(index, len(self._ratios) - 1)
+
+    def _filter(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """Return F x of the present step."""
+        place, rows = self._place_now(), []
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        for axis in axes:
+            key = x.shape[axis], x.device, x.dtype
+            if key not in self._tables:
+                table = gains(x.shape[axis], self._ratios, self.policy.power)
+                self._tables[key] = table.to(x.device, x.dtype)
+            rows.append(self._tables[key][place])
+        return _filtered(x, axes, rows)
 
     def seen(self, call: Call, entry: Tensor) -> Tensor:
         """Return the filtered latents."""
-        ratio, power = self._ratio_now(), self.policy.power
+        if entry.is_inference():  # nothing tells whether it was written to
+            return self._look(call, entry)
+        if self._last is not None:
+            step, given, version, filtered = self._last
+            if (step, version) == (call.step, entry._version) and given() is entry:
+                return filtered
+        found = self._look(call, entry)
+        self._last = call.step, weakref.ref(entry), entry._version, found
+        return found
+
+    def _look(self, call: Call, entry: Tensor) -> Tensor:
         if entry.dim() < 2 or not entry.is_floating_point():
             raise ValueError(
                 "cache: expected a model whose first tensor are latents [B, ...], got one of "
                 f"{list(entry.shape)} in {entry.dtype}; SeaCache looks at them"
             )
         if entry.dim() != 3:
-            return wiener(
-                entry.detach(), tuple(range(min(2, entry.dim() - 1), entry.dim())), ratio, power
-            )
+            axes = tuple(range(min(2, entry.dim() - 1), entry.dim()))
+            return self._filter(entry.detach(), axes)
         tokens = entry.shape[1]
         if tokens not in self._grids:
             self._grids[tokens] = token_grid(call.arguments, tokens)
         grid = self._grids[tokens]
         apart = entry.detach().reshape(len(entry), *grid, entry.shape[2])
-        return wiener(apart, tuple(range(1, 1 + len(grid))), ratio, power)
+        return self._filter(apart, tuple(range(1, 1 + len(grid))))
 
 
 @dataclass(frozen=True)
@@ -274,5 +326,8 @@ class SeaCache(Threshold):
             for at, before in zip(memory.at, memory.before, strict=True)
         ]
         dtype = torch.float64 if ring.dtype == torch.float64 else torch.float32
-        line = torch.tensor(ahead, dtype=dtype, device=ring.device)
+        if len(set(ahead)) == 1:  # filled there: nothing is copied to the device
+            line = torch.full((len(ahead),), ahead[0], dtype=dtype, device=ring.device)
+        else:
+            line = torch.tensor(ahead, dtype=dtype, device=ring.device)
         return forecast_apply(ring, torch.stack((1 + line, -line), dim=1))
