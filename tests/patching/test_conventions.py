@@ -101,10 +101,7 @@ def test_hooks_registered(name):
     assert all(isinstance(hook, ModelHook) for hook in hooks(denoiser))
     HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(NAME)
     assert hooks(denoiser) == []
-    assert not any(
-        isinstance(m.__dict__.get("forward"), object) and "forward" in m.__dict__
-        for m in denoiser.modules()
-    )
+    assert not any("forward" in m.__dict__ for m in denoiser.modules())
     assert torch.equal(output(denoiser, given), plain)
     assert patch.features == ()
     assert "taken off since" in patch.explain()
@@ -140,7 +137,8 @@ def test_inference_on_a_schedule(name):
             outputs.append(output(denoiser, step))
             scheduler.step(torch.zeros(1), time, torch.zeros(1))
         assert patch.report()["cache"]["skipped"] == 4
-        assert torch.equal(outputs[1], outputs[0])
+        for step in (1, 2, 4, 5):
+            assert torch.equal(outputs[step], outputs[step - step % 3])
         assert not torch.equal(outputs[3], outputs[0])
 
 
@@ -173,7 +171,8 @@ def test_reset_stateful_cache(name):
     assert not any(branch.kept for branch in session._branches.values())
     assert patch.report()["cache"]["full"] == 1
     assert torch.equal(output(denoiser, given), output(model(name), given))
-    assert patch.report()["cache"] == {**patch.report()["cache"], "full": 1, "skipped": 0}
+    numbers = patch.report()["cache"]
+    assert (numbers["full"], numbers["skipped"]) == (1, 0)
     denoiser.disable_cache()
 
 
@@ -232,3 +231,6 @@ def test_what_a_bare_model_can_not_have():
         fewstep.apply_cache(build("flux"), "interval", FlowMatchEulerDiscreteScheduler())
     assert hooks(denoiser) == []
     assert not denoiser.is_cache_enabled
+    for bare in (denoiser, torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=r"expected a model loaded from a folder.*from None"):
+            fewstep.apply_cache(bare, "auto")

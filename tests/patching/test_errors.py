@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.caching import FirstBlock, Interval
+from fewstep.caching import FirstBlock, Fora, Interval
 from fewstep.patching import PatchError, active_patches
 from patching.snapshot import snapshot
 from patching.tiny_pipelines import build, call, denoiser
@@ -89,8 +89,11 @@ def test_an_unknown_family_can_have_steps_but_no_cache():
     pipe = build("digits")
     odd = type("OddModel", (torch.nn.Module,), {"forward": lambda self, x: x})()
     pipe.transformer = odd
-    with pytest.raises(ValueError, match=r"cache: expected a denoiser of Flux.*; got OddModel"):
-        fewstep.patch(pipe, cache="interval")
+    message = r"cache: expected a denoiser of Flux.*; got OddModel.*scope=\"output\".*calibrate"
+    for cache in ("interval", Fora(every=2, scope="blocks"), Fora(every=2, scope="block")):
+        with pytest.raises(ValueError, match=message):
+            fewstep.patch(pipe, cache=cache)
+    fewstep.patch(pipe, cache="taylor").undo()
     with pytest.raises(ValueError, match=r"quantize: expected a model with nn.Linear layers"):
         fewstep.patch(pipe, quantize="w8a8")
     with fewstep.patch(pipe, steps=2) as patch:

@@ -131,8 +131,12 @@ def test_explain_claims_only_what_is_known():
 def test_a_second_denoiser_is_not_left_out_silently():
     source = build("digits")
     pipe = Wider(source.transformer, source.scheduler, build("digits").transformer, None, None)
-    for feature in ({"cache": "interval"}, {"quantize": "w8a8"}):
-        with pytest.raises(ValueError, match="one denoiser, got one with `transformer`, `transfor"):
+    both = "one denoiser, got one with `transformer`, `transformer_2`"
+    for feature, way_out in (
+        ({"cache": "interval"}, 'scope="output"'),
+        ({"quantize": "w8a8"}, "can have steps only"),
+    ):
+        with pytest.raises(ValueError, match=f"{both}.*{way_out}"):
             fewstep.patch(pipe, **feature)
     with fewstep.patch(pipe, steps=2) as patch:
         assert "transformer_2: not recognised" in patch.explain()

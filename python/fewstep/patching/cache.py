@@ -107,11 +107,12 @@ class CacheOptions(NamedTuple):
 def _resolve(cache: Any, options: CacheOptions, pipe: Any, target: Target, scheduler: Any) -> Any:
     """Return the policy that was asked for."""
     if isinstance(cache, str) and cache == "auto":
-        place = pipe.config.get("_name_or_path")
+        place = getattr(pipe, "config", {}).get("_name_or_path")
         if not place or not Path(place).is_dir():
+            what = "pipeline" if target.component else "model"
             raise ValueError(
-                'cache="auto": expected a pipeline loaded from a folder, where its plans lie in '
-                f"{FOLDER}, got one from {place!r}; give the folder of plans as cache"
+                f'cache="auto": expected a {what} loaded from a folder, where its plans lie in '
+                f"{FOLDER}, got one from {place!r}; give a Path of plans as cache"
             )
         return _choice(Path(place) / FOLDER, _denoisers(pipe, target), options, scheduler)
     if isinstance(cache, Path) and cache.is_dir():

@@ -34,6 +34,13 @@ _OUTSIDE = re.compile(
 )
 
 
+# What a denoiser without known blocks can have.
+_WHOLE = (
+    'Caches of the whole output serve every denoiser: presets with scope="output" ("taylor", '
+    '"fora", "easycache", ...) and plans that fewstep.caching.calibrate makes'
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """A denoiser architecture.
@@ -108,9 +115,11 @@ class Target:
         """Raise ValueError where other components take a share of the steps or of the work."""
         if self.others:
             names = ", ".join(f"`{name}`" for name in (self.component, *self.others))
+            in_turns = argument == "cache" and self.second is not None
+            way_out = _WHOLE if in_turns else "A pipeline with several can have steps only"
             raise ValueError(
-                f"{argument}: expected a pipeline with one denoiser, got one with {names}; "
-                "a pipeline with several can have steps only"
+                f"{argument}: expected a pipeline with one denoiser, got one with {names}. "
+                f"{way_out}"
             )
 
     def rest(self, pipe: Any) -> tuple[list[str], list[str]]:
@@ -155,7 +164,7 @@ class Target:
 
     def _not_known(self) -> ValueError:
         known = ", ".join(family.model for family in FAMILIES)
-        return ValueError(f"cache: expected a denoiser of {known}; got {self.model}")
+        return ValueError(f"cache: expected a denoiser of {known}; got {self.model}. {_WHOLE}")
 
     def _blocks(self) -> dict[str, nn.Module] | None:
         """Return the transformer blocks by path, a UNet's among them; None where not known."""
