@@ -8,9 +8,15 @@
 Random weights serve for time and memory only. The plan's full steps are evenly spread and its
 weights are equal, as many as calibrated plans have: time does not depend on what they are. Modes:
 eager; blocks compiled; and each with the whole loop, scheduler included, in one CUDA graph. Loops
-in full and with the plan are timed in turns. Recorded beside the time: how often the host waited
-for the device in a loop (torch's sync debug mode; a new grid has its times read once, before),
-kernels launched, bytes that the cache takes.
+in full and with the plan are timed in turns. Recorded beside the time:
+
+    host_waits      how often the host waited for the device in a loop with the plan, or a replay of
+                    its graph (torch's sync debug mode; a new grid has its times read once, before)
+    launches        kernels of a loop
+    bytes           the most that a loop takes beside the weights; of a captured one its graph's own
+    snapshot_bytes  what of that the cache keeps between steps
+
+On a GPU one model a call: counting launches attaches a profiler, which slows what comes after.
 """
 
 from __future__ import annotations
@@ -142,18 +148,20 @@ def build_modes(loop: Loop, compiled: Compiled | None, facts: dict[str, Any]) ->
             "mode": base,
             "host_waits": host_waits(calls["plan"], device),
             "bytes": {name: memory(call, device) for name, call in calls.items()},
+            "snapshot_bytes": loop.session.report()["snapshot_bytes"],
         }
         yield Mode(base, calls, row)
         if device.type != "cuda":
             continue
         graph = next(name for name, of in CAPTURED.items() if of == base)
-        captured, row = {}, facts | {"mode": graph, "host_waits": 0, "bytes": {}}
+        captured, row = {}, row | {"mode": graph, "bytes": {}}
         for name, way in ways.items():
             with blocks(), way():
                 captured[name], row["bytes"][name] = capture(loop, device)
             off = distance(captured[name](), want[name])
             if not off <= FARTHEST:
                 raise RuntimeError(f"{graph}, {name}: expected the eager loop's, got {off:.3g} off")
+        row["host_waits"] = host_waits(captured["plan"], device)
         yield Mode(graph, captured, row)
 
 
@@ -205,11 +213,13 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"names: expected some of {', '.join(models.MODELS)}, got {name}")
     if args.record and args.quick:
         parser.error("--record: expected full-size models, got --quick")
-    device = torch.device(args.device)
+    device, names = torch.device(args.device), args.names or list(models.MODELS)
+    if device.type == "cuda" and len(names) > 1:
+        parser.error(f"names: expected one model on a GPU, got {', '.join(names)}")
     backend = None if args.no_compile else "eager" if args.quick else "inductor"
     machine, failed = environment(device), 0
     everything: list[dict[str, Any]] = []
-    for name in args.names or models.MODELS:
+    for name in names:
         try:
             rows = measure(
                 name,

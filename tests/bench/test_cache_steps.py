@@ -28,13 +28,26 @@ def test_both_loops_are_timed_in_every_mode(loops):
     device = torch.device("cpu")
     rows = loops.measure("PixArt-Sigma", device, small=True, backend="eager", rounds=2)
     assert [row["mode"] for row in rows] == ["eager", "compiled"]
+    latents = next(
+        iter(loops.models.arguments(loops.models.MODELS["PixArt-Sigma"](True), device).values())
+    )
     for row in rows:
         full, plan = row["full"]["median_s"], row["plan"]["median_s"]
         assert row["speedup"] == full / plan
         assert row["efficiency"] == row["speedup"] / (row["steps"] / row["full_steps"])
         assert row["full"]["samples"] == row["plan"]["samples"] == 2
         assert "full_steps" in row
+        # The outputs of both full steps, each with a learned variance beside the latents.
+        assert row["snapshot_bytes"] == 2 * 2 * latents.nbytes
         assert loops.line(row)
+
+
+def test_on_a_gpu_one_model_a_call(loops, capsys):
+    """Launches are counted by a profiler, which stays attached while the next one is timed."""
+    for names in ([], ["SDXL", "FLUX.1-dev"]):
+        with pytest.raises(SystemExit):
+            loops.main([*names, "--device", "cuda"])
+        assert "names: expected one model on a GPU, got" in capsys.readouterr().err
 
 
 def test_a_loop_follows_its_plan_and_leaves_the_model_as_it_was(loops):
@@ -66,3 +79,4 @@ def test_a_captured_loop_waits_for_nothing_and_gives_the_same(loops):
     rows = loops.measure("FLUX.1-dev", device, small=True, backend=None, rounds=2)
     assert [row["mode"] for row in rows] == ["eager", "graph"]
     assert all(row["host_waits"] == 0 for row in rows)
+    assert rows[0]["snapshot_bytes"] == rows[1]["snapshot_bytes"] > 0
