@@ -160,7 +160,7 @@ done
 # What several ops share: masks, rows, states.
 [[ -n ${tests[*]} ]] && tests+=(tests/ops/test__*.py)
 ((low_bit)) && tests+=(tests/bench/test_model_steps.py)
-((caching)) && tests+=(tests/bench/test_cache_steps.py)
+((caching)) && tests+=(tests/bench/test_cache_steps.py tests/patching/test_cache_on_gpu.py)
 if ((dry_run)); then
     # The CPU subset that needs no interpreter: a check of this script more than of the kernels.
     step "op tests, native on the CPU" 120 "${pytest[@]}" -x -k "native" "${tests[@]}"

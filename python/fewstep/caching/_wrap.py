@@ -1,4 +1,4 @@
-"""What both layouts share: following the denoiser's calls, and the form of a replacement."""
+"""What all layouts share: following the denoiser's calls, and the form of a replacement."""
 
 from __future__ import annotations
 

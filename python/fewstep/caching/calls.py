@@ -28,7 +28,7 @@ class Branch:
     replaced: bool = False  # whether it is another one now
     memory: Any = None  # what else the session knows of the steps before
     errors: dict[int, Tensor] = field(default_factory=dict)  # of forecasts, by step of the run
-    decisions: list[str] = field(default_factory=list)  # of the run: "full" or "skip"
+    decisions: list[str] = field(default_factory=list)  # "full", "half", "part" or "skip"
     why: list[str | None] = field(default_factory=list)  # these ran in full, or in part
     changes: dict[int, Tensor] = field(default_factory=dict)  # that were measured, [B] by place
 

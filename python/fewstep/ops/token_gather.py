@@ -10,8 +10,9 @@ scale, shift  [B, C]      as x, or None
 y             [B, M, C]
 
 An index outside of 0 to N - 1 makes its row NaN: on a GPU there is no host to raise. Statistics are
-taken in float32 (float64); the norm is that of `norm_jvp` without weight and bias. This is what a
-step that computes some of the tokens starts with, its first block's norm included.
+taken in float32 (float64); the norm is that of `norm_jvp` without weight and bias. A step that
+computes some of the tokens starts with the copy; where the first block's norm is all that reads
+these tokens, it can start with both.
 """
 
 from __future__ import annotations
