@@ -44,7 +44,9 @@ Forecasts = tuple[tuple[float, ...] | None, ...]
 class CachePolicy(Protocol):
     """What decides. `first` and `last` blocks of a transformer stack run on every step.
 
-    A UNet always keeps its outermost down and up block, whatever `first` and `last` say.
+    A UNet always keeps its outermost down and up block, whatever `first` and `last` say. What a
+    policy may have besides is what `ScheduledPolicy` names: `scope`, here "blocks" where it is not
+    said, "levels" (a UNet's) or "output", and `session`.
     """
 
     first: int
@@ -67,12 +69,31 @@ class CachePolicy(Protocol):
 
 @runtime_checkable
 class ScheduledPolicy(Protocol):
-    """What knows every decision before the run starts: nothing is left to measure at run time."""
+    """What knows every decision before the run starts: nothing is left to measure at run time.
 
-    scope: str  # "output": the model's output is forecast; "blocks": its middle blocks' residual
+    What is forecast, by `scope`:
+
+        "output"     the model's output
+        "blocks"     the residual of its middle blocks
+        "block"      the residual of every block by itself
+        "module"     the output of every attention and feed-forward layer
+        "encoder"    nothing: a UNet's decoder runs on what its encoder gave last
+        "tokens"     the output of the tokens that are left out; the others run
+
+    A policy may have besides:
+
+        restarts        whether a run of a grid's last steps has the schedule of these alone; else,
+                        as by default, the grid's, in full until enough snapshots are there
+        session         the class that follows runs and decides, a `Session`; by default the
+                        scope's. It may ask for more, such as `share` of "tokens"
+        snapshots       how snapshots are kept, a name of `snapshots.FORMATS`; as computed by
+                        default
+        modules         with "block" and "module", which: a pattern or names; by default all
+        forecasts_for   with these, (name, times) -> a schedule for each
+    """
+
+    scope: str
     order: int  # K, snapshots that are kept
-    # `restarts`, False where it is not said: whether a run of a grid's last steps has the schedule
-    # of these alone. Else it has the grid's, and runs in full until enough snapshots are there.
 
     def forecasts(self, times: Sequence[float]) -> Forecasts:
         """Return what to do at every step of a grid.
