@@ -280,7 +280,7 @@ def test_every_benchmark_file_declares_cases_and_a_baseline(op):
     assert len(cases) == len(benchmark.cases)
     for case in benchmark.cases:
         assert benchmark.bytes_moved(case) > 0
-        assert benchmark.flops(case) > 0
+        assert benchmark.flops(case) >= 0  # copies of rows have none
 
 
 def _timed(provider, role, flops, moved, seconds, dtype="float32"):
