@@ -46,7 +46,7 @@ def skipped_work(rows: list[dict[str, Any]], steps: int) -> float:
     """Return what share of the blocks a step that is not full runs, on average."""
     rest = [(row["block_share"] * steps - row["full_steps"], row["full_steps"]) for row in rows]
     skipped = sum(steps - full for _, full in rest)
-    return sum(work for work, _ in rest) / skipped if skipped > 1e-6 else 0.0
+    return max(0.0, sum(work for work, _ in rest) / skipped) if skipped > 1e-6 else 0.0
 
 
 def sentence(report: dict[str, Any]) -> str:
