@@ -7,6 +7,7 @@ import torch
 
 import fewstep
 from fewstep.caching import PRESETS, SeaCache, seacache
+from fewstep.caching.calls import Branch, Call
 from fewstep.caching.seacache import (
     SeaMemory,
     expect_noise_levels,
@@ -14,7 +15,6 @@ from fewstep.caching.seacache import (
     token_grid,
     wiener,
 )
-from fewstep.caching.session import Branch, Call
 from patching.tiny_pipelines import build, call, digits
 
 STEPS = 8

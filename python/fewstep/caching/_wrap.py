@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .calls import Call
 from .inputs import CONDITIONING, entry_of, form_of, input_of, time_of
-from .session import Call, Session
+from .session import Session
 
 
 class Replacement(NamedTuple):

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ._checks import check_count, to_numbers
+from .calls import Call
 from .policy import Threshold
-from .session import Call, Session, blend
+from .session import Session, blend
 from .shards import measure
 
 __all__ = ["EasyCache", "InputSession", "TeaCache"]

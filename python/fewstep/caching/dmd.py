@@ -38,10 +38,10 @@ from torch import Tensor
 
 from . import forecasters, schedules
 from ._checks import check_choice, check_number
+from .calls import Call
 from .methods import Extrapolated, step_places
 from .ring import Ring
 from .scheduled import ScheduledSession, expect_one_size
-from .session import Call
 from .shards import total
 
 __all__ = ["Dmd", "DmdSession", "Gap", "equally_spaced", "exponential_weights"]

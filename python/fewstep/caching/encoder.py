@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from ._wrap import Followed, Replacement, Wrapped, follow, uncompiled
 from .ahead import Ahead, Conditioning, is_time
+from .calls import Call
 from .output import take_apart
 from .scheduled import ScheduledSession
-from .session import Call, Session
+from .session import Session
 
 __all__ = ["EncoderSession", "EncoderStack"]
 

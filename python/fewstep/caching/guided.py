@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calls import Branch, Call
 from .guard import halves
 from .policy import Forecasts
 from .ring import Ring, slot_table
 from .scheduled import ScheduledSession
-from .session import Branch, Call
 
 __all__ = ["PASSES", "GuidedSession", "guided_half", "rows_of"]
 

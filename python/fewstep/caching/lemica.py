@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from ._checks import check_choice, check_count
 from ._pipelines import expect_calls, only_denoiser_of, same_config, standing_in
 from ._wrap import Followed, follow
+from .calls import Call
 from .kept import SCOPES
 from .methods import Scm
 from .output import take_apart
 from .policy import Interval
 from .record import Run, record, repeatable, seeded
 from .schedules import minimax
-from .session import Call, Session
+from .session import Session
 
 __all__ = ["edge_costs", "lemica"]
 

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calls import Call
 from .fingerprint import Fingerprint
 from .plan import Plan
 from .policy import Forecasts
 from .scheduled import ScheduledSession
-from .session import Call
 
 __all__ = ["LookAhead", "LookAheadBlocks", "LookAheadSession", "gap_of"]
 

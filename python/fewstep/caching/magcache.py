@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_count, check_number, to_numbers
+from .calls import Call
 from .forecasters import reuse
 from .methods import forecast_steps
 from .policy import Forecasts
 from .scheduled import ScheduledSession
 from .schedules import Schedule
-from .session import Call
 
 __all__ = ["MagCache", "MagnitudeRecorder"]
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calls import Branch, Call
 from .policy import Forecasts, ScheduledPolicy
 from .ring import Ring, slot_table
 from .scheduled import ScheduledSession
-from .session import Branch, Call
 
 __all__ = ["ModuleSession", "Tally", "Visit"]
 

@@ -17,9 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._wrap import Followed, Replacement, follow
+from .calls import Call
 from .guided import rows_of
 from .inputs import input_of, stacked
-from .session import Call, Session, blend
+from .session import Session, blend
 
 __all__ = ["OutputStack", "take_apart"]
 

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calls import Branch, Call
 from .guard import Check, Flags, lookback, trips
 from .policy import Forecasts, ScheduledPolicy
 from .ring import Ring, slot_table
-from .session import Branch, Call, Session
+from .session import Session
 from .steps import times_of
 
 __all__ = ["ScheduledSession", "expect_one_size"]

@@ -31,8 +31,9 @@ from torch import Tensor
 from ..ops import cache_metric, forecast_apply
 from ._checks import check_choice, check_count, check_number
 from .accumulated import InputSession, Memory
+from .calls import Call
 from .policy import Threshold
-from .session import Call, blend
+from .session import blend
 from .steps import times_of
 
 __all__ = [

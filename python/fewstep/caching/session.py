@@ -45,7 +45,7 @@ from .policy import CachePolicy, ScheduledPolicy
 from .shards import measure
 from .steps import counts, step_now, times_of
 
-__all__ = ["Branch", "Call", "Session"]
+__all__ = ["Session"]
 
 # More calls than this in one step mean that the session can't see the steps: it then stays out.
 _MAX_CALLS_PER_STEP = 8

@@ -22,7 +22,8 @@ from typing import Any
 from torch import nn
 
 from ._wrap import Replacement, Wrapped, follow, uncompiled
-from .session import Call, Session, add_residual, blend, residual_of
+from .calls import Call
+from .session import Session, add_residual, blend, residual_of
 
 __all__ = ["BlockStack"]
 

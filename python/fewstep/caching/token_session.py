@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .calls import Branch, Call
 from .guard import halves
 from .scheduled import ScheduledSession
-from .session import Branch, Call
 
 __all__ = ["Grid", "Selection", "TokenSession", "select"]
 

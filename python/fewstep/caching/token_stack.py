@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..ops import token_gather, token_scatter
 from ._wrap import Followed, Replacement, Wrapped, follow, uncompiled
+from .calls import Call
 from .output import take_apart
-from .session import Call
 from .token_session import Grid, Memory, TokenSession
 
 __all__ = ["TokenStack"]
